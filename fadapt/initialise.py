@@ -1,0 +1,93 @@
+"""init: fresh adapters for the sites that a config means."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from .config import Config, Rules, as_config
+from .errors import ConfigError, TargetError
+from .fingerprint import fingerprint
+from .linear_map import DenseMap
+from .method import STRENGTH, Leaves, Method
+from .sites import Site, SiteView, resolve
+from .slots import Slot
+from .tree import Adapter, Params, trainable_leaves
+
+
+def init(model: nn.Module, cfg: Config | Rules, calib: Iterable[Any] | None = None) -> Params:
+    """Makes fresh adapters; the adapted model equals the base to the last bit.
+
+    Args:
+        model: the frozen base; it is read, never changed.
+        cfg: a method (for every linear map), a {regex: method or None} dict, or a
+            :class:`Config`.
+        calib: batches or statistics for the methods that are calibrated.
+
+    Returns:
+        Params, with trainable leaves that require grad, in the config's dtype, on the devices of
+        the weights. On a meta model the leaves are meta tensors, which can be counted.
+
+    Raises:
+        TargetError: a rule that matches nothing, or a weight that cannot be adapted.
+        ConfigError: hyper-parameters that do not fit a weight's shape.
+        CalibrationError: a method that needs statistics, without them.
+    """
+    config = as_config(cfg)
+    found = resolve(model, config)
+    _check_finite([slot for slot, _, _ in found])
+    with torch.no_grad():
+        adapters = {site.name: _init_one(slot, site, m, config) for slot, site, m in found}
+    return trainable_leaves(Params(adapters, config))
+
+
+def site_generator(seed: int, name: str) -> torch.Generator:
+    """A CPU generator that depends on (seed, name) alone."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def _init_one(slot: Slot, site: Site, method: Method, config: Config) -> Adapter:
+    weight = slot.weight.detach()
+    at_least = torch.promote_types(weight.dtype, torch.float32)
+    bias = getattr(slot.module, slot.bias.rsplit(".", 1)[-1]) if slot.bias else None
+    view = SiteView(
+        site, DenseMap(weight, bias, transposed=site.transposed), weight.device, at_least
+    )
+    train, fixed = method.init(view, site_generator(config.seed, site.name))
+    _check_leaves(method, site, train, fixed)
+    dtype = config.dtype or at_least
+    exact = torch.promote_types(dtype, at_least)
+    return Adapter(replace(site, fingerprint=fingerprint(weight)), method, {}, {}).replace(
+        train={k: t.detach().to(dtype).contiguous() for k, t in train.items()},
+        fixed={
+            k: t.detach().to(exact if k in method.exact else dtype).contiguous()
+            for k, t in fixed.items()
+        },
+    )
+
+
+def _check_leaves(method: Method, site: Site, train: Leaves, fixed: Leaves) -> None:
+    who = f"{type(method).__name__}.init at {site.name}"
+    if shared := (train.keys() & fixed.keys()) | ({STRENGTH} & (train.keys() | fixed.keys())):
+        raise ConfigError(f"{who}: leaf names must be distinct and not 'strength': {shared}")
+    for name, leaf in {**train, **fixed}.items():
+        if not isinstance(leaf, torch.Tensor) or not leaf.is_floating_point():
+            raise ConfigError(f"{who}: leaf {name!r} must be a floating tensor, got {leaf!r}")
+
+
+def _check_finite(slots: list[Slot]) -> None:
+    # A sum carries NaN and Inf along, without a temporary of the weight's size.
+    sums = [(s, s.weight.detach().sum(dtype=torch.float32)) for s in slots if not s.weight.is_meta]
+    for slot, total in sums:
+        if not torch.isfinite(total):
+            bad = int((~torch.isfinite(slot.weight)).sum())
+            if bad:
+                raise TargetError(
+                    f"{slot.name} holds {bad} NaN or Inf values; load sound weights first"
+                )

@@ -1,0 +1,78 @@
+"""The frozen affine map y = x Wᵀ + b that a method sees as ``base``."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class LinearMap(Protocol):
+    """A frozen affine map from ``in_features`` to ``out_features``.
+
+    Anything with these members can be adapted: a dense weight, a quantised module, or an
+    already adapted map (which is how methods compose).
+    """
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias (out_features,), or None."""
+        ...
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The untouched layer, bias included: (..., in_features) -> (..., out_features)."""
+        ...
+
+    def linear(self, z: Tensor) -> Tensor:
+        """The product without the bias, in the dtype of ``z``."""
+        ...
+
+    def weight(self) -> Tensor:
+        """The dense matrix (out_features, in_features); dequantised on demand."""
+        ...
+
+
+class DenseMap:
+    """A plain weight in either memory layout, applied with the kernel its own layer uses.
+
+    Args:
+        weight: (out, in), or (in, out) when ``transposed`` (GPT-2's Conv1D).
+        bias: (out,) or None.
+        transposed: whether the weight is stored (in, out).
+    """
+
+    __slots__ = ("_bias", "_transposed", "_weight")
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, transposed: bool = False):
+        self._weight, self._bias, self._transposed = weight, bias, transposed
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self._bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if not self._transposed:
+            return F.linear(x, self._weight, self._bias)
+        if self._bias is not None and x.dim() == 2:
+            return torch.addmm(self._bias, x, self._weight)
+        y = x @ self._weight
+        return y if self._bias is None else y + self._bias
+
+    def linear(self, z: Tensor) -> Tensor:
+        z_base = z.to(self._weight.dtype)
+        y = z_base @ self._weight if self._transposed else F.linear(z_base, self._weight)
+        return y.to(z.dtype)
+
+    def weight(self) -> Tensor:
+        return self._weight.mT if self._transposed else self._weight
+
+
+def without_bias(base: LinearMap, y: Tensor) -> Tensor:
+    """The part of a layer's output that comes from its weight.
+
+    Equal to ``base.linear(x)`` up to one rounding, so use it only inside a term that an exact zero
+    multiplies at the start.
+    """
+    return y if base.bias is None else y - base.bias.to(y.dtype)

@@ -1,0 +1,139 @@
+"""The contract of a method: frozen hyper-parameters and pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .errors import ConfigError
+
+if TYPE_CHECKING:
+    from .linear_map import LinearMap
+    from .sites import Site, SiteView
+
+Leaves = dict[str, Tensor]
+STRENGTH = "strength"
+
+
+@dataclass(frozen=True)
+class Method:
+    """An adapter method: fields are static hyper-parameters, functions are pure.
+
+    A subclass is a frozen dataclass that writes :meth:`init` and one or both of :meth:`shift`
+    (input side) and :meth:`delta` (output side). The runtime computes, for every adapted map,
+
+        x' = x + shift(p, x);   y = base(x');   y' = y + delta(p, x', y, base)
+
+    with ``x`` (tokens, in_features) and ``y`` (tokens, out_features) as plain matrices in the
+    adapter's dtype. It flattens, casts, maps over stacked adapters and applies the strength.
+
+    Two laws hold for every method. At the initial parameters ``shift`` and ``delta`` return exact
+    zeros. The adapted map is affine in x, so the dense weight and bias are derived from it
+    (:meth:`dense`); an override may be faster but never mean something else.
+    """
+
+    exact: ClassVar[frozenset[str]] = frozenset()
+    """Fixed leaves kept in float32 or better whatever the adapter dtype; the method casts them."""
+    reads_output: ClassVar[bool] = True
+    """False where ``delta`` ignores ``y``: spares the cast of ``y`` to the adapter dtype."""
+    acts_on_bias: ClassVar[bool] = False
+    """True where the adapted layer's bias differs from the base's (IA3, RoAd)."""
+    owns_strength: ClassVar[bool] = False
+    """True where the method reads the strength c itself (:meth:`strength`) instead of c * increment."""
+    needs_plain_base: ClassVar[bool] = False
+    """True where constants of the frozen weight enter, so that a Chain may hold it only first."""
+
+    def init(self, site: SiteView, rng: torch.Generator, stat: Any = None) -> tuple[Leaves, Leaves]:
+        """Makes the trainable and the fixed leaves of one site.
+
+        Args:
+            site: shapes, the frozen weight and tensor factories of this site.
+            rng: a CPU generator seeded by (seed, site name) alone.
+            stat: this site's calibration statistic, for methods that ask for one.
+
+        Returns:
+            Two flat dicts of floating tensors with disjoint names: trainable, fixed.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define init")
+
+    def check(self, site: Site) -> None:
+        """Raises ConfigError for a shape that the method cannot take."""
+
+    def shift(self, p: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        """The increment of the input: (tokens, in_features) -> the same shape."""
+        raise NotImplementedError
+
+    def delta(self, p: Mapping[str, Tensor], x: Tensor, y: Tensor, base: LinearMap) -> Tensor:
+        """The increment of the output: (tokens, out_features)."""
+        raise NotImplementedError
+
+    def project(self, train: Leaves) -> Leaves:
+        """The trainable leaves moved to the nearest allowed point; the identity by default."""
+        return train
+
+    def dense(self, p: Mapping[str, Tensor], base: LinearMap) -> tuple[Tensor, Tensor | None]:
+        """The adapted weight (out, in) and bias: W' = [f(I) - f(0)]ᵀ, b' = f(0)."""
+        weight = base.weight()
+        zero = self(p, weight.new_zeros(1, weight.shape[1]), base)
+        rows = [
+            self(p, eye.to(weight.dtype), base) - zero
+            for eye in torch.eye(weight.shape[1], device=weight.device).split(2048)
+        ]
+        return torch.cat(rows).mT, None if base.bias is None else zero[0]
+
+    # The runtime's half. Chain overrides enter and leave; nothing else does.
+
+    @property
+    def has_shift(self) -> bool:
+        return type(self).shift is not Method.shift
+
+    @property
+    def has_delta(self) -> bool:
+        return type(self).delta is not Method.delta
+
+    def enter(self, p: Mapping[str, Tensor], x: Tensor) -> tuple[Tensor, Any]:
+        """The base's input x', and what :meth:`leave` needs of it."""
+        if not self.has_shift:
+            return x, x
+        shift = self.shift(p, x.to(self.compute_dtype(p)))
+        x = x + self._with_strength(p, shift).to(x.dtype)
+        return x, x
+
+    def leave(self, p: Mapping[str, Tensor], saved: Any, y: Tensor, base: LinearMap) -> Tensor:
+        """The adapted output, from the base's output y = base(x')."""
+        if not self.has_delta:
+            return y
+        dtype = self.compute_dtype(p)
+        delta = self.delta(p, saved.to(dtype), y.to(dtype) if self.reads_output else y, base)
+        return y + self._with_strength(p, delta).to(y.dtype)
+
+    def __call__(self, p: Mapping[str, Tensor], x: Tensor, base: LinearMap) -> Tensor:
+        """The adapted map on plain rows: (tokens, in_features) -> (tokens, out_features)."""
+        x, saved = self.enter(p, x)
+        return self.leave(p, saved, base(x), base)
+
+    def compute_dtype(self, p: Mapping[str, Tensor]) -> torch.dtype:
+        """The dtype of the adapter's arithmetic: that of its leaves."""
+        for name, leaf in p.items():
+            if name not in self.exact and name != STRENGTH:
+                return leaf.dtype
+        return torch.float32
+
+    def strength(self, p: Mapping[str, Tensor]) -> Tensor | float:
+        """The runtime strength c: 0 is the base, 1 the trained adapter."""
+        return p[STRENGTH] if STRENGTH in p else 1.0
+
+    def _with_strength(self, p: Mapping[str, Tensor], increment: Tensor) -> Tensor:
+        if self.owns_strength or STRENGTH not in p:
+            return increment
+        return p[STRENGTH].to(increment.dtype) * increment
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises ConfigError(message) unless the condition holds."""
+    if not condition:
+        raise ConfigError(message)

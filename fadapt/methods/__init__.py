@@ -1,0 +1,8 @@
+"""The adapter methods, one file each; a module's docstring is the method's card."""
+
+from .chain import Chain as Chain
+from .dora import DoRA as DoRA
+from .ia3 import IA3 as IA3
+from .ia3 import IA3FF as IA3FF
+from .lora import LoRA as LoRA
+from .lora import RsLoRA as RsLoRA

@@ -1,0 +1,74 @@
+"""DoRA: W' = diag(m / |V|) V,  V = W + s B A,  |V| the L2 norm of each row.
+
+Trainable: A (r, in) uniform, B (out, r) zero, mu (out,) zero, with m = |W| (1 + mu).
+Fixed: w2 (out,), the squared row norms of W. Count: r (in + out) + out.
+The norm is factored, so that W' is never formed:
+    |V|² = w2 + 2 s rowsum(W Aᵀ ∘ B) + s² rowsum(B A Aᵀ ∘ B),
+and with c = m / |V| the increment is (c - 1) ∘ (y - b) + c ∘ s (x Aᵀ) Bᵀ. The bias is untouched.
+Identity at the start: B = 0 makes |V|² == w2 bitwise, hence c - 1 == 0.
+The norm is a constant in backpropagation (section 4.3), so it is also one for jvp.
+A zero row of W has m = 0 and stays zero; its outputs and gradients are finite.
+
+Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", arXiv 2402.09353, eq. 5 and 11.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..linear_map import without_bias
+from ..method import Leaves
+from .lora import LoRA
+
+if TYPE_CHECKING:
+    from ..linear_map import LinearMap
+    from ..sites import SiteView
+
+
+@dataclass(frozen=True)
+class DoRA(LoRA):
+    """Weight-decomposed LoRA.
+
+    Args:
+        r: rank, at least 1.
+        alpha: numerator of the scale alpha / r.
+        detach_norm: treat the norm as a constant in differentiation, as the paper does.
+    """
+
+    detach_norm: bool = True
+
+    exact: ClassVar[frozenset[str]] = frozenset({"w2"})
+    reads_output: ClassVar[bool] = True
+    needs_plain_base: ClassVar[bool] = True
+
+    def init(self, site: SiteView, rng: torch.Generator, stat: Any = None) -> tuple[Leaves, Leaves]:
+        train, _ = super().init(site, rng)
+        return (
+            {**train, "mu": site.zeros(site.out_features)},
+            {"w2": site.weight().square().sum(-1)},
+        )
+
+    def delta(self, p: Mapping[str, Tensor], x: Tensor, y: Tensor, base: LinearMap) -> Tensor:
+        c_minus_1 = self._gain_minus_1(p, base).to(x.dtype)
+        low_rank = super().delta(p, x, y, base)
+        return c_minus_1 * (without_bias(base, y) + low_rank) + low_rank
+
+    def _gain_minus_1(self, p: Mapping[str, Tensor], base: LinearMap) -> Tensor:
+        w2, s = p["w2"], self.scaling
+        a, b = p["A"].to(w2.dtype), p["B"].to(w2.dtype)
+        if self.detach_norm:
+            a, b = a.detach(), b.detach()
+        cross = (base.linear(a).mT * b).sum(-1)
+        own = ((b @ (a @ a.mT)) * b).sum(-1)
+        # Where V nearly vanishes the difference may round below zero.
+        floor = torch.finfo(w2.dtype).eps
+        n2 = torch.maximum(w2 + 2 * s * cross + s**2 * own, floor * w2)
+        zero = n2 == 0
+        n = torch.where(zero, 1, n2).sqrt()
+        n0 = torch.where(zero, 1, w2).sqrt()
+        return (n0 - n + n0 * p["mu"].to(w2.dtype)) / n

@@ -1,0 +1,62 @@
+"""LoRA: y' = y + s (x Aᵀ) Bᵀ,  s = alpha / r;  rsLoRA: s = alpha / sqrt(r).
+
+Trainable: A (r, in) uniform on ±1/sqrt(in), B (out, r) zero. Count: r (in + out).
+Identity at the start: B = 0, so the increment is exactly 0. The bias is untouched.
+
+Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685, eq. 3;
+Kalajdzievski 2023, "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA",
+arXiv 2312.03732.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..method import Leaves, Method, require
+
+if TYPE_CHECKING:
+    from ..linear_map import LinearMap
+    from ..sites import SiteView
+
+
+@dataclass(frozen=True)
+class LoRA(Method):
+    """Low-rank additive update.
+
+    Args:
+        r: rank, at least 1.
+        alpha: numerator of the scale alpha / r.
+    """
+
+    r: int = 8
+    alpha: float = 16.0
+
+    reads_output: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        require(self.r >= 1, f"r must be at least 1, got {self.r}")
+
+    @property
+    def scaling(self) -> float:
+        return self.alpha / self.r
+
+    def init(self, site: SiteView, rng: torch.Generator, stat: Any = None) -> tuple[Leaves, Leaves]:
+        a = site.uniform(rng, (self.r, site.in_features), site.in_features**-0.5)
+        return {"A": a, "B": site.zeros(site.out_features, self.r)}, {}
+
+    def delta(self, p: Mapping[str, Tensor], x: Tensor, y: Tensor, base: LinearMap) -> Tensor:
+        return self.scaling * (x @ p["A"].mT) @ p["B"].mT
+
+
+@dataclass(frozen=True)
+class RsLoRA(LoRA):
+    """LoRA with the rank-stabilised scale alpha / sqrt(r)."""
+
+    @property
+    def scaling(self) -> float:
+        return self.alpha / self.r**0.5

@@ -1,0 +1,213 @@
+"""The overlay: a stand-in for a frozen weight that computes the adapted map instead.
+
+``functional_call`` puts it where the weight was. It has the weight's shape, dtype and device but
+holds one NaN, so an operation that escaped the rules would show, not pass as the unadapted model.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import torch.utils.checkpoint
+from torch import Tensor
+
+from .errors import DenseFallbackWarning, FadaptError, TargetError
+from .linear_map import DenseMap, LinearMap
+from .tree import Adapter
+
+
+@dataclass(frozen=True)
+class Call:
+    """What the overlays of one call share.
+
+    Attributes:
+        lasting: the overlays stay in place for the backward pass (``bound``).
+        grad: whether gradients were enabled when the call began.
+    """
+
+    lasting: bool
+    grad: bool
+
+
+class Overlay(Tensor):
+    """A weight whose linear products are those of its adapted map. Made by :func:`overlay`."""
+
+    frozen: Tensor
+    adapter: Adapter
+    flipped: bool
+    call: Call
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in RULES:
+            result = RULES[func](*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        if func in METADATA:
+            return func(*(a.frozen if isinstance(a, Overlay) else a for a in args), **kwargs)
+        return _dense_fallback(func, args, kwargs)
+
+
+def overlay(weight: Tensor, adapter: Adapter, call: Call, flipped: bool = False) -> Overlay:
+    """An overlay of ``weight`` (frozen, in its stored layout) that applies ``adapter``.
+
+    as_subclass, not _make_wrapper_subclass: torch.compile traces through it, and every overlay is
+    made inside the traced or transformed function.
+    """
+    shape = weight.shape[::-1] if flipped else weight.shape
+    nan = torch.full((), float("nan"), dtype=weight.dtype, device=weight.device)
+    result = nan.expand(shape).as_subclass(Overlay)
+    result.frozen, result.adapter, result.flipped, result.call = weight, adapter, flipped, call
+    return result
+
+
+def adapted(adapter: Adapter, x: Tensor, base: LinearMap) -> Tensor:
+    """The adapted map on (..., in_features); the base sees x in its own shape, with its own kernel."""
+    method, p = adapter.method, adapter.leaves
+    rows = x.reshape(-1, x.shape[-1])
+    shifted, saved = method.enter(p, rows)
+    y = base(x if shifted is rows else shifted.reshape(x.shape))
+    return method.leave(p, saved, y.reshape(-1, y.shape[-1]), base).reshape(y.shape)
+
+
+def dense(adapter: Adapter, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The adapted weight, in its stored layout, and bias; in the dtype of ``weight``.
+
+    Pass float32 or float64 tensors; the adapter's leaves are cast to them.
+    """
+    site, method = adapter.site, adapter.method
+    p = {k: t.to(weight.dtype) for k, t in adapter.leaves.items()}
+    new_weight, new_bias = method.dense(p, DenseMap(weight, bias, site.transposed))
+    return (new_weight.mT if site.transposed else new_weight), new_bias
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+    if not isinstance(weight, Overlay) or isinstance(x, Overlay):
+        return NotImplemented
+    return _product(x, weight, bias, rows_out=True)
+
+
+def _addmm(bias: Tensor, x: Tensor, weight: Tensor, *, beta: float = 1, alpha: float = 1) -> Any:
+    if not isinstance(weight, Overlay) or beta != 1 or alpha != 1 or bias.dim() != 1:
+        return NotImplemented
+    return _product(x, weight, bias, rows_out=False)
+
+
+def _matmul(x: Tensor, weight: Tensor) -> Any:
+    if not isinstance(weight, Overlay) or isinstance(x, Overlay):
+        return NotImplemented
+    return _product(x, weight, None, rows_out=False)
+
+
+def _product(x: Tensor, weight: Overlay, bias: Tensor | None, rows_out: bool) -> Any:
+    """The rule behind all products; ``rows_out``: the weight is used as (out, in)."""
+    site = weight.adapter.site
+    if (site.transposed == weight.flipped) != rows_out:
+        return NotImplemented  # the transposed map, as in a tied decoder
+    if weight.adapter.method.acts_on_bias and bias is None and site.bias is not None:
+        raise TargetError(
+            f"{site.name}: the layer adds {site.bias} apart from its product, and "
+            f"{type(weight.adapter.method).__name__} acts on the bias; use another method there"
+        )
+    _refuse_checkpoint(weight)
+    return adapted(weight.adapter, x, DenseMap(weight.frozen, bias, site.transposed))
+
+
+def _transpose(weight: Tensor, *dims: int) -> Any:
+    if not isinstance(weight, Overlay) or (dims and {d % 2 for d in dims} != {0, 1}):
+        return NotImplemented
+    return overlay(weight.frozen, weight.adapter, weight.call, not weight.flipped)
+
+
+def _dense_fallback(func: Callable, args: tuple, kwargs: dict) -> Any:
+    name = getattr(func, "__name__", str(func))
+    overlays = [
+        leaf
+        for leaf in torch.utils._pytree.tree_leaves((args, kwargs))
+        if isinstance(leaf, Overlay)
+    ]
+    names = [o.adapter.site.name for o in overlays]
+    if name.endswith("_") and not name.endswith("__") and isinstance(args[0], Overlay):
+        raise FadaptError(f"the model's forward writes to {names[0]} ({name}); it is frozen")
+    for o in overlays:
+        if o.adapter.method.acts_on_bias and o.adapter.site.bias is not None:
+            raise TargetError(
+                f"{o.adapter.site.name} is used by {name}, for which fadapt has no rule, and "
+                f"{type(o.adapter.method).__name__} acts on the bias; use another method there"
+            )
+        _refuse_checkpoint(o)
+    warnings.warn(
+        f"{names} used by {name}, for which fadapt has no rule: the adapted weight was "
+        "materialised (exact, but slower)",
+        DenseFallbackWarning,
+        stacklevel=4,
+    )
+    args, kwargs = torch.utils._pytree.tree_map_only(Overlay, materialise, (args, kwargs))
+    return func(*args, **kwargs)
+
+
+def materialise(weight: Overlay) -> Tensor:
+    """The adapted weight as an ordinary tensor, differentiable in the adapter's leaves."""
+    wide = weight.frozen.to(torch.promote_types(weight.dtype, torch.float32))
+    new, _ = dense(weight.adapter, wide, None)
+    return (new.mT if weight.flipped else new).to(weight.frozen.dtype)
+
+
+def _refuse_checkpoint(weight: Overlay) -> None:
+    """Refuses a checkpointed section whose recomputation would see the frozen weights.
+
+    torch runs it again in the backward pass, after functional_call has put the weights back;
+    with use_reentrant=True the gradients would then silently be None.
+    """
+    if weight.call.lasting or not weight.call.grad or torch.compiler.is_compiling():
+        return
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_filename == torch.utils.checkpoint.__file__:
+            raise FadaptError(
+                f"{weight.adapter.site.name} is used inside torch.utils.checkpoint, which runs the "
+                "section again during backward. Keep the adapters in place until then: "
+                "with fadapt.bound(model, params): loss = ...; loss.backward()"
+            )
+        frame = frame.f_back
+
+
+RULES: dict[Callable, Callable[..., Any]] = {
+    F.linear: _linear,
+    torch.addmm: _addmm,
+    Tensor.addmm: _addmm,
+    torch.matmul: _matmul,
+    torch.mm: _matmul,
+    Tensor.matmul: _matmul,
+    Tensor.mm: _matmul,
+    Tensor.__matmul__: _matmul,
+    Tensor.T.__get__: _transpose,  # type: ignore[attr-defined]
+    Tensor.mT.__get__: _transpose,  # type: ignore[attr-defined]
+    Tensor.t: _transpose,
+    torch.t: _transpose,
+    Tensor.transpose: _transpose,
+    torch.transpose: _transpose,
+}
+
+METADATA: frozenset[Callable] = frozenset(
+    [
+        getattr(Tensor, name).__get__
+        for name in "shape dtype device ndim requires_grad is_leaf grad grad_fn layout itemsize "
+        "nbytes is_cuda is_cpu is_meta is_sparse is_quantized is_nested".split()
+    ]
+    + [
+        getattr(Tensor, name)
+        for name in "size dim numel stride is_floating_point is_complex is_contiguous "
+        "element_size get_device ndimension nelement is_inference __len__".split()
+    ]
+)

@@ -1,0 +1,264 @@
+"""run, apply, bound: the frozen model with adapters overlaid on its weights."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from .errors import ConfigError, FadaptError, TargetError
+from .guard import bound_params, exclusive
+from .overlay import Call, Overlay, overlay
+from .slots import check_model
+from .tree import Params
+
+Batch = Mapping[str, Any] | tuple[Any, ...] | Tensor
+LossFn = Callable[[Any, Any], Tensor]
+
+
+def run(model: nn.Module, params: Params, batch: Batch, loss_fn: LossFn | None = None) -> Tensor:
+    """The loss of the adapted model on a batch; the model is not changed.
+
+    Args:
+        model: the frozen base. Its own requires_grad flags do not matter: no gradient reaches it.
+        params: from :func:`fadapt.init`, or joined from :func:`fadapt.split`.
+        batch: a dict of keyword arguments, a tuple of positional ones, or one tensor.
+        loss_fn: ``loss_fn(output, batch)``; without it, the output's ``loss`` (Hugging Face models
+            given labels), or the output itself where it is a scalar.
+
+    Returns:
+        The scalar loss, differentiable in the trainable leaves by ``backward`` and by torch.func.
+
+    Raises:
+        ConfigError: a batch of the wrong type, or an output without a loss.
+        TargetError: params made for another model.
+    """
+    args, kwargs = _arguments(batch)
+    # A key-value cache costs memory, and torch.func cannot return one.
+    if "use_cache" not in kwargs and getattr(getattr(model, "config", None), "use_cache", False):
+        kwargs["use_cache"] = False
+    output = _call(model, params, "forward", args, kwargs)
+    return _loss(output, batch, loss_fn)
+
+
+def apply(
+    model: nn.Module, params: Params, *args: Any, method: str = "forward", **kwargs: Any
+) -> Any:
+    """The adapted model's own output: ``model(*args, **kwargs)``, or another method of it.
+
+    Args:
+        method: "forward", or the name of any method that calls it, such as "generate".
+
+    Raises:
+        ConfigError: the model has no such method.
+        TargetError: params made for another model.
+    """
+    return _call(model, params, method, args, kwargs)
+
+
+@contextmanager
+def bound(model: nn.Module, params: Params) -> Iterator[nn.Module]:
+    """Inside the block the model *is* the adapted one: for loops, generation, checkpointing.
+
+    On leaving, also by an exception, every parameter is the same object as before. Updates of the
+    trainable leaves (an optimiser's step) take effect at once.
+
+        with fadapt.bound(model, params):
+            loss = model(**batch).loss
+            loss.backward()
+    """
+    with exclusive(model, bound=params):
+        mount = _prepare(model, params, lasting=True)
+        with _mounted(mount):
+            yield model
+
+
+@dataclass(frozen=True)
+class _Mount:
+    """Replacements for one call: by full name for functional_call, by place for bound."""
+
+    by_name: dict[str, Tensor]
+    places: list[tuple[nn.Module, str, Tensor]]
+    checkpointing: list[nn.Module]
+
+
+def _prepare(model: nn.Module, params: Params, lasting: bool) -> _Mount:
+    """An overlay for every site, and a detached alias for every other trainable base parameter."""
+    check_model(model)
+    if not isinstance(params, Params):
+        raise ConfigError(f"params must come from fadapt.init, load or join; got {type(params)}")
+    call = Call(lasting, torch.is_grad_enabled())
+    by_name: dict[str, Tensor] = {}
+    places: list[tuple[nn.Module, str, Tensor]] = []
+    checkpointing: list[nn.Module] = []
+    for prefix, module in model.named_modules():
+        if module.__dict__.get("gradient_checkpointing") and module.training and call.grad:
+            checkpointing.append(module)
+        for key, weight in module.named_parameters(recurse=False, remove_duplicate=False):
+            name = f"{prefix}.{key}" if prefix else key
+            if name in params:
+                new = _overlay_site(name, weight, params, call)
+            elif weight.requires_grad:
+                new = weight.detach()
+            else:
+                continue
+            by_name[name] = new
+            places.append((module, key, new))
+    if missing := [name for name in params if name not in by_name]:
+        raise TargetError(
+            f"the params adapt {missing[0]} and {len(missing) - 1} more weights that this "
+            f"{type(model).__name__} does not have; they were made for another model"
+        )
+    return _Mount(by_name, places, checkpointing)
+
+
+def _overlay_site(name: str, weight: Tensor, params: Params, call: Call) -> Overlay:
+    if isinstance(weight, Overlay):
+        raise FadaptError(f"{name} is already adapted: the model is inside fadapt.bound")
+    adapter = params[name]
+    if tuple(weight.shape) != adapter.site.stored_shape:
+        raise TargetError(
+            f"{name} has shape {tuple(weight.shape)}, but its adapter was made for "
+            f"{adapter.site.stored_shape}: another base model"
+        )
+    leaf = next(iter(adapter.leaves.values()), weight)
+    if leaf.device != weight.device:
+        raise ConfigError(
+            f"{name} is on {weight.device}, its adapter on {leaf.device}; "
+            f"write params = params.to({str(weight.device)!r})"
+        )
+    if weight.is_meta:
+        raise TargetError(f"{name} is a meta tensor without values; load the weights to run it")
+    return overlay(weight.detach(), adapter, call)
+
+
+@contextmanager
+def _mounted(mount: _Mount) -> Iterator[None]:
+    # nn.Module has no public way to put a non-Parameter where a Parameter is; functional_call
+    # does this too, but only for the duration of one forward.
+    before = [(module, key, module._parameters[key]) for module, key, _ in mount.places]
+    try:
+        for module, key, new in mount.places:
+            module._parameters[key] = new  # type: ignore[assignment]
+        yield
+    finally:
+        for module, key, old in reversed(before):
+            module._parameters[key] = old
+
+
+def _call(model: nn.Module, params: Params, method: str, args: tuple, kwargs: dict) -> Any:
+    if torch.compiler.is_compiling():
+        return _functional(model, _prepare(model, params, lasting=True), method, args, kwargs)
+    if bound_params(model) is params:
+        return _method(model, method)(*args, **kwargs)
+    with exclusive(model):
+        mount = _prepare(model, params, lasting=False)
+        if not mount.checkpointing:
+            return _functional(model, mount, method, args, kwargs)
+        mount = _prepare(model, params, lasting=True)
+        with _recompute_adapted(model, params, mount):
+            try:
+                return _functional(model, mount, method, args, kwargs)
+            except RuntimeError as error:
+                if "functorch" not in str(error) and "torch.func" not in str(error):
+                    raise
+                raise FadaptError(
+                    "gradient checkpointing does not work under torch.func transforms; call "
+                    "model.gradient_checkpointing_disable(), or use loss.backward()"
+                ) from error
+
+
+def _functional(model: nn.Module, mount: _Mount, method: str, args: tuple, kwargs: dict) -> Any:
+    if method == "forward":
+        return functional_call(model, mount.by_name, args, kwargs, tie_weights=False)
+    wrapper = _MethodCall(model, method)
+    by_name = {f"model.{name}": tensor for name, tensor in mount.by_name.items()}
+    return functional_call(wrapper, by_name, args, kwargs, tie_weights=False)
+
+
+class _MethodCall(nn.Module):
+    """functional_call reaches forward only; this makes another method a forward."""
+
+    def __init__(self, model: nn.Module, method: str):
+        super().__init__()
+        _method(model, method)
+        self.model, self.method = model, method
+        self.training = model.training
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self.model, self.method)(*args, **kwargs)
+
+
+def _method(model: nn.Module, name: str) -> Callable[..., Any]:
+    if name == "forward":
+        return model
+    found = getattr(model, name, None)
+    if not callable(found):
+        raise ConfigError(f"{type(model).__name__} has no method {name!r}")
+    return found
+
+
+@contextmanager
+def _recompute_adapted(model: nn.Module, params: Params, mount: _Mount) -> Iterator[None]:
+    """Makes the layers' checkpoint function recompute under the same overlays.
+
+    Hugging Face layers keep theirs in ``_gradient_checkpointing_func``. For the duration of the
+    forward it is replaced by the non-reentrant one (equal gradients; the reentrant one loses them
+    where no input requires grad) with a context that mounts the overlays again in backward.
+    """
+
+    @contextmanager
+    def again() -> Iterator[None]:
+        if bound_params(model) is params:
+            yield
+            return
+        with exclusive(model), _mounted(mount):
+            yield
+
+    key = "_gradient_checkpointing_func"
+    before = [(m, m.__dict__[key]) for m in mount.checkpointing if key in m.__dict__]
+    try:
+        for module, func in before:
+            adapted = functools.partial(
+                func, use_reentrant=False, context_fn=lambda: (nullcontext(), again())
+            )
+            setattr(module, key, adapted)
+        yield
+    finally:
+        for module, func in before:
+            setattr(module, key, func)
+
+
+def _arguments(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(batch, Mapping):
+        return (), dict(batch)
+    if isinstance(batch, tuple):
+        return batch, {}
+    if isinstance(batch, Tensor):
+        return (batch,), {}
+    raise ConfigError(
+        "batch must be a dict of keyword arguments, a tuple of positional ones or a tensor; "
+        f"got {type(batch).__name__}"
+    )
+
+
+def _loss(output: Any, batch: Batch, loss_fn: LossFn | None) -> Tensor:
+    if loss_fn is not None:
+        loss = loss_fn(output, batch)
+    else:
+        loss = getattr(output, "loss", output)
+    if isinstance(loss, Tensor) and loss.dim() == 0:
+        return loss
+    if isinstance(loss, Tensor) and loss.shape == (1,):
+        return loss.squeeze(0)
+    what = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+    raise ConfigError(
+        f"no scalar loss: {'loss_fn returned' if loss_fn else 'the model returned'} {what}. "
+        "Pass loss_fn(output, batch) -> scalar, or labels in the batch of a Hugging Face model"
+    )

@@ -1,0 +1,266 @@
+"""Site: one adapted parameter. Which parameters a config means, or why it means none."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .config import DEFAULT_EXCLUDE, Config
+from .errors import ConfigError, TargetError
+from .linear_map import DenseMap
+from .method import Method
+from .slots import LINEAR, MATRIX, TENSOR, Slot, check_model, find_roles, find_slots
+
+
+@dataclass(frozen=True)
+class Site:
+    """What is static about one adapted parameter; part of the treespec, saved with the params.
+
+    Attributes:
+        name: the parameter's name in ``model.named_parameters(remove_duplicate=False)``.
+        out_features, in_features: of the linear map, whatever the storage.
+        transposed: whether the weight is stored (in, out), as in GPT-2's Conv1D.
+        bias: the name of the layer's bias parameter, or None.
+        role: "reader", "writer" or "inner" relative to the residual width; "" if not a layer.
+        note: how the role was chosen where the shape alone does not tell.
+        tied: the other names under which the same tensor is used, unadapted.
+        fingerprint: of the frozen weight that the adapter was made for.
+    """
+
+    name: str
+    out_features: int
+    in_features: int
+    transposed: bool = False
+    bias: str | None = None
+    kind: str = LINEAR
+    role: str = ""
+    note: str = ""
+    tied: tuple[str, ...] = ()
+    fingerprint: str = ""
+
+    @property
+    def stored_shape(self) -> tuple[int, int]:
+        """The shape of the parameter itself."""
+        shape = self.out_features, self.in_features
+        return shape[::-1] if self.transposed else shape
+
+
+@dataclass(frozen=True)
+class SiteView:
+    """What :meth:`Method.init` sees of a site: its shape, its frozen map, and tensor factories.
+
+    All factories make tensors in ``dtype`` on the site's device; random ones are drawn on the CPU,
+    so that values do not depend on the device.
+    """
+
+    site: Site
+    base: DenseMap
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def name(self) -> str:
+        return self.site.name
+
+    @property
+    def out_features(self) -> int:
+        return self.site.out_features
+
+    @property
+    def in_features(self) -> int:
+        return self.site.in_features
+
+    def weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The frozen matrix (out_features, in_features), in float32 or better."""
+        return self.base.weight().detach().to(dtype or self.dtype)
+
+    def zeros(self, *shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=self.dtype, device=self.device)
+
+    def uniform(self, rng: torch.Generator, shape: Sequence[int], bound: float) -> Tensor:
+        """Uniform on [-bound, bound)."""
+        return self._place(torch.rand(*shape, generator=rng, dtype=self.dtype) * 2 - 1) * bound
+
+    def normal(self, rng: torch.Generator, shape: Sequence[int], std: float = 1.0) -> Tensor:
+        return self._place(torch.randn(*shape, generator=rng, dtype=self.dtype)) * std
+
+    def _place(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device)
+
+
+def resolve(model: nn.Module, config: Config) -> list[tuple[Slot, Site, Method]]:
+    """The sites that a config means, in the model's order. See :class:`Config` for the rules.
+
+    Raises:
+        TargetError: a rule, exclude pattern, layer or role that matches nothing; a tied weight
+            named without its use; a parameter that cannot be adapted.
+        ConfigError: a shape that the method cannot take.
+    """
+    check_model(model)
+    slots = find_slots(model)
+    excluded = _excluded(slots, config)
+    chosen = _apply_rules(slots, config, excluded)
+    roles = find_roles(slots)
+    chosen = _filter(chosen, slots, config, roles)
+    _check_ties(chosen, slots, excluded)
+    found = []
+    for slot, _, method in chosen:
+        role, note = roles.get(slot.name, ("", ""))
+        d_out, d_in = slot.shape
+        tied = tuple(n for s in slots if s is not slot and s.weight is slot.weight for n in s.names)
+        site = Site(
+            name=slot.name,
+            out_features=d_out,
+            in_features=d_in,
+            transposed=slot.transposed,
+            bias=slot.bias,
+            kind=slot.kind,
+            role=role,
+            note=note,
+            tied=tied,
+        )
+        _check_weight(slot)
+        try:
+            method.check(site)
+        except ConfigError as error:
+            raise ConfigError(f"{site.name} ({d_out} x {d_in}): {error}") from None
+        found.append((slot, site, method))
+    return found
+
+
+Chosen = list[tuple[Slot, str, Method]]
+
+
+def _excluded(slots: list[Slot], config: Config) -> set[str]:
+    names = [n for s in slots for n in s.names]
+    for pattern in config.exclude:
+        if pattern not in DEFAULT_EXCLUDE and not any(re.search(pattern, n) for n in names):
+            raise TargetError(f"exclude {pattern!r} matches no parameter; {_near(pattern, names)}")
+    return {s.name for s in slots for p in config.exclude for n in s.names if re.search(p, n)}
+
+
+def _apply_rules(slots: list[Slot], config: Config, excluded: set[str]) -> Chosen:
+    taken: dict[str, int] = {}
+    for i, (pattern, _) in enumerate(config.rule_list):
+        for slot in slots:
+            hits = [n for n in slot.names if re.search(pattern, n)]
+            if hits and len(hits) < len(slot.names):
+                raise TargetError(
+                    f"rule {pattern!r} matches {hits} but not {sorted(set(slot.names) - set(hits))}"
+                    ", which is the same module used again: an adapter there changes every use. "
+                    f"Match them all: {'|'.join(map(re.escape, slot.names))!r}"
+                )
+            if hits:
+                taken.setdefault(slot.name, i)
+    chosen: Chosen = []
+    for i, (pattern, method) in enumerate(config.rule_list):
+        mine = [s for s in slots if taken.get(s.name) == i and s.name not in excluded]
+        if not mine:
+            raise TargetError(_nothing(pattern, i, slots, taken, excluded, config))
+        if method is None:
+            continue
+        # A broad pattern means the linear maps; other parameters are adapted when they are named.
+        linear = [s for s in mine if s.kind == LINEAR]
+        if experts := [s for s in mine if s.kind == TENSOR and (linear or pattern)]:
+            raise TargetError(
+                f"rule {pattern!r} matches {experts[0].name} of shape "
+                f"{tuple(experts[0].weight.shape)}; adapters need 2-D weights. "
+                "Narrow the pattern or put {pattern: None} for it before this rule"
+            )
+        if not linear and not pattern:
+            raise TargetError(
+                f"{type(method).__name__} for all linear maps, but the model has none; its 2-D "
+                f"parameters are {[s.name for s in mine][:8]}: name one in a rule"
+            )
+        chosen += [(s, pattern, method) for s in linear or mine]
+    order = {s.name: k for k, s in enumerate(slots)}
+    return sorted(chosen, key=lambda c: order[c[0].name])
+
+
+def _filter(
+    chosen: Chosen, slots: list[Slot], config: Config, roles: dict[str, tuple[str, str]]
+) -> Chosen:
+    if config.layers is not None:
+        present = sorted({s.layer for s in slots if s.layer is not None})
+        count = present[-1] + 1 if present else 0
+        wanted = {i + count if i < 0 else i for i in config.layers}
+        if absent := sorted(wanted - set(present)):
+            raise TargetError(
+                f"layers {absent} do not exist; the model has "
+                f"{f'layers 0 to {count - 1}' if count else 'no numbered layers'}"
+            )
+        chosen = [c for c in chosen if c[0].layer in wanted]
+    if config.roles:
+        before = chosen
+        chosen = [c for c in chosen if roles.get(c[0].name, ("",))[0] in config.roles]
+        if before and not chosen:
+            table = {c[0].name: roles.get(c[0].name, ("none",))[0] for c in before[:6]}
+            raise TargetError(f"no rule matches a weight in the roles {config.roles}; {table}")
+    for pattern, method in config.rule_list:
+        if method is not None and not any(c[1] == pattern for c in chosen):
+            raise TargetError(
+                f"rule {pattern!r} matches weights, but none in layers={config.layers}, "
+                f"roles={config.roles}; widen them or drop the rule"
+            )
+    return chosen
+
+
+def _check_ties(chosen: Chosen, slots: list[Slot], excluded: set[str]) -> None:
+    for slot, pattern, method in chosen:
+        uses = [s for s in slots if s.weight is slot.weight and s.name not in excluded]
+        named = [s.name for s in uses if re.search(pattern, s.name)]
+        if len(named) > 1:
+            one, other = (re.escape(n) for n in named[:2])
+            raise TargetError(
+                f"{' and '.join(named)} are one tied tensor, and rule {pattern!r} means both. "
+                f"Say which use: {{{one!r}: {method!r}}}, or give each its own rule "
+                f"({one!r} and {other!r}), or exclude them"
+            )
+
+
+def _check_weight(slot: Slot) -> None:
+    weight = slot.weight
+    if not weight.is_floating_point():
+        raise TargetError(
+            f"{slot.name} holds {weight.dtype} of shape {tuple(weight.shape)} in a "
+            f"{type(slot.module).__name__}: fadapt does not know this quantised layer"
+        )
+    if slot.kind == MATRIX and getattr(slot.module, "parametrizations", None):
+        raise TargetError(f"{slot.name} belongs to a parametrised module; remove_parametrizations")
+
+
+def _nothing(
+    pattern: str,
+    i: int,
+    slots: list[Slot],
+    taken: dict[str, int],
+    excluded: set[str],
+    config: Config,
+) -> str:
+    names = [n for s in slots for n in s.names]
+    hits = [s.name for s in slots if any(re.search(pattern, n) for n in s.names)]
+    if not hits:
+        return f"rule {pattern!r} matches no weight; {_near(pattern, names)}"
+    if earlier := [n for n in hits if taken[n] < i]:
+        by = config.rule_list[taken[earlier[0]]][0]
+        return (
+            f"rule {pattern!r} is never used: {earlier[0]} and all else that it matches is taken "
+            f"by the earlier rule {by!r}; put the narrower rule first"
+        )
+    return (
+        f"rule {pattern!r} matches only excluded weights, such as {hits[0]}; "
+        f"exclude is {config.exclude}: pass exclude=() or a narrower one"
+    )
+
+
+def _near(pattern: str, names: list[str]) -> str:
+    words = [w for w in re.split(r"[^A-Za-z0-9_]+", pattern) if len(w) > 2]
+    parts = {part for n in names for part in n.split(".")}
+    close = {c for w in words for c in difflib.get_close_matches(w, parts, 2, 0.5)}
+    near = [n for n in names if close & set(n.split("."))] or names
+    return f"near names are {near[:5]}" if names else "the model has no 2-D parameter"

@@ -1,0 +1,166 @@
+"""The weights of a model that can be adapted, as places in its module tree."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from .errors import TargetError
+
+LINEAR, EMBEDDING, MATRIX, TENSOR = "linear", "embedding", "matrix", "tensor"
+
+
+@dataclass(eq=False)
+class Slot:
+    """One parameter of one module: the place where an overlay goes.
+
+    Attributes:
+        name: as in ``named_parameters(remove_duplicate=False)``; the first, if a module is shared.
+        names: all names of this place (a module used twice has several).
+        kind: "linear", "embedding", "matrix" (a bare 2-D parameter) or "tensor" (3-D and more).
+        transposed: whether the weight is stored (in, out).
+        bias: the name of the bias parameter, or None.
+    """
+
+    name: str
+    module: nn.Module
+    key: str
+    weight: Tensor
+    kind: str
+    transposed: bool
+    bias: str | None
+    names: list[str] = field(default_factory=list)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features)."""
+        rows, columns = self.weight.shape[-2:]
+        return (columns, rows) if self.transposed else (rows, columns)
+
+    @property
+    def layer(self) -> int | None:
+        """The first number in the name."""
+        return next((int(part) for part in self.name.split(".") if part.isdigit()), None)
+
+
+def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
+    """(name, module, key, parameter) of every parameter of every module, shared ones repeated."""
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for key, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            yield (f"{prefix}.{key}" if prefix else key), module, key, parameter
+
+
+def find_slots(model: nn.Module) -> list[Slot]:
+    """Every parameter with two or more dimensions, in the model's order, each place once."""
+    slots: dict[tuple[int, str], Slot] = {}
+    for name, module, key, weight in walk(model):
+        slot = slots.get((id(module), key))
+        if slot is None:
+            if isinstance(weight, nn.UninitializedParameter):
+                raise TargetError(
+                    f"{name} is uninitialised (a lazy module); run the model once before fadapt"
+                )
+            if weight.dim() < 2:
+                continue
+            kind, transposed, bias = _classify(module, key, weight)
+            if bias is not None:
+                bias = name.removesuffix(key) + bias
+            slot = Slot(name, module, key, weight, kind, transposed, bias)
+            slots[id(module), key] = slot
+        slot.names.append(name)
+    return list(slots.values())
+
+
+def _classify(module: nn.Module, key: str, weight: Tensor) -> tuple[str, bool, str | None]:
+    def has(bias: str) -> str | None:
+        return bias if getattr(module, bias, None) is not None else None
+
+    if weight.dim() > 2:
+        return TENSOR, False, None
+    if isinstance(module, nn.Linear) and key == "weight":
+        return LINEAR, False, has("bias")
+    # transformers' Conv1D, recognised without importing transformers.
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf") and key == "weight":
+        return LINEAR, True, has("bias")
+    if isinstance(module, nn.MultiheadAttention) and key.endswith("proj_weight"):
+        return LINEAR, False, has("in_proj_bias") if key == "in_proj_weight" else None
+    if isinstance(module, nn.Embedding):
+        return EMBEDDING, True, None
+    return MATRIX, False, None
+
+
+def find_roles(slots: list[Slot]) -> dict[str, tuple[str, str]]:
+    """The role of every linear map relative to the residual width, with a note where it is a guess.
+
+    The width of a tower (the layers under one prefix) is the dimension that most of its maps have
+    on either side; at a tie, the first map's input. A square map reads, unless it is the last
+    linear map of a sublayer with several (the output projection of an attention).
+    """
+    slots = [s for s in slots if s.kind == LINEAR]
+    towers: dict[str, list[Slot]] = {}
+    for slot in slots:
+        towers.setdefault(_tower(slot.name), []).append(slot)
+    main = max(towers.values(), key=len, default=[])
+    roles: dict[str, tuple[str, str]] = {}
+    for name, members in towers.items():
+        width = _width(members if name else main)
+        sublayers: dict[str, list[Slot]] = {}
+        for slot in members:
+            sublayers.setdefault(_sublayer(slot.name), []).append(slot)
+        for slot in members:
+            d_out, d_in = slot.shape
+            group = sublayers[_sublayer(slot.name)]
+            if d_in == d_out == width:
+                if len(group) == 1:
+                    roles[slot.name] = "reader", f"square {width}, alone: taken as reader"
+                else:
+                    last = slot is group[-1]
+                    role = "writer" if last else "reader"
+                    where = _sublayer(slot.name).rsplit(".", 1)[-1]
+                    roles[slot.name] = (
+                        role,
+                        f"square {width}, {'last' if last else 'not last'} of {where}",
+                    )
+            elif d_in == width:
+                roles[slot.name] = "reader", ""
+            elif d_out == width:
+                roles[slot.name] = "writer", ""
+            else:
+                roles[slot.name] = "inner", ""
+    return roles
+
+
+def check_model(model: nn.Module) -> None:
+    """Refuses wrappers whose parameters are not the ones that their forward uses."""
+    if not isinstance(model, nn.Module):
+        raise TargetError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    if hasattr(model, "_orig_mod"):
+        raise TargetError(
+            "the model is already compiled: pass the model itself (model._orig_mod) and compile "
+            "the step: torch.compile(lambda params, batch: fadapt.run(model, params, batch))"
+        )
+    if isinstance(model, nn.DataParallel):
+        raise TargetError(
+            "nn.DataParallel copies the parameters before its forward: pass model.module"
+        )
+
+
+def _tower(name: str) -> str:
+    parts = name.split(".")
+    return next((".".join(parts[:i]) or "." for i, p in enumerate(parts) if p.isdigit()), "")
+
+
+def _sublayer(name: str) -> str:
+    match = re.match(r"(.*\.|^)\d+\.[^.]+", name)
+    return match.group() if match else name.rsplit(".", 2)[0]
+
+
+def _width(slots: list[Slot]) -> int:
+    votes = Counter(d for s in slots for d in s.shape)
+    most = max(votes.values(), default=0)
+    best = [d for d, n in votes.items() if n == most]
+    return slots[0].shape[1] if slots and slots[0].shape[1] in best else max(best, default=0)

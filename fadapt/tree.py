@@ -1,0 +1,234 @@
+"""Params: the explicit pytree of adapters, and its differentiable part."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, ItemsView, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import optree
+import torch
+
+# torch.func flattens its arguments with this registry; torch has no public name for it.
+import torch.utils._pytree as torch_pytree
+from optree.registry import __GLOBAL_NAMESPACE as GLOBAL_NAMESPACE
+from torch import Tensor
+
+from .errors import ConfigError
+from .method import STRENGTH, Leaves, Method
+from .sites import Site
+
+if TYPE_CHECKING:
+    from .config import Config
+
+Train = dict[str, Leaves]
+"""What :func:`split` returns first: {site name: {leaf name: tensor}}."""
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """One site's adapter: static site and method, trainable and fixed leaves.
+
+    Attributes:
+        site: where it belongs; static.
+        method: its hyper-parameters; static.
+        train: trainable leaves, which start at the increment zero or at random.
+        fixed: constants the method needs (row norms, SVD factors) and the runtime strength.
+    """
+
+    site: Site
+    method: Method
+    train: Leaves
+    fixed: Leaves
+
+    @property
+    def leaves(self) -> Leaves:
+        """Trainable and fixed leaves together, as a method's functions receive them."""
+        return {**self.train, **self.fixed}
+
+    def replace(self, train: Leaves | None = None, fixed: Leaves | None = None) -> Adapter:
+        """A copy with other leaves."""
+        return Adapter(
+            self.site,
+            self.method,
+            self.train if train is None else _sorted(train),
+            self.fixed if fixed is None else _sorted(fixed),
+        )
+
+
+class Params(Mapping[str, Adapter]):
+    """An immutable mapping {site name: Adapter}, sorted by name; a pytree.
+
+    Registered in torch's pytree and in optree's global namespace, so torch.func and
+    ``optree.tree_map`` take it as it is. ``config`` is kept for the record and is not compared.
+    """
+
+    __slots__ = ("_adapters", "config")
+
+    def __init__(self, adapters: Mapping[str, Adapter], config: Config | None = None):
+        self._adapters: dict[str, Adapter] = _sorted(adapters)
+        self.config = config
+
+    def __getitem__(self, name: str) -> Adapter:
+        return self._adapters[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._adapters)
+
+    def __len__(self) -> int:
+        return len(self._adapters)
+
+    def items(self) -> ItemsView[str, Adapter]:
+        return self._adapters.items()
+
+    def map(self, fn: Callable[[Adapter], Adapter]) -> Params:
+        """A Params with ``fn`` applied to every adapter."""
+        return Params({name: fn(a) for name, a in self.items()}, self.config)
+
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> Params:
+        """A copy on another device or in another adapter dtype, as new trainable leaves.
+
+        Leaves that a method declares ``exact`` keep their dtype.
+        """
+
+        def move(adapter: Adapter) -> Adapter:
+            exact = adapter.method.exact | {STRENGTH}
+            return adapter.replace(
+                train={k: t.detach().to(device, dtype) for k, t in adapter.train.items()},
+                fixed={
+                    k: t.to(device, None if k in exact else dtype) for k, t in adapter.fixed.items()
+                },
+            )
+
+        return trainable_leaves(self.map(move))
+
+    def __repr__(self) -> str:
+        methods = Counter(repr(a.method) for _, a in self.items())
+        what = ", ".join(f"{method} x {n}" for method, n in methods.items()) or "empty"
+        return f"Params({what}; {sum(t.numel() for t in trainable(self)):,} trainable)"
+
+
+def split(params: Params) -> tuple[Train, Params]:
+    """Separates what is differentiated from what is not.
+
+    Returns:
+        ``train``, a plain nested dict {site: {leaf: tensor}} of floating tensors to differentiate,
+        stack or optimise; and ``rest``, the params without them, for :func:`join`.
+    """
+    train = {name: dict(a.train) for name, a in params.items()}
+    return train, params.map(lambda a: a.replace(train={}))
+
+
+def join(train: Mapping[str, Mapping[str, Tensor]], rest: Params) -> Params:
+    """Puts back what :func:`split` took apart.
+
+    Raises:
+        ConfigError: the sites of ``train`` are not those of ``rest``.
+    """
+    if train.keys() != rest.keys():
+        missing, extra = sorted(rest.keys() - train.keys()), sorted(train.keys() - rest.keys())
+        raise ConfigError(
+            f"join: train lacks the sites {missing[:3]} and has the unknown sites {extra[:3]}; "
+            "pass the two halves that one split() returned"
+        )
+    return Params({k: a.replace(train=dict(train[k])) for k, a in rest.items()}, rest.config)
+
+
+def trainable(params: Params) -> list[Tensor]:
+    """The trainable leaves in a fixed order, for an optimiser."""
+    return [leaf for _, adapter in params.items() for leaf in adapter.train.values()]
+
+
+def trainable_leaves(params: Params) -> Params:
+    """The same values with fresh trainable leaves: detached, requires_grad=True."""
+    return params.map(
+        lambda a: a.replace({k: t.detach().requires_grad_() for k, t in a.train.items()})
+    )
+
+
+def scale(params: Params, c: float | Tensor) -> Params:
+    """Sets the runtime strength: 0 is the base, 1 the trained adapter, negative steers back.
+
+    Args:
+        params: any params; an earlier strength is replaced.
+        c: a number or a 0-d tensor (which may require grad).
+    """
+
+    def set_strength(adapter: Adapter) -> Adapter:
+        like = next(iter(adapter.leaves.values()))
+        value = torch.as_tensor(c, device=like.device)
+        if not value.is_floating_point():
+            value = value.to(torch.float32)
+        return adapter.replace(fixed={**adapter.fixed, STRENGTH: value})
+
+    return params.map(set_strength)
+
+
+def project(params: Params) -> Params:
+    """Moves the trainable leaves into their methods' constraints; call it after an optimiser step.
+
+    The leaves are overwritten in place, as an optimiser does, and ``params`` is returned.
+    """
+    with torch.no_grad():
+        for _, adapter in params.items():
+            for name, leaf in adapter.method.project(adapter.train).items():
+                if leaf is not adapter.train[name]:
+                    adapter.train[name].copy_(leaf)
+    return params
+
+
+def _sorted(items: Mapping[str, Any]) -> dict[str, Any]:
+    # torch's pytree keeps a dict's insertion order, optree sorts it: sorted keys agree in both.
+    return {k: items[k] for k in sorted(items)}
+
+
+class _Note:
+    """Carries a value through a treespec without taking part in its comparison."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Note)
+
+    def __hash__(self) -> int:
+        return 0
+
+
+def _flatten_adapter(a: Adapter) -> tuple[tuple[Leaves, Leaves], tuple[Site, Method]]:
+    return (a.train, a.fixed), (a.site, a.method)
+
+
+def _unflatten_adapter(aux: Any, children: Any) -> Adapter:
+    return Adapter(*aux, *children)
+
+
+def _flatten_params(p: Params) -> tuple[list[Adapter], tuple[tuple[str, ...], _Note]]:
+    return list(p._adapters.values()), (tuple(p._adapters), _Note(p.config))
+
+
+def _unflatten_params(aux: Any, children: Any) -> Params:
+    names, note = aux
+    return Params(dict(zip(names, children, strict=True)), note.value)
+
+
+for _cls, _flatten, _unflatten in (
+    (Adapter, _flatten_adapter, _unflatten_adapter),
+    (Params, _flatten_params, _unflatten_params),
+):
+    optree.register_pytree_node(
+        _cls,  # type: ignore[arg-type]
+        _flatten,  # type: ignore[arg-type]
+        lambda aux, children, unflatten=_unflatten: unflatten(aux, children),
+        namespace=GLOBAL_NAMESPACE,
+    )
+    torch_pytree.register_pytree_node(
+        _cls,
+        _flatten,  # type: ignore[arg-type]
+        lambda children, aux, unflatten=_unflatten: unflatten(aux, children),
+    )
