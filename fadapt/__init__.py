@@ -1,6 +1,7 @@
 """fadapt: small adapters as pure functions over an explicit params pytree."""
 
 from .config import Config as Config
+from .describe import summary as summary
 from .errors import CalibrationError as CalibrationError
 from .errors import CheckpointError as CheckpointError
 from .errors import ConfigError as ConfigError
@@ -9,6 +10,9 @@ from .errors import FadaptError as FadaptError
 from .errors import FadaptWarning as FadaptWarning
 from .errors import TargetError as TargetError
 from .initialise import init as init
+from .io import load as load
+from .io import save as save
+from .merge import merge as merge
 from .method import Method as Method
 from .methods import IA3 as IA3
 from .methods import IA3FF as IA3FF

@@ -75,6 +75,13 @@ class Method:
         """The trainable leaves moved to the nearest allowed point; the identity by default."""
         return train
 
+    def true_gradient(self) -> Method:
+        """The same map with its mathematical derivative, where the method defines another one.
+
+        DoRA's norm, for example, is a constant in backpropagation.
+        """
+        return self
+
     def dense(self, p: Mapping[str, Tensor], base: LinearMap) -> tuple[Tensor, Tensor | None]:
         """The adapted weight (out, in) and bias: W' = [f(I) - f(0)]ᵀ, b' = f(0)."""
         weight = base.weight()

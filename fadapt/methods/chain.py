@@ -67,6 +67,9 @@ class Chain(Method):
                 whole.update({f"{i}.{k}": t for k, t in part.items()})
         return train, fixed
 
+    def true_gradient(self) -> Chain:
+        return Chain(tuple(m.true_gradient() for m in self.methods))
+
     def project(self, train: Leaves) -> Leaves:
         return {
             f"{i}.{k}": t

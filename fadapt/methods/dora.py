@@ -15,7 +15,7 @@ Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", arXiv 2402.09353
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -52,6 +52,9 @@ class DoRA(LoRA):
             {**train, "mu": site.zeros(site.out_features)},
             {"w2": site.weight().square().sum(-1)},
         )
+
+    def true_gradient(self) -> DoRA:
+        return replace(self, detach_norm=False)
 
     def delta(self, p: Mapping[str, Tensor], x: Tensor, y: Tensor, base: LinearMap) -> Tensor:
         c_minus_1 = self._gain_minus_1(p, base).to(x.dtype)

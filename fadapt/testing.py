@@ -1,0 +1,428 @@
+"""The laws that every method passes, for the package's own methods and for yours.
+
+    from fadapt.testing import check_method
+    check_method(MyMethod(r=4))
+
+Each law is a function of a method and a :class:`Case` (shapes, bias, dtype, seed) that raises
+AssertionError. The references are the derived dense weights, loops, finite differences and the
+untouched model; none is the code under test.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from .config import Config
+from .errors import FadaptWarning
+from .initialise import init
+from .io import load, save
+from .merge import merge
+from .method import Method
+from .overlay import dense
+from .run import apply, run
+from .tree import Params, join, project, scale, split, trainable
+
+
+@dataclass(frozen=True)
+class Case:
+    """One draw: a two-layer model, its dtype and the seed of everything.
+
+    Attributes:
+        widths: input, hidden and output width of the model.
+        bias: whether its layers have biases.
+        dtype: of the base weights and, through Config's default, of the arithmetic.
+        seed: of weights, data, initial and trained-like values.
+        calib: passed to ``fadapt.init``.
+    """
+
+    widths: tuple[int, int, int] = (12, 16, 8)
+    bias: bool = True
+    dtype: torch.dtype = torch.float64
+    seed: int = 0
+    calib: Callable[[Case], Any] | None = None
+
+    @property
+    def rng(self) -> torch.Generator:
+        return torch.Generator().manual_seed(self.seed + 1)
+
+    def model(self) -> nn.Module:
+        d_in, hidden, d_out = self.widths
+        model = nn.Sequential(
+            nn.Linear(d_in, hidden, self.bias), nn.Tanh(), nn.Linear(hidden, d_out, self.bias)
+        )
+        rng = torch.Generator().manual_seed(self.seed)
+        for parameter in model.parameters():
+            nn.init.normal_(parameter, std=0.5, generator=rng)
+        return model.to(self.dtype).eval()
+
+    def x(self, *lead: int) -> Tensor:
+        rng = torch.Generator().manual_seed(self.seed + 2)
+        return torch.randn(*lead, self.widths[0], generator=rng).to(self.dtype)
+
+    def fresh(self, model: nn.Module, method: Method, **config: Any) -> Params:
+        calib = self.calib(self) if self.calib else None
+        return init(model, Config(method, seed=self.seed, **config), calib)
+
+    def trained(self, model: nn.Module, method: Method, offset: int = 0) -> Params:
+        """Params as training leaves them: every trainable entry moved at random."""
+        params = self.fresh(model, method)
+        rng = torch.Generator().manual_seed(self.seed + 3 + offset)
+        with torch.no_grad():
+            for leaf in trainable(params):
+                leaf += 0.3 * torch.randn(leaf.shape, generator=rng).to(leaf.dtype)
+        return project(params)
+
+
+def exact_identity(method: Method, case: Case) -> None:
+    """At the start the adapted model equals the base to the last bit, in three dtypes."""
+    for dtype in (case.dtype, torch.float32, torch.bfloat16):
+        here = replace(case, dtype=dtype)
+        model, x = here.model(), here.x(2, 3)
+        for adapter_dtype in (None, dtype):
+            out = apply(model, here.fresh(model, method, dtype=adapter_dtype), x)
+            assert torch.equal(out, model(x)), (
+                f"not the identity at the start: base {dtype}, adapter {adapter_dtype}, "
+                f"difference {(out - model(x)).abs().max()}"
+            )
+
+
+def merged_equals_run(method: Method, case: Case) -> None:
+    """run equals the plain model with the merged weights; the strength is merged too."""
+    model, x = case.model(), case.x(2, 3)
+    params = case.trained(model, method)
+    for c in (1.0, 0.5):
+        scaled = scale(params, c)
+        out = apply(model, scaled, x)
+        ref = functional_call(model, merge(model, scaled), (x,))
+        _close(out, ref, f"run against merged weights at strength {c}")
+    moved = (apply(model, params, x) - model(x)).abs().max()
+    assert moved > 1e-6, "trained-like values leave the model unchanged"
+
+
+def bias_as_declared(method: Method, case: Case) -> None:
+    """The bias changes exactly where ``acts_on_bias`` says so."""
+    model = replace(case, bias=True).model()
+    for _, adapter in case.trained(model, method).items():
+        layer = model.get_submodule(adapter.site.name.removesuffix(".weight"))
+        _, bias = dense(adapter, layer.weight, layer.bias)
+        changed = not torch.allclose(bias, layer.bias, rtol=1e-9, atol=1e-9)  # type: ignore[arg-type]
+        assert changed == method.acts_on_bias, f"acts_on_bias is {method.acts_on_bias}"
+
+
+def gradients_equal_dense(method: Method, case: Case) -> None:
+    """Gradients through the overlay equal those through the dense weights."""
+    model, x = case.model(), case.x(4)
+    params = case.trained(model, method)
+    if not trainable(params):
+        return
+    grads = torch.autograd.grad(_loss(apply(model, params, x)), trainable(params))
+    weights: dict[str, Tensor] = {}
+    for name, adapter in params.items():
+        layer = model.get_submodule(name.removesuffix(".weight"))
+        bias = None if layer.bias is None else layer.bias.detach()
+        weights[name], new_bias = dense(adapter, layer.weight.detach(), bias)
+        if new_bias is not None:
+            weights[name.removesuffix("weight") + "bias"] = new_bias
+    refs = torch.autograd.grad(_loss(functional_call(model, weights, (x,))), trainable(params))
+    for grad, ref in zip(grads, refs, strict=True):
+        _close(grad, ref, "gradient against the dense weights")
+
+
+def vmap_equals_loop(method: Method, case: Case) -> None:
+    """vmap over stacked adapters equals a loop, values and gradients."""
+    model, x = case.model(), case.x(4)
+    members = [case.trained(model, method, offset=i) for i in range(3)]
+    trains, rests = zip(*(split(p) for p in members), strict=True)
+    if not trainable(members[0]):
+        return
+    stacked = _tree_stack([*trains])
+
+    def loss(train: Any) -> Tensor:
+        return run(model, join(train, rests[0]), x, lambda out, _: _loss(out))
+
+    losses = torch.func.vmap(loss)(stacked)
+    grads = torch.func.vmap(torch.func.grad(loss))(stacked)
+    for i, member in enumerate(members):
+        ref = _loss(apply(model, member, x))
+        _close(losses[i], ref, "vmapped loss")
+        refs = iter(torch.autograd.grad(ref, trainable(member)))
+        for name, adapter in member.items():
+            for leaf in adapter.train:
+                _close(grads[name][leaf][i], next(refs), f"vmapped gradient of {leaf}")
+
+
+def derivatives_equal_finite_differences(method: Method, case: Case) -> None:
+    """grad and jvp agree with central differences in float64."""
+    case, method = replace(case, dtype=torch.float64), method.true_gradient()
+    model, x = case.model(), case.x(4)
+    train, rest = split(case.trained(model, method))
+    if not any(train.values()):
+        return
+    rng = case.rng
+    direction = {
+        n: {k: torch.randn(t.shape, generator=rng, dtype=t.dtype) for k, t in leaves.items()}
+        for n, leaves in train.items()
+    }
+
+    def loss(train: Any) -> Tensor:
+        return _loss(apply(model, join(train, rest), x))
+
+    def moved(step: float) -> Tensor:
+        new = {n: {k: t + step * direction[n][k] for k, t in v.items()} for n, v in train.items()}
+        return loss(new)
+
+    with torch.no_grad():
+        h = 1e-4
+        # Richardson extrapolation of the central difference: error O(h^4).
+        coarse, fine = ((moved(s) - moved(-s)) / (2 * s) for s in (h, h / 2))
+        reference = (4 * fine - coarse) / 3
+    grad = torch.func.grad(loss)(train)
+    inner = sum((grad[n][k] * direction[n][k]).sum() for n, v in train.items() for k in v)
+    _, tangent = torch.func.jvp(loss, (train,), (direction,))
+    _close(inner, reference, "grad against finite differences", tol=1e-6)
+    _close(tangent, reference, "jvp against finite differences", tol=1e-6)
+
+
+def compiled_equals_eager(method: Method, case: Case) -> None:
+    """A compiled step (fullgraph) equals the eager one; a second adapter does not recompile."""
+    case = replace(case, dtype=torch.float64)
+    model, x = case.model(), case.x(4)
+    graphs = 0
+
+    def backend(gm: torch.fx.GraphModule, inputs: Any) -> Any:
+        nonlocal graphs
+        graphs += 1
+        return gm.forward
+
+    def step(params: Params, x: Tensor) -> Tensor:
+        return run(model, params, x, lambda out, _: _loss(out))
+
+    torch.compiler.reset()
+    compiled = torch.compile(step, fullgraph=True, backend=backend)
+    for offset in (0, 1):
+        params = case.trained(model, method, offset)
+        out, ref = compiled(params, x), step(params, x)
+        _close(out, ref, "compiled loss")
+        if trainable(params):
+            for a, b in zip(
+                torch.autograd.grad(out, trainable(params)),
+                torch.autograd.grad(ref, trainable(params)),
+                strict=True,
+            ):
+                _close(a, b, "compiled gradient")
+    assert graphs == 1, f"{graphs} compilations for two adapters of the same shapes"
+
+
+def saved_equals_loaded(method: Method, case: Case) -> None:
+    """save and load keep every bit, every dtype, the method and the config."""
+    for adapter_dtype in (None, torch.bfloat16):
+        model, x = case.model(), case.x(4)
+        params = case.trained(model, method)
+        if adapter_dtype:
+            params = params.to(dtype=adapter_dtype)
+        params = scale(params, 0.7)
+        with tempfile.TemporaryDirectory() as directory:
+            path = Path(directory) / "adapter.safetensors"
+            save(params, path)
+            loaded = load(path, model)
+        assert loaded.config == params.config, f"{loaded.config} != {params.config}"
+        for name, adapter in params.items():
+            other = loaded[name]
+            assert (other.method, other.site) == (adapter.method, adapter.site)
+            assert other.leaves.keys() == adapter.leaves.keys()
+            for leaf, tensor in adapter.leaves.items():
+                assert other.leaves[leaf].dtype == tensor.dtype
+                assert torch.equal(other.leaves[leaf], tensor), f"{leaf} changed on disk"
+        assert torch.equal(apply(model, loaded, x), apply(model, params, x))
+
+
+def base_untouched(method: Method, case: Case) -> None:
+    """The model keeps its tensors, values, flags and hooks, also after an exception."""
+    model, x = case.model(), case.x(4)
+    before = copy.deepcopy(model)
+    objects = dict(model.named_parameters())
+    flags = {n: p.requires_grad for n, p in objects.items()}
+    state = [(dict(m.__dict__["_forward_hooks"]), m.training) for m in model.modules()]
+
+    def fail(out: Tensor, _: Any) -> Tensor:
+        raise ZeroDivisionError
+
+    params = case.trained(model, method)
+    if trainable(params):
+        run(model, params, x, lambda out, _: _loss(out)).backward()
+    for bad_call in (
+        lambda: run(model, params, x, fail),
+        lambda: run(model, params, x[:, :-1]),
+    ):
+        try:
+            bad_call()
+        except (ZeroDivisionError, RuntimeError, ValueError):
+            pass
+        else:
+            raise AssertionError("the failing call did not raise")
+    merge(model, params)
+    for name, parameter in model.named_parameters():
+        assert parameter is objects[name], f"{name} is another object"
+        assert torch.equal(parameter, before.get_parameter(name)), f"{name} changed"
+        assert parameter.requires_grad == flags[name]
+        assert parameter.grad is None, f"{name} got a gradient"
+    assert state == [(dict(m.__dict__["_forward_hooks"]), m.training) for m in model.modules()]
+
+
+def every_leaf_learns(method: Method, case: Case) -> None:
+    """Every trainable leaf gets a nonzero finite gradient within two steps."""
+    model, x = case.model(), case.x(16)
+    params = case.fresh(model, method)
+    if not trainable(params):
+        return
+    optimiser = torch.optim.SGD(trainable(params), lr=0.05)
+    live: set[int] = set()
+    for _ in range(2):
+        optimiser.zero_grad()
+        _loss(apply(model, params, x)).backward()
+        for i, leaf in enumerate(trainable(params)):
+            assert leaf.grad is not None and leaf.grad.isfinite().all()
+            if leaf.grad.abs().sum() > 0:
+                live.add(i)
+        optimiser.step()
+        project(params)
+    names = [f"{n}:{k}" for n, a in params.items() for k in a.train]
+    dead = [name for i, name in enumerate(names) if i not in live]
+    assert not dead, f"no gradient within two steps: {dead}"
+
+
+def finite_on_degenerate_weights(method: Method, case: Case) -> None:
+    """A zero row, a zero column and a repeated row give finite outputs and gradients."""
+    model, x = case.model(), case.x(4)
+    with torch.no_grad():
+        for layer in (model[0], model[2]):  # type: ignore[index]
+            layer.weight[0] = 0
+            layer.weight[:, 0] = 0
+            layer.weight[-1] = layer.weight[1]
+    for params in (case.fresh(model, method), case.trained(model, method)):
+        out = apply(model, params, x)
+        assert out.isfinite().all(), "output is not finite"
+        if trainable(params):
+            for grad in torch.autograd.grad(_loss(out), trainable(params)):
+                assert grad.isfinite().all(), "gradient is not finite"
+
+
+def no_dense_fallback(method: Method, case: Case) -> None:
+    """nn.Linear never needs the adapted weight itself."""
+    model = case.model()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FadaptWarning)
+        apply(model, case.trained(model, method), case.x(4))
+
+
+def local_seeded_init(method: Method, case: Case) -> None:
+    """A site starts from (seed, name) alone; the global generator is neither read nor advanced."""
+    model = case.model()
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    both = case.fresh(model, method)
+    assert torch.equal(state, torch.get_rng_state()), "init advanced the global generator"
+    torch.manual_seed(1)
+    calib = case.calib(case) if case.calib else None
+    alone = init(model, Config({"^2": method}, seed=case.seed), calib)
+    for leaf, tensor in alone["2.weight"].leaves.items():
+        other = both["2.weight"].leaves[leaf]
+        assert torch.equal(tensor, other), f"{leaf} depends on other sites or global state"
+
+
+def strength_scales(method: Method, case: Case) -> None:
+    """Strength 0 is the base exactly, 1 changes nothing, others differ from both."""
+    model, x = case.model(), case.x(4)
+    params = case.trained(model, method)
+    out = apply(model, params, x)
+    assert torch.equal(apply(model, scale(params, 0), x), model(x)), "strength 0 is not the base"
+    assert torch.equal(apply(model, scale(params, 1), x), out), "strength 1 changed the output"
+    for c in (-1.0, 0.5):
+        other = apply(model, scale(params, c), x)
+        assert other.isfinite().all()
+        assert not torch.allclose(other, out), f"strength {c} has no effect"
+
+
+LAWS: tuple[Callable[[Method, Case], None], ...] = (
+    exact_identity,
+    merged_equals_run,
+    bias_as_declared,
+    gradients_equal_dense,
+    vmap_equals_loop,
+    derivatives_equal_finite_differences,
+    compiled_equals_eager,
+    saved_equals_loaded,
+    base_untouched,
+    every_leaf_learns,
+    finite_on_degenerate_weights,
+    no_dense_fallback,
+    local_seeded_init,
+    strength_scales,
+)
+
+CASES = (
+    Case(),
+    Case(widths=(16, 8, 12), bias=False, seed=1),
+    Case(widths=(8, 24, 8), dtype=torch.float32, seed=2),
+)
+
+
+def check_method(
+    method: Method,
+    cases: Iterable[Case] = CASES,
+    calib: Callable[[Case], Any] | None = None,
+    count: Callable[[int, int], int] | None = None,
+) -> None:
+    """Runs every law on a method.
+
+    Args:
+        method: with hyper-parameters that fit widths of 8 to 24, all multiples of 4.
+        cases: the models to check it on.
+        calib: a function of the case that returns the calibration data for ``fadapt.init``.
+        count: the trainable count as a function of (out_features, in_features).
+
+    Raises:
+        AssertionError: a law does not hold; the message names the law, the case and the values.
+    """
+    for case in cases:
+        case = replace(case, calib=calib)
+        for law in LAWS:
+            try:
+                law(method, case)
+            except Exception as error:
+                raise AssertionError(f"{law.__name__} fails for {method} at {case}: {error}") from (
+                    error
+                )
+        if count is not None:
+            for name, adapter in case.fresh(case.model(), method).items():
+                found = sum(t.numel() for t in adapter.train.values())
+                wanted = count(adapter.site.out_features, adapter.site.in_features)
+                assert found == wanted, f"{method} at {name}: {found} trainable, not {wanted}"
+
+
+def _loss(out: Tensor) -> Tensor:
+    return (out.sin() + 0.1 * out.square()).sum()
+
+
+def _close(out: Any, ref: Any, what: str, tol: float = 1e-9) -> None:
+    out, ref = torch.as_tensor(out), torch.as_tensor(ref)
+    if out.dtype == torch.float32:
+        tol = max(tol, 2e-4)
+    worst = (out - ref).abs().max() / ref.abs().max().clamp(min=1)
+    assert worst <= tol, f"{what}: relative difference {float(worst):.3g} > {tol}"
+
+
+def _tree_stack(trees: list[Any]) -> Any:
+    if isinstance(trees[0], dict):
+        return {k: _tree_stack([t[k] for t in trees]) for k in trees[0]}
+    return torch.stack([t.detach() for t in trees])
