@@ -1,4 +1,4 @@
-"""One call at a time per model: functional_call swaps parameters, so two threads must take turns."""
+"""One call at a time per model: functional_call swaps parameters, so threads must take turns."""
 
 from __future__ import annotations
 
@@ -32,6 +32,15 @@ def _guard(model: nn.Module) -> _Guard:
 def bound_params(model: nn.Module) -> Any:
     """The params that the model is bound to at this moment, or None."""
     return _guard(model).bound
+
+
+def refuse_bound(model: nn.Module, what: str) -> None:
+    """Raises FadaptError if the model is inside ``bound``, where its weights are not its own."""
+    if bound_params(model) is not None:
+        raise FadaptError(
+            f"{what} inside fadapt.bound(model, params) would read the adapted weights; leave the "
+            "block first"
+        )
 
 
 @contextmanager

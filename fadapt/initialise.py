@@ -13,6 +13,7 @@ from torch import nn
 from .config import Config, Rules, as_config
 from .errors import ConfigError, TargetError
 from .fingerprint import fingerprint
+from .guard import refuse_bound
 from .linear_map import DenseMap
 from .method import STRENGTH, Leaves, Method
 from .sites import Site, SiteView, resolve
@@ -39,6 +40,7 @@ def init(model: nn.Module, cfg: Config | Rules, calib: Iterable[Any] | None = No
         CalibrationError: a method that needs statistics, without them.
     """
     config = as_config(cfg)
+    refuse_bound(model, "fadapt.init")
     found = resolve(model, config)
     _check_finite([slot for slot, _, _ in found])
     with torch.no_grad():

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from .errors import FadaptWarning, TargetError
-from .overlay import Overlay, dense
+from .guard import refuse_bound
+from .overlay import dense
 from .tree import Adapter, Params
 
 
@@ -34,6 +35,7 @@ def merge(model: nn.Module, params: Params) -> dict[str, Tensor]:
         FadaptWarning: a site whose tensor is tied to another use, which the merged value is not
             meant for.
     """
+    refuse_bound(model, "fadapt.merge")
     named = dict(model.named_parameters(remove_duplicate=False))
     merged: dict[str, Tensor] = {}
     with torch.no_grad():
@@ -45,8 +47,6 @@ def merge(model: nn.Module, params: Params) -> dict[str, Tensor]:
                     f"{name} is {found} in this {type(model).__name__}, but the adapter was made "
                     f"for shape {adapter.site.stored_shape}; merge into the base it was made for"
                 )
-            if isinstance(weight, Overlay):
-                raise TargetError(f"{name} is already adapted; leave fadapt.bound before merge")
             merged.update(_merge_site(adapter, weight, named))
             if adapter.site.tied:
                 warnings.warn(

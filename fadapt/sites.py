@@ -14,7 +14,7 @@ from .config import DEFAULT_EXCLUDE, Config
 from .errors import ConfigError, TargetError
 from .linear_map import DenseMap
 from .method import Method
-from .slots import LINEAR, MATRIX, TENSOR, Slot, check_model, find_roles, find_slots
+from .slots import EXPERTS, LINEAR, MATRIX, Slot, check_model, find_roles, find_slots
 
 
 @dataclass(frozen=True)
@@ -165,18 +165,18 @@ def _apply_rules(slots: list[Slot], config: Config, excluded: set[str]) -> Chose
         if method is None:
             continue
         # A broad pattern means the linear maps; other parameters are adapted when they are named.
-        linear = [s for s in mine if s.kind == LINEAR]
-        if experts := [s for s in mine if s.kind == TENSOR and (linear or pattern)]:
-            raise TargetError(
-                f"rule {pattern!r} matches {experts[0].name} of shape "
-                f"{tuple(experts[0].weight.shape)}; adapters need 2-D weights. "
-                "Narrow the pattern or put {pattern: None} for it before this rule"
-            )
+        linear = [s for s in mine if s.kind in (LINEAR, EXPERTS)]
         if not linear and not pattern:
             raise TargetError(
-                f"{type(method).__name__} for all linear maps, but the model has none; its 2-D "
+                f"{type(method).__name__} for all linear maps, but the model has none; its other "
                 f"parameters are {[s.name for s in mine][:8]}: name one in a rule"
             )
+        for slot in linear or mine:
+            if slot.weight.dim() != 2:
+                raise TargetError(
+                    f"rule {pattern!r} matches {slot.name} of shape {tuple(slot.weight.shape)}; "
+                    "adapters need 2-D weights. Put {pattern: None} for it before this rule"
+                )
         chosen += [(s, pattern, method) for s in linear or mine]
     order = {s.name: k for k, s in enumerate(slots)}
     return sorted(chosen, key=lambda c: order[c[0].name])

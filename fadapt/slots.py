@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from .errors import TargetError
 
-LINEAR, EMBEDDING, MATRIX, TENSOR = "linear", "embedding", "matrix", "tensor"
+LINEAR, EXPERTS = "linear", "experts"
+EMBEDDING, MATRIX, TENSOR = "embedding", "matrix", "tensor"
 
 
 @dataclass(eq=False)
@@ -21,7 +22,8 @@ class Slot:
     Attributes:
         name: as in ``named_parameters(remove_duplicate=False)``; the first, if a module is shared.
         names: all names of this place (a module used twice has several).
-        kind: "linear", "embedding", "matrix" (a bare 2-D parameter) or "tensor" (3-D and more).
+        kind: "linear"; "experts" (a 3-D stack of matrices); "embedding"; "matrix" (a bare 2-D
+            parameter); or "tensor" (a convolution kernel, a class token).
         transposed: whether the weight is stored (in, out).
         bias: the name of the bias parameter, or None.
     """
@@ -80,7 +82,8 @@ def _classify(module: nn.Module, key: str, weight: Tensor) -> tuple[str, bool, s
         return bias if getattr(module, bias, None) is not None else None
 
     if weight.dim() > 2:
-        return TENSOR, False, None
+        stack = weight.dim() == 3 and min(weight.shape) > 1 and not hasattr(module, "kernel_size")
+        return (EXPERTS if stack else TENSOR), False, None
     if isinstance(module, nn.Linear) and key == "weight":
         return LINEAR, False, has("bias")
     # transformers' Conv1D, recognised without importing transformers.

@@ -1,0 +1,63 @@
+"""The law table: every method (a row) times every law, over drawn shapes, biases and seeds.
+
+A new method is one new row. Widths are multiples of 4, so that block methods fit.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import fadapt
+from fadapt import testing
+from fadapt.testing import LAWS, Case
+
+ROWS = {
+    "LoRA": fadapt.LoRA(r=3, alpha=5.0),
+    "RsLoRA": fadapt.RsLoRA(r=4),
+    "IA3": fadapt.IA3(),
+    "IA3FF": fadapt.IA3FF(),
+    "DoRA": fadapt.DoRA(r=2, alpha=4.0),
+    "Chain": fadapt.Chain((fadapt.DoRA(r=2), fadapt.IA3FF(), fadapt.LoRA(r=1), fadapt.IA3())),
+}
+CALIB: dict[str, object] = {}
+# A compilation takes a second; the drawn widths matter little to it.
+EXAMPLES = {"compiled_equals_eager": 1, "derivatives_equal_finite_differences": 3}
+
+widths = st.integers(2, 6).map(lambda n: 4 * n)
+cases = st.builds(
+    Case,
+    widths=st.tuples(widths, widths, widths),
+    bias=st.booleans(),
+    dtype=st.sampled_from([torch.float64, torch.float64, torch.float32]),
+    seed=st.integers(0, 2**31),
+)
+
+
+@pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
+@pytest.mark.parametrize("row", ROWS)
+def test_law(row: str, law) -> None:
+    @settings(
+        max_examples=EXAMPLES.get(law.__name__, 5),
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(case=cases)
+    def check(case: Case) -> None:
+        law(ROWS[row], testing.replace(case, calib=CALIB.get(row)))
+
+    check()
+
+
+def test_every_public_method_is_a_row() -> None:
+    public = {
+        name
+        for name, cls in vars(fadapt).items()
+        if isinstance(cls, type) and issubclass(cls, fadapt.Method) and cls is not fadapt.Method
+    }
+    rows = {type(m).__name__ for m in ROWS.values()}
+    assert public == rows, f"no row for {public - rows}"
