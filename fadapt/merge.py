@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from .errors import FadaptWarning, TargetError
 from .guard import refuse_bound
-from .overlay import dense
 from .tree import Adapter, Params
 
 
@@ -62,7 +61,7 @@ def merge(model: nn.Module, params: Params) -> dict[str, Tensor]:
 def _merge_site(adapter: Adapter, weight: Tensor, named: dict[str, nn.Parameter]) -> dict:
     wide = torch.float32 if weight.device.type == "mps" else torch.float64
     bias = named[adapter.site.bias] if adapter.site.bias else None
-    new_weight, new_bias = dense(adapter, weight.to(wide), None if bias is None else bias.to(wide))
+    new_weight, new_bias = adapter.dense(weight.to(wide), None if bias is None else bias.to(wide))
     merged = {adapter.site.name: new_weight.to(weight.dtype).contiguous()}
     if adapter.site.bias and bias is not None and adapter.method.acts_on_bias:
         assert new_bias is not None

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,25 @@ from torch import Tensor
 
 from .errors import DenseFallbackWarning, FadaptError, TargetError
 from .linear_map import DenseMap, LinearMap
-from .tree import Adapter
+from .sites import Site
+
+
+class Adapted(Protocol):
+    """What stands behind an overlay: one adapter, or a fold of many."""
+
+    @property
+    def site(self) -> Site: ...
+
+    @property
+    def acts_on_bias(self) -> bool: ...
+
+    def __call__(self, x: Tensor, base: LinearMap) -> Tensor:
+        """The adapted map on (..., in_features)."""
+        ...
+
+    def dense(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The adapted weight, in its stored layout, and bias; or an error."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -40,7 +58,7 @@ class Overlay(Tensor):
     """A weight whose linear products are those of its adapted map. Made by :func:`overlay`."""
 
     frozen: Tensor
-    adapter: Adapter
+    adapter: Adapted
     flipped: bool
     call: Call
 
@@ -58,7 +76,7 @@ class Overlay(Tensor):
         return _dense_fallback(func, args, kwargs)
 
 
-def overlay(weight: Tensor, adapter: Adapter, call: Call, flipped: bool = False) -> Overlay:
+def overlay(weight: Tensor, adapter: Adapted, call: Call, flipped: bool = False) -> Overlay:
     """An overlay of ``weight`` (frozen, in its stored layout) that applies ``adapter``.
 
     as_subclass, not _make_wrapper_subclass: torch.compile traces through it, and every overlay is
@@ -69,26 +87,6 @@ def overlay(weight: Tensor, adapter: Adapter, call: Call, flipped: bool = False)
     result = nan.expand(shape).as_subclass(Overlay)
     result.frozen, result.adapter, result.flipped, result.call = weight, adapter, flipped, call
     return result
-
-
-def adapted(adapter: Adapter, x: Tensor, base: LinearMap) -> Tensor:
-    """The adapted map on (..., in_features); the base sees x in its own shape, with its own kernel."""
-    method, p = adapter.method, adapter.leaves
-    rows = x.reshape(-1, x.shape[-1])
-    shifted, saved = method.enter(p, rows)
-    y = base(x if shifted is rows else shifted.reshape(x.shape))
-    return method.leave(p, saved, y.reshape(-1, y.shape[-1]), base).reshape(y.shape)
-
-
-def dense(adapter: Adapter, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The adapted weight, in its stored layout, and bias; in the dtype of ``weight``.
-
-    Pass float32 or float64 tensors; the adapter's leaves are cast to them.
-    """
-    site, method = adapter.site, adapter.method
-    p = {k: t.to(weight.dtype) for k, t in adapter.leaves.items()}
-    new_weight, new_bias = method.dense(p, DenseMap(weight, bias, site.transposed))
-    return (new_weight.mT if site.transposed else new_weight), new_bias
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
@@ -114,13 +112,13 @@ def _product(x: Tensor, weight: Overlay, bias: Tensor | None, rows_out: bool) ->
     site = weight.adapter.site
     if (site.transposed == weight.flipped) != rows_out:
         return NotImplemented  # the transposed map, as in a tied decoder
-    if weight.adapter.method.acts_on_bias and bias is None and site.bias is not None:
+    if weight.adapter.acts_on_bias and bias is None and site.bias is not None:
         raise TargetError(
             f"{site.name}: the layer adds {site.bias} apart from its product, and "
-            f"{type(weight.adapter.method).__name__} acts on the bias; use another method there"
+            f"{weight.adapter} acts on the bias; use another method there"
         )
     _refuse_checkpoint(weight)
-    return adapted(weight.adapter, x, DenseMap(weight.frozen, bias, site.transposed))
+    return weight.adapter(x, DenseMap(weight.frozen, bias, site.transposed))
 
 
 def _transpose(weight: Tensor, *dims: int) -> Any:
@@ -140,10 +138,10 @@ def _dense_fallback(func: Callable, args: tuple, kwargs: dict) -> Any:
     if name.endswith("_") and not name.endswith("__") and isinstance(args[0], Overlay):
         raise FadaptError(f"the model's forward writes to {names[0]} ({name}); it is frozen")
     for o in overlays:
-        if o.adapter.method.acts_on_bias and o.adapter.site.bias is not None:
+        if o.adapter.acts_on_bias and o.adapter.site.bias is not None:
             raise TargetError(
                 f"{o.adapter.site.name} is used by {name}, for which fadapt has no rule, and "
-                f"{type(o.adapter.method).__name__} acts on the bias; use another method there"
+                f"{o.adapter} acts on the bias; use another method there"
             )
         _refuse_checkpoint(o)
     warnings.warn(
@@ -159,7 +157,7 @@ def _dense_fallback(func: Callable, args: tuple, kwargs: dict) -> Any:
 def materialise(weight: Overlay) -> Tensor:
     """The adapted weight as an ordinary tensor, differentiable in the adapter's leaves."""
     wide = weight.frozen.to(torch.promote_types(weight.dtype, torch.float32))
-    new, _ = dense(weight.adapter, wide, None)
+    new, _ = weight.adapter.dense(wide, None)
     return (new.mT if weight.flipped else new).to(weight.frozen.dtype)
 
 

@@ -28,7 +28,6 @@ from .initialise import init
 from .io import load, save
 from .merge import merge
 from .method import Method
-from .overlay import dense
 from .run import apply, run
 from .tree import Params, join, project, scale, split, trainable
 
@@ -114,7 +113,7 @@ def bias_as_declared(method: Method, case: Case) -> None:
     model = replace(case, bias=True).model()
     for _, adapter in case.trained(model, method).items():
         layer = model.get_submodule(adapter.site.name.removesuffix(".weight"))
-        _, bias = dense(adapter, layer.weight, layer.bias)
+        _, bias = adapter.dense(layer.weight, layer.bias)
         changed = not torch.allclose(bias, layer.bias, rtol=1e-9, atol=1e-9)  # type: ignore[arg-type]
         assert changed == method.acts_on_bias, f"acts_on_bias is {method.acts_on_bias}"
 
@@ -130,7 +129,7 @@ def gradients_equal_dense(method: Method, case: Case) -> None:
     for name, adapter in params.items():
         layer = model.get_submodule(name.removesuffix(".weight"))
         bias = None if layer.bias is None else layer.bias.detach()
-        weights[name], new_bias = dense(adapter, layer.weight.detach(), bias)
+        weights[name], new_bias = adapter.dense(layer.weight.detach(), bias)
         if new_bias is not None:
             weights[name.removesuffix("weight") + "bias"] = new_bias
     refs = torch.autograd.grad(_loss(functional_call(model, weights, (x,))), trainable(params))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, ItemsView, Iterator, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Self
 
 import optree
 import torch
@@ -16,6 +16,7 @@ from optree.registry import __GLOBAL_NAMESPACE as GLOBAL_NAMESPACE
 from torch import Tensor
 
 from .errors import ConfigError
+from .linear_map import DenseMap, LinearMap
 from .method import STRENGTH, Leaves, Method
 from .sites import Site
 
@@ -47,13 +48,40 @@ class Adapter:
         """Trainable and fixed leaves together, as a method's functions receive them."""
         return {**self.train, **self.fixed}
 
-    def replace(self, train: Leaves | None = None, fixed: Leaves | None = None) -> Adapter:
+    @property
+    def acts_on_bias(self) -> bool:
+        return self.method.acts_on_bias
+
+    def __str__(self) -> str:
+        return type(self.method).__name__
+
+    def __call__(self, x: Tensor, base: LinearMap) -> Tensor:
+        """The adapted map on (..., in_features).
+
+        The base sees x in its own shape, so its kernel and rounding are those of the plain layer.
+        """
+        p = self.leaves
+        rows = x.reshape(-1, x.shape[-1])
+        shifted, saved = self.method.enter(p, rows)
+        y = base(x if shifted is rows else shifted.reshape(x.shape))
+        return self.method.leave(p, saved, y.reshape(-1, y.shape[-1]), base).reshape(y.shape)
+
+    def dense(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The adapted weight, in its stored layout, and bias; in the dtype of ``weight``.
+
+        Pass float32 or float64 tensors; the leaves are cast to them.
+        """
+        p = {k: t.to(weight.dtype) for k, t in self.leaves.items()}
+        transposed = self.site.transposed
+        new_weight, new_bias = self.method.dense(p, DenseMap(weight, bias, transposed))
+        return (new_weight.mT if transposed else new_weight), new_bias
+
+    def replace(self, train: Leaves | None = None, fixed: Leaves | None = None) -> Self:
         """A copy with other leaves."""
-        return Adapter(
-            self.site,
-            self.method,
-            self.train if train is None else _sorted(train),
-            self.fixed if fixed is None else _sorted(fixed),
+        return replace(
+            self,
+            train=self.train if train is None else _sorted(train),
+            fixed=self.fixed if fixed is None else _sorted(fixed),
         )
 
 
