@@ -23,6 +23,10 @@ from .methods import RsLoRA as RsLoRA
 from .run import apply as apply
 from .run import bound as bound
 from .run import run as run
+from .stack import Stack as Stack
+from .stack import select as select
+from .stack import stack as stack
+from .stack import unstack as unstack
 from .tree import Adapter as Adapter
 from .tree import Params as Params
 from .tree import join as join

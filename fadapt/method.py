@@ -44,6 +44,8 @@ class Method:
     """True where the adapted layer's bias differs from the base's (IA3, RoAd)."""
     owns_strength: ClassVar[bool] = False
     """True where the method reads the strength c itself (:meth:`strength`) instead of c * increment."""
+    rank_axes: ClassVar[Mapping[str, int]] = {}
+    """{leaf: axis} that a larger rank extends, where zero padding leaves the map as it is."""
     needs_plain_base: ClassVar[bool] = False
     """True where constants of the frozen weight enter, so that a Chain may hold it only first."""
 
@@ -81,6 +83,18 @@ class Method:
         DoRA's norm, for example, is a constant in backpropagation.
         """
         return self
+
+    def widened(self, r: int) -> Method:
+        """The method that runs this one's leaves padded to rank ``r`` along ``rank_axes``.
+
+        Methods that agree on ``widened(1)`` share a stack; what still differs between them, they
+        read from :meth:`hyper_leaves`.
+        """
+        return self
+
+    def hyper_leaves(self) -> dict[str, float]:
+        """Fixed scalar leaves that stand for hyper-parameters in a stack of mixed ones."""
+        return {}
 
     def dense(self, p: Mapping[str, Tensor], base: LinearMap) -> tuple[Tensor, Tensor | None]:
         """The adapted weight (out, in) and bias: W' = [f(I) - f(0)]ᵀ, b' = f(0)."""

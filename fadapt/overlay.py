@@ -32,6 +32,9 @@ class Adapted(Protocol):
     @property
     def acts_on_bias(self) -> bool: ...
 
+    @property
+    def device(self) -> torch.device | None: ...
+
     def __call__(self, x: Tensor, base: LinearMap) -> Tensor:
         """The adapted map on (..., in_features)."""
         ...

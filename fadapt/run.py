@@ -12,58 +12,110 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from . import fold
 from .errors import ConfigError, FadaptError, TargetError
 from .guard import bound_params, exclusive
-from .overlay import Call, Overlay, overlay
+from .losses import hugging_face_loss
+from .overlay import Adapted, Call, Overlay, overlay
 from .slots import check_model
+from .stack import Stack
 from .tree import Params
 
 Batch = Mapping[str, Any] | tuple[Any, ...] | Tensor
 LossFn = Callable[[Any, Any], Tensor]
 
 
-def run(model: nn.Module, params: Params, batch: Batch, loss_fn: LossFn | None = None) -> Tensor:
+def run(
+    model: nn.Module,
+    params: Params | Stack,
+    batch: Batch,
+    loss_fn: LossFn | None = None,
+    *,
+    per_adapter: bool = False,
+) -> Tensor:
     """The loss of the adapted model on a batch; the model is not changed.
+
+    A stack of N adapters gives N losses from one pass over the base. They are independent: the
+    gradient of their sum holds each adapter's own gradient.
 
     Args:
         model: the frozen base. Its own requires_grad flags do not matter: no gradient reaches it.
-        params: from :func:`fadapt.init`, or joined from :func:`fadapt.split`.
+        params: from :func:`fadapt.init`, joined from :func:`fadapt.split`, or a stack.
         batch: a dict of keyword arguments, a tuple of positional ones, or one tensor.
         loss_fn: ``loss_fn(output, batch)``; without it, the output's ``loss`` (Hugging Face models
-            given labels), or the output itself where it is a scalar.
+            given labels), or the output itself where it is a scalar. For a stack it is applied
+            to each adapter's slice of the output and of the batch.
+        per_adapter: for a stack, whether the batch holds (N, B, ...) tensors, one part for each
+            adapter; otherwise all adapters see the same (B, ...) batch.
 
     Returns:
-        The scalar loss, differentiable in the trainable leaves by ``backward`` and by torch.func.
+        The scalar loss, or (N,) losses for a stack, differentiable in the trainable leaves by
+        ``backward`` and by torch.func.
 
     Raises:
         ConfigError: a batch of the wrong type, or an output without a loss.
         TargetError: params made for another model.
     """
+    if isinstance(params, Stack):
+        return _run_stack(model, params, batch, loss_fn, per_adapter)
+    output = _forward(model, params, None, batch)
+    return _scalar(loss_fn(output, batch) if loss_fn else getattr(output, "loss", output), loss_fn)
+
+
+def _run_stack(
+    model: nn.Module, stack: Stack, batch: Batch, loss_fn: LossFn | None, per_adapter: bool
+) -> Tensor:
+    rows = fold.batch_rows(batch, stack, per_adapter)
+    folded = fold.fold_batch(batch, stack, rows, per_adapter)
+    if loss_fn is None:
+        loss_fn, folded, inputs = hugging_face_loss(model, folded)
+    else:
+        inputs = folded
+    output = _forward(model, stack, rows, inputs)
+    outputs, batches = (fold.slices(tree, stack, rows) for tree in (output, folded))
+    losses = [
+        _scalar(loss_fn(*pair), loss_fn) for pair in zip(outputs, batches, strict=True)
+    ]
+    return torch.stack(losses)
+
+
+def _forward(model: nn.Module, params: Params | Stack, rows: int | None, batch: Batch) -> Any:
     args, kwargs = _arguments(batch)
     # A key-value cache costs memory, and torch.func cannot return one.
     if "use_cache" not in kwargs and getattr(getattr(model, "config", None), "use_cache", False):
         kwargs["use_cache"] = False
-    output = _call(model, params, "forward", args, kwargs)
-    return _loss(output, batch, loss_fn)
+    return _call(model, params, rows, "forward", args, kwargs)
 
 
 def apply(
-    model: nn.Module, params: Params, *args: Any, method: str = "forward", **kwargs: Any
+    model: nn.Module,
+    params: Params | Stack,
+    *args: Any,
+    method: str = "forward",
+    per_adapter: bool = False,
+    **kwargs: Any,
 ) -> Any:
     """The adapted model's own output: ``model(*args, **kwargs)``, or another method of it.
 
     Args:
+        params: for a stack, every output tensor becomes (N, B, ...); after :func:`fadapt.select`
+            the output is an ordinary batch.
         method: "forward", or the name of any method that calls it, such as "generate".
+        per_adapter: for a stack, whether the arguments are (N, B, ...), one part per adapter.
 
     Raises:
         ConfigError: the model has no such method.
         TargetError: params made for another model.
     """
-    return _call(model, params, method, args, kwargs)
+    if not isinstance(params, Stack):
+        return _call(model, params, None, method, args, kwargs)
+    rows = fold.batch_rows((args, kwargs), params, per_adapter)
+    args, kwargs = fold.fold_batch((args, kwargs), params, rows, per_adapter)
+    return fold.unfold(_call(model, params, rows, method, args, kwargs), params, rows)
 
 
 @contextmanager
-def bound(model: nn.Module, params: Params) -> Iterator[nn.Module]:
+def bound(model: nn.Module, params: Params | Stack) -> Iterator[nn.Module]:
     """Inside the block the model *is* the adapted one: for loops, generation, checkpointing.
 
     On leaving, also by an exception, every parameter is the same object as before. Updates of the
@@ -74,8 +126,7 @@ def bound(model: nn.Module, params: Params) -> Iterator[nn.Module]:
             loss.backward()
     """
     with exclusive(model, bound=params):
-        mount = _prepare(model, params, lasting=True)
-        with _mounted(mount):
+        with _mounted(_prepare(model, _adapted_sites(model, params, None), lasting=True)):
             yield model
 
 
@@ -88,11 +139,20 @@ class _Mount:
     checkpointing: list[nn.Module]
 
 
-def _prepare(model: nn.Module, params: Params, lasting: bool) -> _Mount:
-    """An overlay for every site, and a detached alias for every other trainable base parameter."""
+def _adapted_sites(
+    model: nn.Module, params: Params | Stack, rows: int | None
+) -> Mapping[str, Adapted]:
     check_model(model)
+    if isinstance(params, Stack):
+        fold.check_batch_first(model)
+        return fold.folded_sites(params, rows)
     if not isinstance(params, Params):
         raise ConfigError(f"params must come from fadapt.init, load or join; got {type(params)}")
+    return params
+
+
+def _prepare(model: nn.Module, sites: Mapping[str, Adapted], lasting: bool) -> _Mount:
+    """An overlay for every site, and a detached alias for every other trainable base parameter."""
     call = Call(lasting, torch.is_grad_enabled())
     by_name: dict[str, Tensor] = {}
     places: list[tuple[nn.Module, str, Tensor]] = []
@@ -102,15 +162,15 @@ def _prepare(model: nn.Module, params: Params, lasting: bool) -> _Mount:
             checkpointing.append(module)
         for key, weight in module.named_parameters(recurse=False, remove_duplicate=False):
             name = f"{prefix}.{key}" if prefix else key
-            if name in params:
-                new = _overlay_site(name, weight, params, call)
+            if name in sites:
+                new = _overlay_site(name, weight, sites[name], call)
             elif weight.requires_grad:
                 new = weight.detach()
             else:
                 continue
             by_name[name] = new
             places.append((module, key, new))
-    if missing := [name for name in params if name not in by_name]:
+    if missing := [name for name in sites if name not in by_name]:
         raise TargetError(
             f"the params adapt {missing[0]} and {len(missing) - 1} more weights that this "
             f"{type(model).__name__} does not have; they were made for another model"
@@ -118,19 +178,18 @@ def _prepare(model: nn.Module, params: Params, lasting: bool) -> _Mount:
     return _Mount(by_name, places, checkpointing)
 
 
-def _overlay_site(name: str, weight: Tensor, params: Params, call: Call) -> Overlay:
+def _overlay_site(name: str, weight: Tensor, adapter: Adapted, call: Call) -> Overlay:
     if isinstance(weight, Overlay):
         raise FadaptError(f"{name} is already adapted: the model is inside fadapt.bound")
-    adapter = params[name]
     if tuple(weight.shape) != adapter.site.stored_shape:
         raise TargetError(
             f"{name} has shape {tuple(weight.shape)}, but its adapter was made for "
             f"{adapter.site.stored_shape}: another base model"
         )
-    leaf = next(iter(adapter.leaves.values()), weight)
-    if leaf.device != weight.device:
+    device = adapter.device or weight.device
+    if device != weight.device:
         raise ConfigError(
-            f"{name} is on {weight.device}, its adapter on {leaf.device}; "
+            f"{name} is on {weight.device}, its adapter on {device}; "
             f"write params = params.to({str(weight.device)!r})"
         )
     if weight.is_meta:
@@ -152,16 +211,24 @@ def _mounted(mount: _Mount) -> Iterator[None]:
             module._parameters[key] = old
 
 
-def _call(model: nn.Module, params: Params, method: str, args: tuple, kwargs: dict) -> Any:
-    if torch.compiler.is_compiling():
-        return _functional(model, _prepare(model, params, lasting=True), method, args, kwargs)
-    if bound_params(model) is params:
+def _call(
+    model: nn.Module,
+    params: Params | Stack,
+    rows: int | None,
+    method: str,
+    args: tuple,
+    kwargs: dict,
+) -> Any:
+    if not torch.compiler.is_compiling() and bound_params(model) is params:
         return _method(model, method)(*args, **kwargs)
+    sites = _adapted_sites(model, params, rows)
+    if torch.compiler.is_compiling():
+        return _functional(model, _prepare(model, sites, lasting=True), method, args, kwargs)
     with exclusive(model):
-        mount = _prepare(model, params, lasting=False)
+        mount = _prepare(model, sites, lasting=False)
         if not mount.checkpointing:
             return _functional(model, mount, method, args, kwargs)
-        mount = _prepare(model, params, lasting=True)
+        mount = _prepare(model, sites, lasting=True)
         with _recompute_adapted(model, params, mount):
             try:
                 return _functional(model, mount, method, args, kwargs)
@@ -205,7 +272,7 @@ def _method(model: nn.Module, name: str) -> Callable[..., Any]:
 
 
 @contextmanager
-def _recompute_adapted(model: nn.Module, params: Params, mount: _Mount) -> Iterator[None]:
+def _recompute_adapted(model: nn.Module, params: Any, mount: _Mount) -> Iterator[None]:
     """Makes the layers' checkpoint function recompute under the same overlays.
 
     Hugging Face layers keep theirs in ``_gradient_checkpointing_func``. For the duration of the
@@ -248,11 +315,7 @@ def _arguments(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
     )
 
 
-def _loss(output: Any, batch: Batch, loss_fn: LossFn | None) -> Tensor:
-    if loss_fn is not None:
-        loss = loss_fn(output, batch)
-    else:
-        loss = getattr(output, "loss", output)
+def _scalar(loss: Any, loss_fn: LossFn | None) -> Tensor:
     if isinstance(loss, Tensor) and loss.dim() == 0:
         return loss
     if isinstance(loss, Tensor) and loss.shape == (1,):

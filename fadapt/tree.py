@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, ItemsView, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import optree
 import torch
@@ -22,7 +22,9 @@ from .sites import Site
 
 if TYPE_CHECKING:
     from .config import Config
+    from .stack import Stack
 
+P = TypeVar("P", "Params", "Stack")
 Train = dict[str, Leaves]
 """What :func:`split` returns first: {site name: {leaf name: tensor}}."""
 
@@ -51,6 +53,11 @@ class Adapter:
     @property
     def acts_on_bias(self) -> bool:
         return self.method.acts_on_bias
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where the leaves are; None without leaves."""
+        return next((t.device for t in self.leaves.values()), None)
 
     def __str__(self) -> str:
         return type(self.method).__name__
@@ -114,6 +121,25 @@ class Params(Mapping[str, Adapter]):
         """A Params with ``fn`` applied to every adapter."""
         return Params({name: fn(a) for name, a in self.items()}, self.config)
 
+    def split(self) -> tuple[Train, Params]:
+        """See :func:`split`."""
+        train = {name: dict(a.train) for name, a in self.items()}
+        return train, self.map(lambda a: a.replace(train={}))
+
+    def join(self, train: Mapping[str, Mapping[str, Tensor]]) -> Params:
+        """See :func:`join`."""
+        if train.keys() != self.keys():
+            missing, extra = sorted(self.keys() - train.keys()), sorted(train.keys() - self.keys())
+            raise ConfigError(
+                f"join: train lacks the sites {missing[:3]} and has the unknown sites {extra[:3]}; "
+                "pass the two halves that one split() returned"
+            )
+        return Params({k: a.replace(dict(train[k])) for k, a in self.items()}, self.config)
+
+    def trainable(self) -> list[Tensor]:
+        """See :func:`trainable`."""
+        return [leaf for _, adapter in self.items() for leaf in adapter.train.values()]
+
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> Params:
@@ -139,35 +165,32 @@ class Params(Mapping[str, Adapter]):
         return f"Params({what}; {sum(t.numel() for t in trainable(self)):,} trainable)"
 
 
-def split(params: Params) -> tuple[Train, Params]:
+def split(params: P) -> tuple[Any, P]:
     """Separates what is differentiated from what is not.
+
+    Args:
+        params: Params, or a Stack.
 
     Returns:
         ``train``, a plain nested dict {site: {leaf: tensor}} of floating tensors to differentiate,
-        stack or optimise; and ``rest``, the params without them, for :func:`join`.
+        stack or optimise (for a Stack, one such dict per group); and ``rest``, the params without
+        them, for :func:`join`.
     """
-    train = {name: dict(a.train) for name, a in params.items()}
-    return train, params.map(lambda a: a.replace(train={}))
+    return params.split()
 
 
-def join(train: Mapping[str, Mapping[str, Tensor]], rest: Params) -> Params:
+def join(train: Mapping[str, Any], rest: P) -> P:
     """Puts back what :func:`split` took apart.
 
     Raises:
         ConfigError: the sites of ``train`` are not those of ``rest``.
     """
-    if train.keys() != rest.keys():
-        missing, extra = sorted(rest.keys() - train.keys()), sorted(train.keys() - rest.keys())
-        raise ConfigError(
-            f"join: train lacks the sites {missing[:3]} and has the unknown sites {extra[:3]}; "
-            "pass the two halves that one split() returned"
-        )
-    return Params({k: a.replace(train=dict(train[k])) for k, a in rest.items()}, rest.config)
+    return rest.join(train)
 
 
-def trainable(params: Params) -> list[Tensor]:
+def trainable(params: Params | Stack) -> list[Tensor]:
     """The trainable leaves in a fixed order, for an optimiser."""
-    return [leaf for _, adapter in params.items() for leaf in adapter.train.values()]
+    return params.trainable()
 
 
 def trainable_leaves(params: Params) -> Params:
@@ -213,7 +236,7 @@ def _sorted(items: Mapping[str, Any]) -> dict[str, Any]:
     return {k: items[k] for k in sorted(items)}
 
 
-class _Note:
+class Note:
     """Carries a value through a treespec without taking part in its comparison."""
 
     __slots__ = ("value",)
@@ -222,7 +245,7 @@ class _Note:
         self.value = value
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Note)
+        return isinstance(other, Note)
 
     def __hash__(self) -> int:
         return 0
@@ -236,8 +259,8 @@ def _unflatten_adapter(aux: Any, children: Any) -> Adapter:
     return Adapter(*aux, *children)
 
 
-def _flatten_params(p: Params) -> tuple[list[Adapter], tuple[tuple[str, ...], _Note]]:
-    return list(p._adapters.values()), (tuple(p._adapters), _Note(p.config))
+def _flatten_params(p: Params) -> tuple[list[Adapter], tuple[tuple[str, ...], Note]]:
+    return list(p._adapters.values()), (tuple(p._adapters), Note(p.config))
 
 
 def _unflatten_params(aux: Any, children: Any) -> Params:

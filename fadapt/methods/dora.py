@@ -62,7 +62,7 @@ class DoRA(LoRA):
         return c_minus_1 * (without_bias(base, y) + low_rank) + low_rank
 
     def _gain_minus_1(self, p: Mapping[str, Tensor], base: LinearMap) -> Tensor:
-        w2, s = p["w2"], self.scaling
+        w2, s = p["w2"], self.scale(p)
         a, b = p["A"].to(w2.dtype), p["B"].to(w2.dtype)
         if self.detach_norm:
             a, b = a.detach(), b.detach()

@@ -11,7 +11,7 @@ arXiv 2312.03732.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -37,6 +37,7 @@ class LoRA(Method):
     alpha: float = 16.0
 
     reads_output: ClassVar[bool] = False
+    rank_axes: ClassVar[Mapping[str, int]] = {"A": 0, "B": 1}
 
     def __post_init__(self) -> None:
         require(self.r >= 1, f"r must be at least 1, got {self.r}")
@@ -50,7 +51,17 @@ class LoRA(Method):
         return {"A": a, "B": site.zeros(site.out_features, self.r)}, {}
 
     def delta(self, p: Mapping[str, Tensor], x: Tensor, y: Tensor, base: LinearMap) -> Tensor:
-        return self.scaling * (x @ p["A"].mT) @ p["B"].mT
+        return self.scale(p) * (x @ p["A"].mT) @ p["B"].mT
+
+    def scale(self, p: Mapping[str, Tensor]) -> Tensor | float:
+        """s, which a stack of mixed ranks holds as a leaf."""
+        return p["s"] if "s" in p else self.scaling
+
+    def widened(self, r: int) -> LoRA:
+        return replace(self, r=r, alpha=float(r))
+
+    def hyper_leaves(self) -> dict[str, float]:
+        return {"s": self.scaling}
 
 
 @dataclass(frozen=True)
@@ -60,3 +71,6 @@ class RsLoRA(LoRA):
     @property
     def scaling(self) -> float:
         return self.alpha / self.r**0.5
+
+    def widened(self, r: int) -> LoRA:
+        return LoRA(r=r, alpha=float(r))

@@ -1,0 +1,212 @@
+"""The fold: N adapters in one ordinary pass, their batches side by side on the batch axis.
+
+The trunk runs once as plain modules, on N x B rows; only ``shift`` and ``delta`` are mapped over
+the adapters. The adapters do not see each other's rows, so each gets exactly its own gradient
+from the sum of the losses.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+
+from .errors import ConfigError, FadaptError
+from .linear_map import LinearMap
+from .sites import Site
+from .stack import Stack, StackedAdapter
+
+
+class FoldedSite:
+    """One site of a stack: every group's adapters applied to their own rows.
+
+    Args:
+        name: of the site.
+        stack: the stack.
+        rows: batch rows per adapter, or None where that is not known (``bound``).
+    """
+
+    def __init__(self, name: str, stack: Stack, rows: int | None):
+        self.stack_size, self.rows = stack.size, rows
+        self.pieces: list[tuple[tuple[int, ...], StackedAdapter]] = [
+            (g.index, g.params[name])  # type: ignore[misc]
+            for g in stack.groups
+            if name in g.params
+        ]
+        have = {i for index, _ in self.pieces for i in index}
+        self.rest = tuple(i for i in range(stack.size) if i not in have)
+        self.site: Site = self.pieces[0][1].site
+
+    @property
+    def acts_on_bias(self) -> bool:
+        return any(adapter.acts_on_bias for _, adapter in self.pieces)
+
+    @property
+    def device(self) -> torch.device | None:
+        return self.pieces[0][1].device
+
+    def __str__(self) -> str:
+        return " or ".join(sorted({str(adapter) for _, adapter in self.pieces}))
+
+    def __call__(self, x: Tensor, base: LinearMap) -> Tensor:
+        n = self.stack_size
+        self._check(x)
+        rows = x.reshape(n, -1, x.shape[-1])
+        entered = [
+            adapter.vmap(adapter.method.enter, _take(rows, index)) for index, adapter in self.pieces
+        ]
+        if any(adapter.method.has_shift for _, adapter in self.pieces):
+            shifted = [value for value, _ in entered]
+            y = base(self._gather(shifted, rows).reshape(x.shape))
+        else:
+            y = base(x)
+        y_rows = y.reshape(n, -1, y.shape[-1])
+        left = [
+            adapter.vmap(
+                functools.partial(_leave, adapter.method, base), saved, _take(y_rows, index)
+            )
+            for (index, adapter), (_, saved) in zip(self.pieces, entered, strict=True)
+        ]
+        return self._gather(left, y_rows).reshape(y.shape)
+
+    def dense(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        raise FadaptError(
+            f"{self.site.name} is used by an operation without a rule, and {self.stack_size} "
+            "adapters in one pass have no common weight. Run them one by one, or with "
+            "torch.func.vmap over fadapt.run"
+        )
+
+    def _gather(self, parts: list[Tensor], rows: Tensor) -> Tensor:
+        """The parts and the rows without an adapter, in the order of the stack."""
+        order = [i for index, _ in self.pieces for i in index] + list(self.rest)
+        if self.rest:
+            parts = [*parts, _take(rows, self.rest)]
+        whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if order == list(range(self.stack_size)):
+            return whole
+        inverse = sorted(range(len(order)), key=order.__getitem__)
+        return whole[torch.tensor(inverse, device=whole.device)]
+
+    def _check(self, x: Tensor) -> None:
+        batch = self.stack_size * (self.rows or 1)
+        whole = x.shape[0] == batch or (
+            (x.dim() == 2 or self.rows is None) and x.shape[0] % batch == 0
+        )
+        if x.dim() < 2 or not whole:
+            raise FadaptError(
+                f"{self.site.name} gets an input of shape {tuple(x.shape)}, where {self.stack_size}"
+                f" adapters x {self.rows or '?'} rows need a leading batch axis of {batch}: the "
+                "model moves or mixes its batch axis. Run the adapters one by one, or with "
+                "torch.func.vmap over fadapt.run"
+            )
+
+
+def _leave(method: Any, base: LinearMap, p: Any, saved: Any, y: Tensor) -> Tensor:
+    return method.leave(p, saved, y, base)
+
+
+def _take(rows: Tensor, index: tuple[int, ...]) -> Tensor:
+    first, last = index[0], index[-1]
+    if index == tuple(range(first, last + 1)):
+        return rows if len(index) == rows.shape[0] else rows[first : last + 1]
+    return rows[torch.tensor(index, device=rows.device)]
+
+
+def folded_sites(stack: Stack, rows: int | None) -> dict[str, FoldedSite]:
+    """The overlays' contents for a stack, by site."""
+    return {name: FoldedSite(name, stack, rows) for name in stack.sites}
+
+
+def check_batch_first(model: nn.Module) -> None:
+    """Refuses modules that put time before the batch, where rows would reach other adapters."""
+    for name, module in model.named_modules():
+        if getattr(module, "batch_first", True) is False:
+            raise FadaptError(
+                f"{name} ({type(module).__name__}) has batch_first=False; a stack needs the batch "
+                "axis first. Build it with batch_first=True, or use torch.func.vmap over fadapt.run"
+            )
+
+
+def batch_rows(batch: Any, stack: Stack, per_adapter: bool) -> int:
+    """B, the rows per adapter, from the leaves of a batch.
+
+    Raises:
+        ConfigError: leaves that disagree, or a leading axis that is not the number of adapters.
+    """
+    tensors = _tensors(batch)
+    if not tensors:
+        raise ConfigError("the batch holds no tensor")
+    if stack.per_row:
+        for key, t in tensors:
+            if t.shape[0] not in (1, stack.size):
+                raise ConfigError(
+                    f"{key} has {t.shape[0]} rows, but select() chose an adapter for {stack.size}"
+                )
+        return 1
+    if not per_adapter:
+        return max(t.shape[0] for _, t in tensors)
+    for key, t in tensors:
+        if t.shape[0] != stack.size or t.dim() < 2:
+            raise ConfigError(
+                f"per_adapter=True needs (N, B, ...) with N = {stack.size} adapters; "
+                f"{key} has shape {tuple(t.shape)}"
+            )
+    return max(t.shape[1] for _, t in tensors)
+
+
+def fold_batch(batch: Any, stack: Stack, rows: int, per_adapter: bool) -> Any:
+    """The batch with N x B rows: per-adapter leaves flattened, shared ones repeated."""
+
+    def fold(t: Any) -> Any:
+        if not isinstance(t, Tensor) or t.dim() == 0 or stack.per_row:
+            return t
+        if per_adapter:
+            return t.flatten(0, 1)
+        if t.shape[0] == 1 and rows > 1:
+            return t
+        if t.shape[0] != rows:
+            raise ConfigError(
+                f"a shared batch of {rows} rows holds a tensor of shape {tuple(t.shape)}; give "
+                "every tensor the batch axis first"
+            )
+        return t.expand(stack.size, *t.shape).flatten(0, 1)
+
+    return pytree.tree_map(fold, batch)
+
+
+def unfold(output: Any, stack: Stack, rows: int) -> Any:
+    """The output with (N, B, ...) tensors in place of (N x B, ...) ones."""
+    if stack.per_row:
+        return output
+
+    def split(t: Any) -> Any:
+        if isinstance(t, Tensor) and t.dim() and t.shape[0] == stack.size * rows:
+            return t.unflatten(0, (stack.size, rows))
+        return t
+
+    return pytree.tree_map(split, output)
+
+
+def slices(tree: Any, stack: Stack, rows: int) -> Sequence[Any]:
+    """The part of each adapter of a folded batch or output."""
+    n = stack.size
+
+    def part(t: Any, i: int) -> Any:
+        if isinstance(t, Tensor) and t.dim() and t.shape[0] == n * rows:
+            return t[i * rows : (i + 1) * rows]
+        return t
+
+    return [pytree.tree_map(lambda t, i=i: part(t, i), tree) for i in range(n)]
+
+
+def _tensors(batch: Any) -> list[tuple[str, Tensor]]:
+    leaves, _ = pytree.tree_flatten_with_path(batch)
+    return [
+        (f"batch{pytree.keystr(path)}", leaf)
+        for path, leaf in leaves
+        if isinstance(leaf, Tensor) and leaf.dim()
+    ]
