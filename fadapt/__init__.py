@@ -16,6 +16,12 @@ from .merge import merge as merge
 from .method import Method as Method
 from .methods import IA3 as IA3
 from .methods import IA3FF as IA3FF
+from .methods import SSVD as SSVD
+from .methods import AntiPaSTO as AntiPaSTO
+from .methods import AntiPaSTOAblate as AntiPaSTOAblate
+from .methods import AntiPaSTOArrow as AntiPaSTOArrow
+from .methods import AntiPaSTODPLR as AntiPaSTODPLR
+from .methods import AntiPaSTORotation as AntiPaSTORotation
 from .methods import Chain as Chain
 from .methods import DoRA as DoRA
 from .methods import LoRA as LoRA

@@ -1,4 +1,4 @@
-"""Small dense linear algebra shared by methods: signed SVDs, skew matrices, Cayley maps."""
+"""Small dense linear algebra shared by methods: SVDs, skew matrices, Cayley maps, unit vectors."""
 
 from __future__ import annotations
 
@@ -54,13 +54,15 @@ def skew(upper: Tensor, size: int) -> Tensor:
     Returns:
         (..., size, size), Q with Qᵀ = -Q.
     """
-    rows, columns = torch.triu_indices(size, size, 1, device=upper.device)
-    # A product with constant one-hot maps, not an indexed write, which vmap would refuse.
-    place = torch.zeros(upper.shape[-1], size, size, dtype=upper.dtype, device=upper.device)
-    index = torch.arange(upper.shape[-1], device=upper.device)
-    place = place.index_put((index, rows, columns), upper.new_ones(()))
-    q = (upper @ place.flatten(1)).unflatten(-1, (size, size))
-    return q - q.mT
+    if size < 2:
+        return upper.sum(-1)[..., None, None]
+    i = torch.arange(size, device=upper.device)
+    low, high = torch.minimum(i[:, None], i), torch.maximum(i[:, None], i)
+    # Where (low, high) stands in ``upper``. The diagonal reads some entry, times the sign 0.
+    place = (low * (2 * size - low - 3) // 2 + high - 1).clamp(min=0)
+    sign = torch.sign(i - i[:, None]).to(upper.dtype)
+    # Read by an index, because vmap refuses an indexed write into a constant.
+    return upper.index_select(-1, place.flatten()).unflatten(-1, (size, size)) * sign
 
 
 def cayley_minus_identity(q: Tensor) -> Tensor:
@@ -70,7 +72,38 @@ def cayley_minus_identity(q: Tensor) -> Tensor:
     """
     wide = q.to(torch.promote_types(q.dtype, torch.float32))
     eye = torch.eye(q.shape[-1], dtype=wide.dtype, device=q.device)
-    return (2 * torch.linalg.solve(eye - wide, wide)).to(q.dtype)
+    # I - Q has no singular value below 1, so its inverse is safe; its derivative is two products,
+    # where that of a solve is another solve.
+    return (torch.linalg.inv(eye - wide) @ (2 * wide)).to(q.dtype)
+
+
+def lengths_after_step(
+    start_square: Tensor, end_square: Tensor, difference: Tensor, floor: float, short: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Lengths for the turn of unit vectors when start moves by step to end.
+
+    The turn is end/|end| - start/|start| = (step - growth start/|start|) / |end| with
+    growth = |end| - |start| = step·(start + end) / (|start| + |end|). In this form it is exactly 0
+    where step is 0, whatever kernel or fused code evaluates it, and accurate for small steps,
+    because it holds no difference of nearly equal numbers.
+
+    Args:
+        start_square, end_square: |start|² and |end|², any shape, float32 or float64.
+        difference: step·(start + end), evaluated in this form.
+        floor: a vector shorter than this counts as ``short`` long, so that a zero vector has the
+            unit vector 0 and finite gradients.
+        short: positive.
+
+    Returns:
+        1/|start|, 1/|end| and the growth.
+    """
+    square = torch.stack([start_square, end_square])
+    is_short = square < floor**2
+    square = torch.where(is_short, short**2, square)
+    difference = torch.where(is_short.any(0), square[1] - square[0], difference)
+    length = square.sqrt()
+    to_start, to_end = (1 / length).unbind()
+    return to_start, to_end, difference / length.sum(0)
 
 
 def _fix_signs(u: Tensor, s: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -44,6 +44,8 @@ class Method:
     """True where the adapted layer's bias differs from the base's (IA3, RoAd)."""
     owns_strength: ClassVar[bool] = False
     """True where the method reads the strength c itself (:meth:`strength`) instead of c * increment."""
+    statistic: ClassVar[Any] = None
+    """What :meth:`init` needs as ``stat``: a ``fadapt.calibration.Statistic``, or None."""
     rank_axes: ClassVar[Mapping[str, int]] = {}
     """{leaf: axis} that a larger rank extends, where zero padding leaves the map as it is."""
     needs_plain_base: ClassVar[bool] = False

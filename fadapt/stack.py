@@ -234,7 +234,11 @@ def _group_key(member: Params) -> Hashable:
 
 def _group(index: list[int], members: list[Params]) -> Group:
     sites = {name: _stack_site([m[name] for m in members]) for name in members[0]}
-    originals = tuple(m.map(lambda a: a.replace({}, {})) for m in members)
+    # A strength that only other members set is 1 here, and not kept on unstacking.
+    originals = tuple(
+        m.map(lambda a: a.replace({}, {k: t for k, t in a.fixed.items() if k == STRENGTH}))
+        for m in members
+    )
     return Group(tuple(index), trainable_leaves(Params(sites)), originals)
 
 
@@ -293,10 +297,11 @@ def _member(adapter: Adapter, row: int, original: Adapter) -> Adapter:
             leaf = leaf.narrow(method.rank_axes[name], 0, getattr(method, "r", 1))
         return leaf.clone()
 
-    hyper = set() if adapter.method == method else set(method.hyper_leaves())
+    added = set() if adapter.method == method else set(method.hyper_leaves())
+    added |= {STRENGTH} - original.fixed.keys()
     return original.replace(
         {k: cut(k, t) for k, t in adapter.train.items()},
-        {k: cut(k, t) for k, t in adapter.fixed.items() if k not in hyper},
+        {k: cut(k, t) for k, t in adapter.fixed.items() if k not in added},
     )
 
 

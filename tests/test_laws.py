@@ -20,6 +20,17 @@ ROWS = {
     "IA3": fadapt.IA3(),
     "IA3FF": fadapt.IA3FF(),
     "DoRA": fadapt.DoRA(r=2, alpha=4.0),
+    "SSVD strict": fadapt.SSVD(k=4, kind="strict"),
+    "SSVD first order": fadapt.SSVD(k=5, kind="first_order"),
+    "SSVD free": fadapt.SSVD(k=3, kind="free"),
+    "AntiPaSTO": fadapt.AntiPaSTO(r=6),
+    "AntiPaSTORotation V": fadapt.AntiPaSTORotation(r=8, basis="V"),
+    "AntiPaSTORotation U": fadapt.AntiPaSTORotation(r=8, block_size=2, basis="U"),
+    "AntiPaSTORotation both": fadapt.AntiPaSTORotation(r=8, basis="both"),
+    "AntiPaSTOAblate": fadapt.AntiPaSTOAblate(r=6, k=1),
+    "AntiPaSTOAblate k": fadapt.AntiPaSTOAblate(r=6, k=3),
+    "AntiPaSTOArrow": fadapt.AntiPaSTOArrow(r=6, b=3),
+    "AntiPaSTODPLR": fadapt.AntiPaSTODPLR(r=6, k=2),
     "Chain": fadapt.Chain((fadapt.DoRA(r=2), fadapt.IA3FF(), fadapt.LoRA(r=1), fadapt.IA3())),
 }
 CALIB: dict[str, object] = {}

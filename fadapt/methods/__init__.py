@@ -1,8 +1,14 @@
 """The adapter methods, one file each; a module's docstring is the method's card."""
 
+from .antipasto import AntiPaSTO as AntiPaSTO
+from .antipasto_ablate import AntiPaSTOAblate as AntiPaSTOAblate
+from .antipasto_arrow import AntiPaSTOArrow as AntiPaSTOArrow
+from .antipasto_dplr import AntiPaSTODPLR as AntiPaSTODPLR
+from .antipasto_rotation import AntiPaSTORotation as AntiPaSTORotation
 from .chain import Chain as Chain
 from .dora import DoRA as DoRA
 from .ia3 import IA3 as IA3
 from .ia3 import IA3FF as IA3FF
 from .lora import LoRA as LoRA
 from .lora import RsLoRA as RsLoRA
+from .ssvd import SSVD as SSVD
