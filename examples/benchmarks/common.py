@@ -1,0 +1,137 @@
+"""What the benchmark scripts share: a model of Qwen3's shape, a step, alternating timing, memory."""
+
+from __future__ import annotations
+
+import statistics
+import time
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+TARGETS = "q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj"
+
+
+def qwen3(
+    hidden: int, layers: int, vocab: int, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> nn.Module:
+    """A frozen Qwen3 with random weights; 1024 wide with 28 layers it is Qwen3-0.6B's shape."""
+    torch.manual_seed(0)
+    full = hidden >= 1024
+    heads = 16 if full else max(1, hidden // 64)
+    config = Qwen3Config(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads // 2 if full else heads,
+        head_dim=128 if full else 64,
+        intermediate_size=3 * hidden,
+        tie_word_embeddings=True,
+        use_cache=False,
+        max_position_embeddings=4096,
+    )
+    with torch.device(device):
+        model = Qwen3ForCausalLM(config)
+    return model.to(dtype).requires_grad_(False).eval()
+
+
+def tokens(rows: int, length: int, vocab: int, device: str = "cpu") -> dict[str, Tensor]:
+    """A causal-LM batch of random tokens."""
+    rng = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, vocab, (rows, length), generator=rng).to(device)
+    return {"input_ids": ids, "labels": ids}
+
+
+def training_step(
+    loss_of: Callable[[], Tensor], leaves: list[Tensor], lr: float = 1e-3
+) -> Callable[[], Tensor]:
+    """A step of AdamW (fused where the leaves allow) that returns the loss."""
+    optimiser = torch.optim.AdamW(leaves, lr=lr, fused=True)
+
+    def step() -> Tensor:
+        optimiser.zero_grad()
+        loss = loss_of()
+        loss.sum().backward()
+        optimiser.step()
+        return loss.detach()
+
+    return step
+
+
+def gradient_norm(leaves: list[Tensor]) -> float:
+    norms = [t.grad.float().norm() for t in leaves if t.grad is not None]
+    return float(torch.stack(norms).norm()) if norms else 0.0
+
+
+def alternate(
+    steps: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 3
+) -> dict[str, float]:
+    """The median milliseconds of each function, called in turn in one process."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for i in range(rounds + warmup):
+        for name, step in steps.items():
+            _wait()
+            start = time.perf_counter()
+            step()
+            _wait()
+            if i >= warmup:
+                times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def peak_bytes(step: Callable[[], Any]) -> int:
+    """The most bytes that the tensors made during one call hold at a time."""
+    if torch.cuda.is_available():
+        _wait()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        _wait()
+        return torch.cuda.max_memory_allocated() - before
+    with _LiveBytes() as live:
+        step()
+    return live.peak
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Counts the storages that operations allocate, until they are freed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.seen: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        old = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if _is(t)}
+        out = func(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if _is(t):
+                storage = t.untyped_storage()
+                key, size = storage._cdata, storage.nbytes()
+                if key not in old and key not in self.seen:
+                    self.seen.add(key)
+                    self.now += size
+                    self.peak = max(self.peak, self.now)
+                    weakref.finalize(storage, self._free, key, size)
+        return out
+
+    def _free(self, key: int, size: int) -> None:
+        self.seen.discard(key)
+        self.now -= size
+
+
+def _is(value: Any) -> bool:
+    return isinstance(value, Tensor)
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
