@@ -61,23 +61,25 @@ class Config:
                     )
             if not rules:
                 raise ConfigError("rules is empty; write {regex: method} or a method for all")
+            object.__setattr__(self, "rules", dict(rules))
         elif not isinstance(rules, Method):
             raise ConfigError(
                 f"rules must be a method or a {{regex: method}} dict, got {rules!r}; "
                 'write fadapt.LoRA(r=8) or {"q_proj|v_proj": fadapt.LoRA(r=8)}'
             )
         if self.layers is not None:
-            layers = tuple(self.layers)
-            if not layers or not all(isinstance(i, int) for i in layers):
+            layers = tuple(self.layers) if isinstance(self.layers, Iterable) else ()
+            if not layers or not all(type(i) is int for i in layers):
                 raise ConfigError(
-                    f"layers must be layer indices or None for all, got {self.layers!r}"
+                    "layers must be layer indices such as [0] or [-1], or None for all; got "
+                    f"{self.layers!r}"
                 )
             object.__setattr__(self, "layers", layers)
-        roles = (self.roles,) if isinstance(self.roles, str) else tuple(self.roles)
+        roles = _strings(self.roles, "roles")
         if unknown := [r for r in roles if r not in ROLES]:
             raise ConfigError(f"unknown roles {unknown}; choose from {list(ROLES)}")
         object.__setattr__(self, "roles", roles)
-        exclude = (self.exclude,) if isinstance(self.exclude, str) else tuple(self.exclude)
+        exclude = _strings(self.exclude, "exclude")
         for pattern in exclude:
             _check_pattern(pattern, "exclude")
         object.__setattr__(self, "exclude", exclude)
@@ -105,9 +107,21 @@ def as_config(cfg: Config | Rules) -> Config:
 
 
 def method_to_json(method: Method) -> dict[str, Any]:
-    """{"method": name, field: value, ...}; nested methods likewise."""
-    fields = {f.name: _to_json(getattr(method, f.name)) for f in dataclasses.fields(method)}
-    return {"method": method_key(type(method)), **fields}
+    """{"method": name, "fields": {field: value}}; nested methods likewise.
+
+    Raises:
+        ConfigError: a field that JSON cannot hold.
+    """
+    fields = {}
+    for field in (f for f in dataclasses.fields(method) if f.init):
+        try:
+            fields[field.name] = _to_json(getattr(method, field.name))
+        except TypeError as error:
+            raise ConfigError(
+                f"{type(method).__name__}.{field.name}: {error}; a method's fields must be None, "
+                "numbers, strings, methods, or tuples of them"
+            ) from error
+    return {"method": method_key(type(method)), "fields": fields}
 
 
 def method_from_json(data: Mapping[str, Any]) -> Method:
@@ -118,7 +132,7 @@ def method_from_json(data: Mapping[str, Any]) -> Method:
     Raises:
         ConfigError: an unknown method or field, or a value that the method refuses.
     """
-    fields = {k: _from_json(v) for k, v in data.items() if k != "method"}
+    fields = {k: _from_json(v) for k, v in data["fields"].items()}
     key = data.get("method")
     classes = {method_key(cls): cls for cls in _subclasses(Method)}
     if key not in classes:
@@ -172,7 +186,9 @@ def _to_json(value: Any) -> Any:
         return method_to_json(value)
     if isinstance(value, (tuple, list)):
         return [_to_json(v) for v in value]
-    return value
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(f"cannot save {value!r}")
 
 
 def _from_json(value: Any) -> Any:
@@ -183,8 +199,18 @@ def _from_json(value: Any) -> Any:
     return value
 
 
+def _strings(value: Any, what: str) -> tuple[Any, ...]:
+    if isinstance(value, str):
+        return (value,)
+    if not isinstance(value, Iterable):
+        raise ConfigError(f"{what} must be a tuple of strings, () for none; got {value!r}")
+    return tuple(value)
+
+
 def _check_pattern(pattern: Any, what: str) -> None:
     try:
+        if not isinstance(pattern, str):
+            raise TypeError("expected a str")
         re.compile(pattern)
     except (re.error, TypeError) as error:
         raise ConfigError(f"{what} {pattern!r} is not a regular expression: {error}") from error

@@ -22,7 +22,7 @@ def summary(params: Params) -> str:
         adapter = params[name]
         site = adapter.site
         key = (
-            re.sub(r"\d+", "#", name),
+            re.sub(r"\d+", "\0", name),
             repr(adapter.method),
             f"{site.out_features} x {site.in_features}",
             site.role + ("*" if site.note else ""),

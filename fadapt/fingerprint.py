@@ -21,7 +21,7 @@ def fingerprint(weight: Tensor) -> str:
     n = flat.numel()
     if n > SAMPLES:
         # A large odd multiplier spreads the samples over rows and columns alike.
-        index = torch.arange(SAMPLES, dtype=torch.int64) * 2654435761 % n
+        index = torch.arange(SAMPLES, dtype=torch.int64, device="cpu") * 2654435761 % n
         flat = flat[index.to(flat.device)]
     digest = hashlib.sha256(f"{tuple(weight.shape)} {weight.dtype}".encode())
     digest.update(flat.cpu().contiguous().view(torch.uint8).numpy().tobytes())

@@ -13,11 +13,10 @@ from torch import nn
 from .config import Config, Rules, as_config
 from .errors import ConfigError, TargetError
 from .fingerprint import fingerprint
-from .guard import refuse_bound
-from .linear_map import DenseMap
+from .guard import exclusive
 from .method import STRENGTH, Leaves, Method
 from .sites import Site, SiteView, resolve
-from .slots import Slot
+from .slots import Slot, check_model
 from .tree import Adapter, Params, trainable_leaves
 
 
@@ -40,10 +39,10 @@ def init(model: nn.Module, cfg: Config | Rules, calib: Iterable[Any] | None = No
         CalibrationError: a method that needs statistics, without them.
     """
     config = as_config(cfg)
-    refuse_bound(model, "fadapt.init")
-    found = resolve(model, config)
-    _check_finite([slot for slot, _, _ in found])
-    with torch.no_grad():
+    check_model(model)
+    with torch.no_grad(), exclusive(model):
+        found = resolve(model, config)
+        _check_finite([slot for slot, _, _ in found])
         adapters = {site.name: _init_one(slot, site, m, config) for slot, site, m in found}
     return trainable_leaves(Params(adapters, config))
 
@@ -55,17 +54,15 @@ def site_generator(seed: int, name: str) -> torch.Generator:
 
 
 def _init_one(slot: Slot, site: Site, method: Method, config: Config) -> Adapter:
-    weight = slot.weight.detach()
-    at_least = torch.promote_types(weight.dtype, torch.float32)
-    bias = getattr(slot.module, slot.bias.rsplit(".", 1)[-1]) if slot.bias else None
-    view = SiteView(
-        site, DenseMap(weight, bias, transposed=site.transposed), weight.device, at_least
-    )
+    weight, frozen = slot.weight.detach(), slot.quantized
+    at_least = torch.promote_types(frozen.dtype if frozen else weight.dtype, torch.float32)
+    view = SiteView(site, slot.base, weight.device, at_least)
     train, fixed = method.init(view, site_generator(config.seed, site.name))
     _check_leaves(method, site, train, fixed)
     dtype = config.dtype or at_least
     exact = torch.promote_types(dtype, at_least)
-    return Adapter(replace(site, fingerprint=fingerprint(weight)), method, {}, {}).replace(
+    mark = frozen.fingerprint() if frozen else fingerprint(weight)
+    return Adapter(replace(site, fingerprint=mark), method, {}, {}).replace(
         train={k: t.detach().to(dtype).contiguous() for k, t in train.items()},
         fixed={
             k: t.detach().to(exact if k in method.exact else dtype).contiguous()
@@ -85,10 +82,15 @@ def _check_leaves(method: Method, site: Site, train: Leaves, fixed: Leaves) -> N
 
 def _check_finite(slots: list[Slot]) -> None:
     # A sum carries NaN and Inf along, without a temporary of the weight's size.
-    sums = [(s, s.weight.detach().sum(dtype=torch.float32)) for s in slots if not s.weight.is_meta]
-    for slot, total in sums:
+    values = [
+        (s, s.quantized.scales() if s.quantized else s.weight.detach())
+        for s in slots
+        if not s.weight.is_meta
+    ]
+    sums = [(s, v, v.sum(dtype=torch.float32)) for s, v in values]
+    for slot, value, total in sums:
         if not torch.isfinite(total):
-            bad = int((~torch.isfinite(slot.weight)).sum())
+            bad = int((~torch.isfinite(value)).sum())
             if bad:
                 raise TargetError(
                     f"{slot.name} holds {bad} NaN or Inf values; load sound weights first"

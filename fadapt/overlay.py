@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .errors import DenseFallbackWarning, FadaptError, TargetError
 from .linear_map import DenseMap, LinearMap
+from .quantized import QuantizedMap
 from .sites import Site
 
 
@@ -120,8 +121,28 @@ def _product(x: Tensor, weight: Overlay, bias: Tensor | None, rows_out: bool) ->
             f"{site.name}: the layer adds {site.bias} apart from its product, and "
             f"{weight.adapter} acts on the bias; use another method there"
         )
-    _refuse_checkpoint(weight)
+    _refuse_checkpoint(weight.adapter, weight.call)
     return weight.adapter(x, DenseMap(weight.frozen, bias, site.transposed))
+
+
+class SwappedForward:
+    """The ``forward`` of a quantised layer for one call: its weight cannot be overlaid.
+
+    Args:
+        base: the layer's frozen map.
+        adapter: the layer's adapter, or None: then the layer is its own, but in a form that
+            torch.func can transform.
+        call: as for an overlay.
+    """
+
+    def __init__(self, base: QuantizedMap, adapter: Adapted | None, call: Call):
+        self.base, self.adapter, self.call = base, adapter, call
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.adapter is None:
+            return self.base(x)
+        _refuse_checkpoint(self.adapter, self.call)
+        return self.adapter(x, self.base)
 
 
 def _transpose(weight: Tensor, *dims: int) -> Any:
@@ -146,7 +167,7 @@ def _dense_fallback(func: Callable, args: tuple, kwargs: dict) -> Any:
                 f"{o.adapter.site.name} is used by {name}, for which fadapt has no rule, and "
                 f"{o.adapter} acts on the bias; use another method there"
             )
-        _refuse_checkpoint(o)
+        _refuse_checkpoint(o.adapter, o.call)
     warnings.warn(
         f"{names} used by {name}, for which fadapt has no rule: the adapted weight was "
         "materialised (exact, but slower)",
@@ -164,19 +185,19 @@ def materialise(weight: Overlay) -> Tensor:
     return (new.mT if weight.flipped else new).to(weight.frozen.dtype)
 
 
-def _refuse_checkpoint(weight: Overlay) -> None:
+def _refuse_checkpoint(adapter: Adapted, call: Call) -> None:
     """Refuses a checkpointed section whose recomputation would see the frozen weights.
 
     torch runs it again in the backward pass, after functional_call has put the weights back;
     with use_reentrant=True the gradients would then silently be None.
     """
-    if weight.call.lasting or not weight.call.grad or torch.compiler.is_compiling():
+    if call.lasting or not call.grad or torch.compiler.is_compiling():
         return
     frame: FrameType | None = sys._getframe()
     while frame is not None:
         if frame.f_code.co_filename == torch.utils.checkpoint.__file__:
             raise FadaptError(
-                f"{weight.adapter.site.name} is used inside torch.utils.checkpoint, which runs the "
+                f"{adapter.site.name} is used inside torch.utils.checkpoint, which runs the "
                 "section again during backward. Keep the adapters in place until then: "
                 "with fadapt.bound(model, params): loss = ...; loss.backward()"
             )

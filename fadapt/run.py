@@ -16,7 +16,8 @@ from . import fold
 from .errors import ConfigError, FadaptError, TargetError
 from .guard import bound_params, exclusive
 from .losses import hugging_face_loss
-from .overlay import Adapted, Call, Overlay, overlay
+from .overlay import Adapted, Call, Overlay, SwappedForward, overlay
+from .quantized import QuantizedMap, quantized_map
 from .slots import check_model
 from .stack import Stack
 from .tree import Params
@@ -73,9 +74,7 @@ def _run_stack(
         inputs = folded
     output = _forward(model, stack, rows, inputs)
     outputs, batches = (fold.slices(tree, stack, rows) for tree in (output, folded))
-    losses = [
-        _scalar(loss_fn(*pair), loss_fn) for pair in zip(outputs, batches, strict=True)
-    ]
+    losses = [_scalar(loss_fn(*pair), loss_fn) for pair in zip(outputs, batches, strict=True)]
     return torch.stack(losses)
 
 
@@ -132,10 +131,14 @@ def bound(model: nn.Module, params: Params | Stack) -> Iterator[nn.Module]:
 
 @dataclass(frozen=True)
 class _Mount:
-    """Replacements for one call: by full name for functional_call, by place for bound."""
+    """Replacements for one call: by full name for functional_call, by place for bound.
+
+    Of a quantised layer, whose kernel takes no overlay, the ``forward`` is replaced.
+    """
 
     by_name: dict[str, Tensor]
     places: list[tuple[nn.Module, str, Tensor]]
+    forwards: list[tuple[nn.Module, str, SwappedForward]]
     checkpointing: list[nn.Module]
 
 
@@ -156,12 +159,18 @@ def _prepare(model: nn.Module, sites: Mapping[str, Adapted], lasting: bool) -> _
     call = Call(lasting, torch.is_grad_enabled())
     by_name: dict[str, Tensor] = {}
     places: list[tuple[nn.Module, str, Tensor]] = []
+    forwards: list[tuple[nn.Module, str, SwappedForward]] = []
     checkpointing: list[nn.Module] = []
+    found: set[str] = set()
     for prefix, module in model.named_modules():
         if module.__dict__.get("gradient_checkpointing") and module.training and call.grad:
             checkpointing.append(module)
         for key, weight in module.named_parameters(recurse=False, remove_duplicate=False):
             name = f"{prefix}.{key}" if prefix else key
+            found.add(name)
+            if key == "weight" and (base := quantized_map(module)) is not None:
+                forwards.append(_swap(name, module, base, sites.get(name), call))
+                continue
             if name in sites:
                 new = _overlay_site(name, weight, sites[name], call)
             elif weight.requires_grad:
@@ -170,23 +179,47 @@ def _prepare(model: nn.Module, sites: Mapping[str, Adapted], lasting: bool) -> _
                 continue
             by_name[name] = new
             places.append((module, key, new))
-    if missing := [name for name in sites if name not in by_name]:
+    if missing := [name for name in sites if name not in found]:
         raise TargetError(
             f"the params adapt {missing[0]} and {len(missing) - 1} more weights that this "
             f"{type(model).__name__} does not have; they were made for another model"
         )
-    return _Mount(by_name, places, checkpointing)
+    return _Mount(by_name, places, forwards, checkpointing)
+
+
+def _swap(
+    name: str, module: nn.Module, base: QuantizedMap, adapter: Adapted | None, call: Call
+) -> tuple[nn.Module, str, SwappedForward]:
+    # accelerate's hooks keep the layer's own forward under this name, and call it.
+    key = "_old_forward" if "_old_forward" in module.__dict__ else "forward"
+    if adapter is not None:
+        if isinstance(module.__dict__.get(key), SwappedForward):
+            raise FadaptError(f"{name} is already adapted: the model is inside fadapt.bound")
+        base.check(name)
+        _check_site(name, base.shape, base.module.weight, adapter.site.matrix_shape, adapter)
+    return module, key, SwappedForward(base, adapter, call)
 
 
 def _overlay_site(name: str, weight: Tensor, adapter: Adapted, call: Call) -> Overlay:
     if isinstance(weight, Overlay):
         raise FadaptError(f"{name} is already adapted: the model is inside fadapt.bound")
-    if tuple(weight.shape) != adapter.site.stored_shape:
+    _check_site(name, tuple(weight.shape), weight, adapter.site.stored_shape, adapter)
+    return overlay(weight.detach(), adapter, call)
+
+
+def _check_site(
+    name: str, found: tuple[int, ...], weight: Tensor, wanted: tuple[int, ...], adapter: Adapted
+) -> None:
+    if found != wanted:
         raise TargetError(
-            f"{name} has shape {tuple(weight.shape)}, but its adapter was made for "
-            f"{adapter.site.stored_shape}: another base model"
+            f"{name} has shape {found}, but its adapter was made for {wanted}: another base model"
         )
     device = adapter.device or weight.device
+    if device.type == "meta" and not weight.is_meta:
+        raise TargetError(
+            f"the adapter of {name} was made on a meta model and has no values; call fadapt.init "
+            "or fadapt.load with this model"
+        )
     if device != weight.device:
         raise ConfigError(
             f"{name} is on {weight.device}, its adapter on {device}; "
@@ -194,7 +227,6 @@ def _overlay_site(name: str, weight: Tensor, adapter: Adapted, call: Call) -> Ov
         )
     if weight.is_meta:
         raise TargetError(f"{name} is a meta tensor without values; load the weights to run it")
-    return overlay(weight.detach(), adapter, call)
 
 
 @contextmanager
@@ -205,10 +237,26 @@ def _mounted(mount: _Mount) -> Iterator[None]:
     try:
         for module, key, new in mount.places:
             module._parameters[key] = new  # type: ignore[assignment]
-        yield
+        with _forwards_swapped(mount):
+            yield
     finally:
         for module, key, old in reversed(before):
             module._parameters[key] = old
+
+
+@contextmanager
+def _forwards_swapped(mount: _Mount) -> Iterator[None]:
+    before = [(m, key, m.__dict__.get(key)) for m, key, _ in mount.forwards]
+    try:
+        for module, key, new in mount.forwards:
+            setattr(module, key, new)
+        yield
+    finally:
+        for module, key, old in reversed(before):
+            if old is None:
+                module.__dict__.pop(key, None)
+            else:
+                setattr(module, key, old)
 
 
 def _call(
@@ -219,7 +267,7 @@ def _call(
     args: tuple,
     kwargs: dict,
 ) -> Any:
-    if not torch.compiler.is_compiling() and bound_params(model) is params:
+    if not torch.compiler.is_compiling() and params is not None and bound_params(model) is params:
         return _method(model, method)(*args, **kwargs)
     sites = _adapted_sites(model, params, rows)
     if torch.compiler.is_compiling():
@@ -242,11 +290,12 @@ def _call(
 
 
 def _functional(model: nn.Module, mount: _Mount, method: str, args: tuple, kwargs: dict) -> Any:
-    if method == "forward":
-        return functional_call(model, mount.by_name, args, kwargs, tie_weights=False)
-    wrapper = _MethodCall(model, method)
-    by_name = {f"model.{name}": tensor for name, tensor in mount.by_name.items()}
-    return functional_call(wrapper, by_name, args, kwargs, tie_weights=False)
+    with _forwards_swapped(mount) if mount.forwards else nullcontext():
+        if method == "forward":
+            return functional_call(model, mount.by_name, args, kwargs, tie_weights=False)
+        wrapper = _MethodCall(model, method)
+        by_name = {f"model.{name}": tensor for name, tensor in mount.by_name.items()}
+        return functional_call(wrapper, by_name, args, kwargs, tie_weights=False)
 
 
 class _MethodCall(nn.Module):

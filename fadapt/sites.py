@@ -12,9 +12,17 @@ from torch import Tensor, nn
 
 from .config import DEFAULT_EXCLUDE, Config
 from .errors import ConfigError, TargetError
-from .linear_map import DenseMap
+from .linear_map import LinearMap
 from .method import Method
-from .slots import EXPERTS, LINEAR, MATRIX, Slot, check_model, find_roles, find_slots
+from .slots import (
+    LINEAR,
+    LINEAR_KINDS,
+    PARAMETRISED,
+    Slot,
+    check_model,
+    find_roles,
+    find_slots,
+)
 
 
 @dataclass(frozen=True)
@@ -44,10 +52,14 @@ class Site:
     fingerprint: str = ""
 
     @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """(out_features, in_features)."""
+        return self.out_features, self.in_features
+
+    @property
     def stored_shape(self) -> tuple[int, int]:
-        """The shape of the parameter itself."""
-        shape = self.out_features, self.in_features
-        return shape[::-1] if self.transposed else shape
+        """The shape of the parameter itself, except in a quantised layer."""
+        return self.matrix_shape[::-1] if self.transposed else self.matrix_shape
 
 
 @dataclass(frozen=True)
@@ -59,7 +71,7 @@ class SiteView:
     """
 
     site: Site
-    base: DenseMap
+    base: LinearMap
     device: torch.device
     dtype: torch.dtype
 
@@ -84,10 +96,12 @@ class SiteView:
 
     def uniform(self, rng: torch.Generator, shape: Sequence[int], bound: float) -> Tensor:
         """Uniform on [-bound, bound)."""
-        return self._place(torch.rand(*shape, generator=rng, dtype=self.dtype) * 2 - 1) * bound
+        unit = torch.rand(*shape, generator=rng, dtype=self.dtype, device="cpu")
+        return self._place(unit * 2 - 1) * bound
 
     def normal(self, rng: torch.Generator, shape: Sequence[int], std: float = 1.0) -> Tensor:
-        return self._place(torch.randn(*shape, generator=rng, dtype=self.dtype)) * std
+        unit = torch.randn(*shape, generator=rng, dtype=self.dtype, device="cpu")
+        return self._place(unit) * std
 
     def _place(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device)
@@ -104,10 +118,10 @@ def resolve(model: nn.Module, config: Config) -> list[tuple[Slot, Site, Method]]
     check_model(model)
     slots = find_slots(model)
     excluded = _excluded(slots, config)
-    chosen = _apply_rules(slots, config, excluded)
+    chosen, taken = _apply_rules(slots, config, excluded)
     roles = find_roles(slots)
     chosen = _filter(chosen, slots, config, roles)
-    _check_ties(chosen, slots, excluded)
+    _check_ties(chosen, slots, excluded, taken, config)
     found = []
     for slot, _, method in chosen:
         role, note = roles.get(slot.name, ("", ""))
@@ -144,7 +158,9 @@ def _excluded(slots: list[Slot], config: Config) -> set[str]:
     return {s.name for s in slots for p in config.exclude for n in s.names if re.search(p, n)}
 
 
-def _apply_rules(slots: list[Slot], config: Config, excluded: set[str]) -> Chosen:
+def _apply_rules(
+    slots: list[Slot], config: Config, excluded: set[str]
+) -> tuple[Chosen, dict[str, int]]:
     taken: dict[str, int] = {}
     for i, (pattern, _) in enumerate(config.rule_list):
         for slot in slots:
@@ -165,13 +181,23 @@ def _apply_rules(slots: list[Slot], config: Config, excluded: set[str]) -> Chose
         if method is None:
             continue
         # A broad pattern means the linear maps; other parameters are adapted when they are named.
-        linear = [s for s in mine if s.kind in (LINEAR, EXPERTS)]
+        linear = [
+            s
+            for s in mine
+            if s.kind in (*LINEAR_KINDS, PARAMETRISED) or (pattern and _is_named(pattern, s))
+        ]
         if not linear and not pattern:
             raise TargetError(
                 f"{type(method).__name__} for all linear maps, but the model has none; its other "
                 f"parameters are {[s.name for s in mine][:8]}: name one in a rule"
             )
         for slot in linear or mine:
+            if slot.kind == PARAMETRISED:
+                raise TargetError(
+                    f"{slot.name} belongs to a parametrised layer, whose weight is computed from "
+                    "it: call torch.nn.utils.parametrize.remove_parametrizations, or put "
+                    "{pattern: None} for it before this rule"
+                )
             if slot.weight.dim() != 2:
                 raise TargetError(
                     f"rule {pattern!r} matches {slot.name} of shape {tuple(slot.weight.shape)}; "
@@ -179,7 +205,14 @@ def _apply_rules(slots: list[Slot], config: Config, excluded: set[str]) -> Chose
                 )
         chosen += [(s, pattern, method) for s in linear or mine]
     order = {s.name: k for k, s in enumerate(slots)}
-    return sorted(chosen, key=lambda c: order[c[0].name])
+    return sorted(chosen, key=lambda c: order[c[0].name]), taken
+
+
+def _is_named(pattern: str, slot: Slot) -> bool:
+    """Whether the pattern needs the module's own name to match, not its path or ".weight"."""
+    parts = slot.name.split(".")
+    parts[-2 if len(parts) > 1 and parts[-1].endswith("weight") else -1] = "module"
+    return not re.search(pattern, ".".join(parts))
 
 
 def _filter(
@@ -189,7 +222,7 @@ def _filter(
         present = sorted({s.layer for s in slots if s.layer is not None})
         count = present[-1] + 1 if present else 0
         wanted = {i + count if i < 0 else i for i in config.layers}
-        if absent := sorted(wanted - set(present)):
+        if absent := [i for i in config.layers if (i + count if i < 0 else i) not in present]:
             raise TargetError(
                 f"layers {absent} do not exist; the model has "
                 f"{f'layers 0 to {count - 1}' if count else 'no numbered layers'}"
@@ -210,10 +243,13 @@ def _filter(
     return chosen
 
 
-def _check_ties(chosen: Chosen, slots: list[Slot], excluded: set[str]) -> None:
+def _check_ties(
+    chosen: Chosen, slots: list[Slot], excluded: set[str], taken: dict[str, int], config: Config
+) -> None:
+    patterns = [pattern for pattern, _ in config.rule_list]
     for slot, pattern, method in chosen:
         uses = [s for s in slots if s.weight is slot.weight and s.name not in excluded]
-        named = [s.name for s in uses if re.search(pattern, s.name)]
+        named = [s.name for s in uses if taken.get(s.name) == patterns.index(pattern)]
         if len(named) > 1:
             one, other = (re.escape(n) for n in named[:2])
             raise TargetError(
@@ -225,13 +261,14 @@ def _check_ties(chosen: Chosen, slots: list[Slot], excluded: set[str]) -> None:
 
 def _check_weight(slot: Slot) -> None:
     weight = slot.weight
+    if slot.quantized is not None:
+        slot.quantized.check(slot.name)
+        return
     if not weight.is_floating_point():
         raise TargetError(
             f"{slot.name} holds {weight.dtype} of shape {tuple(weight.shape)} in a "
             f"{type(slot.module).__name__}: fadapt does not know this quantised layer"
         )
-    if slot.kind == MATRIX and getattr(slot.module, "parametrizations", None):
-        raise TargetError(f"{slot.name} belongs to a parametrised module; remove_parametrizations")
 
 
 def _nothing(
@@ -261,6 +298,11 @@ def _nothing(
 def _near(pattern: str, names: list[str]) -> str:
     words = [w for w in re.split(r"[^A-Za-z0-9_]+", pattern) if len(w) > 2]
     parts = {part for n in names for part in n.split(".")}
-    close = {c for w in words for c in difflib.get_close_matches(w, parts, 2, 0.5)}
-    near = [n for n in names if close & set(n.split("."))] or names
+    close: dict[str, float] = {}
+    for word in words:
+        for part in difflib.get_close_matches(word, parts, 2, 0.5):
+            ratio = difflib.SequenceMatcher(None, part, word).ratio()
+            close[part] = max(close.get(part, 0), ratio)
+    best = {n: max(close.get(part, 0) for part in n.split(".")) for n in names}
+    near = sorted((n for n in names if best[n]), key=lambda n: -best[n]) or names
     return f"near names are {near[:5]}" if names else "the model has no 2-D parameter"

@@ -7,12 +7,19 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from .errors import TargetError
+from .linear_map import DenseMap, LinearMap
+from .quantized import QuantizedMap, quantized_map
 
-LINEAR, EXPERTS = "linear", "experts"
+LINEAR, QUANTIZED, EXPERTS = "linear", "quantized", "experts"
 EMBEDDING, MATRIX, TENSOR = "embedding", "matrix", "tensor"
+PARAMETRISED = "parametrised"
+LINEAR_KINDS = (LINEAR, QUANTIZED, EXPERTS)
+"""What a broad rule means."""
 
 
 @dataclass(eq=False)
@@ -22,8 +29,10 @@ class Slot:
     Attributes:
         name: as in ``named_parameters(remove_duplicate=False)``; the first, if a module is shared.
         names: all names of this place (a module used twice has several).
-        kind: "linear"; "experts" (a 3-D stack of matrices); "embedding"; "matrix" (a bare 2-D
-            parameter); or "tensor" (a convolution kernel, a class token).
+        kind: "linear"; "quantized" (a linear layer of bitsandbytes); "experts" (a 3-D stack of
+            matrices); "embedding"; "matrix" (a bare 2-D parameter); "tensor" (a convolution
+            kernel, a class token); or "parametrised" (the stored part of a weight that torch
+            computes).
         transposed: whether the weight is stored (in, out).
         bias: the name of the bias parameter, or None.
     """
@@ -40,8 +49,21 @@ class Slot:
     @property
     def shape(self) -> tuple[int, int]:
         """(out_features, in_features)."""
+        if self.quantized is not None:
+            return self.quantized.shape
         rows, columns = self.weight.shape[-2:]
         return (columns, rows) if self.transposed else (rows, columns)
+
+    @property
+    def quantized(self) -> QuantizedMap | None:
+        """The map of a quantised layer."""
+        return quantized_map(self.module) if self.kind == QUANTIZED else None
+
+    @property
+    def base(self) -> LinearMap:
+        """The frozen map."""
+        bias = getattr(self.module, self.bias.rsplit(".", 1)[-1]) if self.bias else None
+        return self.quantized or DenseMap(self.weight.detach(), bias, self.transposed)
 
     @property
     def layer(self) -> int | None:
@@ -54,6 +76,15 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
     for prefix, module in model.named_modules(remove_duplicate=False):
         for key, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             yield (f"{prefix}.{key}" if prefix else key), module, key, parameter
+
+
+def quantized_at(model: nn.Module, name: str) -> QuantizedMap | None:
+    """The map of the quantised layer whose weight has this name, or None."""
+    prefix, _, key = name.rpartition(".")
+    try:
+        return quantized_map(model.get_submodule(prefix)) if key == "weight" else None
+    except AttributeError:
+        return None
 
 
 def find_slots(model: nn.Module) -> list[Slot]:
@@ -81,6 +112,10 @@ def _classify(module: nn.Module, key: str, weight: Tensor) -> tuple[str, bool, s
     def has(bias: str) -> str | None:
         return bias if getattr(module, bias, None) is not None else None
 
+    if key == "weight" and quantized_map(module) is not None:
+        return QUANTIZED, False, has("bias")
+    if weight.dim() == 2 and isinstance(module, ParametrizationList):
+        return PARAMETRISED, False, None
     if weight.dim() > 2:
         stack = weight.dim() == 3 and min(weight.shape) > 1 and not hasattr(module, "kernel_size")
         return (EXPERTS if stack else TENSOR), False, None
@@ -103,7 +138,7 @@ def find_roles(slots: list[Slot]) -> dict[str, tuple[str, str]]:
     on either side; at a tie, the first map's input. A square map reads, unless it is the last
     linear map of a sublayer with several (the output projection of an attention).
     """
-    slots = [s for s in slots if s.kind == LINEAR]
+    slots = [s for s in slots if s.kind in (LINEAR, QUANTIZED)]
     towers: dict[str, list[Slot]] = {}
     for slot in slots:
         towers.setdefault(_tower(slot.name), []).append(slot)
@@ -141,11 +176,23 @@ def check_model(model: nn.Module) -> None:
     """Refuses wrappers whose parameters are not the ones that their forward uses."""
     if not isinstance(model, nn.Module):
         raise TargetError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    step = "torch.compile(lambda params, batch: fadapt.run(model, params, batch))"
     if hasattr(model, "_orig_mod"):
         raise TargetError(
             "the model is already compiled: pass the model itself (model._orig_mod) and compile "
-            "the step: torch.compile(lambda params, batch: fadapt.run(model, params, batch))"
+            f"the step: {step}"
         )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TargetError(
+            "the model is a ScriptModule, whose weights cannot be replaced: pass "
+            "the model that it was scripted or traced from"
+        )
+    for name, module in model.named_modules():
+        if "_orig_mod" in module._modules or module._compiled_call_impl is not None:
+            raise TargetError(
+                f"{name or 'the model'} is compiled on its own (module.compile() or torch.compile("
+                f"module)); compile the step instead: {step}"
+            )
     if isinstance(model, nn.DataParallel):
         raise TargetError(
             "nn.DataParallel copies the parameters before its forward: pass model.module"

@@ -40,7 +40,10 @@ class LoRA(Method):
     rank_axes: ClassVar[Mapping[str, int]] = {"A": 0, "B": 1}
 
     def __post_init__(self) -> None:
-        require(self.r >= 1, f"r must be at least 1, got {self.r}")
+        require(
+            isinstance(self.r, int) and self.r >= 1,
+            f"r must be an int, at least 1; got {self.r!r}",
+        )
 
     @property
     def scaling(self) -> float:

@@ -1,0 +1,524 @@
+"""bitsandbytes' 4-bit and 8-bit layers, real library: every method over every quantisation.
+
+References: the untouched layer's own output (bit-equal at the start), and a dense copy of the model
+that holds W̃ as bitsandbytes itself dequantises it.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import logging
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+import fadapt
+from fadapt import Config, FadaptError, LoRA, Params, TargetError
+from fadapt.quantized import QuantizedMap, quantized_map
+from tests.models import perturb, qwen3, reals, seeded, tokens
+
+bnb = pytest.importorskip("bitsandbytes", exc_type=ImportError)
+
+KINDS = ["nf4", "fp4", "nf4 double", "8bit"]
+WIDTHS = (64, 96, 64)
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Any:
+    logging.disable(logging.WARNING)
+    yield
+    logging.disable(logging.NOTSET)
+
+
+def quantized_linear(dense: nn.Linear, kind: str, **kwargs: Any) -> nn.Module:
+    sizes = dense.in_features, dense.out_features, dense.bias is not None
+    if kind == "8bit":
+        layer = bnb.nn.Linear8bitLt(*sizes, has_fp16_weights=False, **kwargs)
+    else:
+        layer = bnb.nn.Linear4bit(
+            *sizes, quant_type=kind[:3], compress_statistics="double" in kind, **kwargs
+        )
+    layer.load_state_dict(dense.state_dict())
+    return layer.to("cpu").train(dense.training)
+
+
+def quantize(model: nn.Module, kind: str, **kwargs: Any) -> nn.Module:
+    """A copy with quantised linear layers, except ``lm_head``."""
+    model = copy.deepcopy(model)
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear and name != "lm_head":
+            parent, _, key = name.rpartition(".")
+            setattr(model.get_submodule(parent), key, quantized_linear(module, kind, **kwargs))
+    return model
+
+
+def dequantize(model: nn.Module) -> nn.Module:
+    """A copy with nn.Linear layers that hold what bitsandbytes dequantises."""
+    model = copy.deepcopy(model)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, bnb.nn.Linear4bit):
+            state = copy.copy(module.weight.quant_state)
+            state.dtype = torch.float32
+            weight = bnb.functional.dequantize_4bit(module.weight.data, state)
+        elif isinstance(module, bnb.nn.Linear8bitLt):
+            where = module.weight if module.weight.CB is not None else module.state
+            weight = where.CB.float() * where.SCB[:, None] / 127
+        else:
+            continue
+        dense = nn.Linear(weight.shape[1], weight.shape[0], module.bias is not None)
+        dense.weight.data = weight
+        dense.bias = module.bias
+        parent, _, key = name.rpartition(".")
+        setattr(model.get_submodule(parent), key, dense)
+    return model
+
+
+def two_layers(kind: str, seed: int = 0, **kwargs: Any) -> nn.Module:
+    a, b, c = WIDTHS
+    model = nn.Sequential(nn.Linear(a, b), nn.Tanh(), nn.Linear(b, c, bias=False))
+    # In training mode the 8-bit kernel of the CPU does not quantise its input.
+    return quantize(seeded(model, seed), kind, **kwargs).train()
+
+
+def methods() -> dict[str, fadapt.Method]:
+    """Every method of the package, at sizes that fit WIDTHS."""
+    special: dict[str, Any] = {
+        "Chain": {"methods": (fadapt.DoRA(r=2), fadapt.IA3FF(), LoRA(r=1), fadapt.IA3())},
+        "OFT": {"block_size": 8},
+        "RoAd": {"group_size": 16},
+        "SSVD": {"k": 4},
+        "AntiPaSTORotation": {"r": 4, "block_size": 2},
+        "AntiPaSTOAblate": {"r": 4, "k": 1},
+        "AntiPaSTOArrow": {"r": 6, "b": 2},
+        "AntiPaSTODPLR": {"r": 4, "k": 2},
+    }
+    found = {}
+    for name, cls in sorted(vars(fadapt).items()):
+        if isinstance(cls, type) and issubclass(cls, fadapt.Method) and cls is not fadapt.Method:
+            fields = cls.__dataclass_fields__
+            found[name] = cls(**special.get(name, {"r": 4} if "r" in fields else {}))
+    return found
+
+
+METHODS = methods()
+
+
+def calibration(method: fadapt.Method) -> list[Tensor] | None:
+    wanted = getattr(method, "statistic", None)
+    return None if wanted is None else [reals(6, WIDTHS[0], seed=s) for s in range(40)]
+
+
+def fresh(model: nn.Module, method: Any, **config: Any) -> Params:
+    return fadapt.init(model, Config(method, **config), calibration(method))
+
+
+def trained(model: nn.Module, method: Any, seed: int = 1) -> Params:
+    params = perturb(fresh(model, method), seed)
+    with torch.no_grad():
+        for _, adapter in params.items():
+            if "alpha" in adapter.train:  # project clips it to [0, 1]
+                adapter.train["alpha"].abs_()
+    return fadapt.project(params)
+
+
+def loss(out: Tensor, _: Any = None) -> Tensor:
+    return (out * out.detach().cos()).sum() + out.square().mean()
+
+
+def close(a: Tensor, b: Tensor, tol: float = 2e-4) -> None:
+    error = (a - b).abs().max() / b.abs().max().clamp(min=1e-6)
+    assert error <= tol, f"relative difference {error:.2e} > {tol}"
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("row", METHODS)
+def test_start_is_the_base_to_the_last_bit(row: str, kind: str, mode: str) -> None:
+    method = METHODS[row]
+    if row == "SSteer":
+        pytest.skip("SSteer steers from the start: it is not the identity by definition")
+    for dtype in (torch.float32, torch.bfloat16):
+        model = two_layers(kind).to(dtype).train(mode == "train")
+        x = reals(2, 3, WIDTHS[0]).to(dtype)
+        params = fresh(model, method)
+        out = fadapt.apply(model, params, x)
+        assert torch.equal(out, model(x))
+        assert out.dtype == dtype
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("row", METHODS)
+def test_output_and_gradient_equal_the_dequantised_reference(row: str, kind: str) -> None:
+    model = two_layers(kind)
+    dense, x = dequantize(model), reals(5, WIDTHS[0])
+    params = trained(model, METHODS[row])
+    out, ref = fadapt.apply(model, params, x), fadapt.apply(dense, params, x)
+    assert (out - model(x)).abs().max() > 1e-3, "the adapter leaves the quantised layers unchanged"
+    close(out, ref)
+    leaves = fadapt.trainable(params)
+    if leaves:
+        for a, b in zip(
+            torch.autograd.grad(loss(out), leaves),
+            torch.autograd.grad(loss(ref), leaves),
+            strict=True,
+        ):
+            close(a, b)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("row", METHODS)
+def test_starts_of_both_bases_agree(row: str, kind: str) -> None:
+    """init reads W̃, not the codes."""
+    model = two_layers(kind)
+    dense = dequantize(model)
+    ours, ref = trained(model, METHODS[row]), trained(dense, METHODS[row])
+    x = reals(5, WIDTHS[0])
+    close(fadapt.apply(model, ours, x), fadapt.apply(dense, ref, x), 1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("row", METHODS)
+def test_torch_func_transforms(row: str, kind: str) -> None:
+    model = two_layers(kind)
+    method = METHODS[row].true_gradient()
+    dense, x = dequantize(model), reals(4, WIDTHS[0])
+    members = [trained(model, method, seed) for seed in (1, 2)]
+    trains, rests = zip(*map(fadapt.split, members), strict=True)
+    if not fadapt.trainable(members[0]):
+        pytest.skip("nothing to differentiate in")
+
+    def of(base: nn.Module) -> Any:
+        return lambda train: fadapt.run(base, fadapt.join(train, rests[0]), x, loss)
+
+    tree = torch.utils._pytree
+    for transform in (
+        torch.func.grad(of(model)),
+        torch.func.jacrev(of(model)),
+        lambda t: torch.func.jvp(of(model), (t,), (t,))[1],
+    ):
+        got = transform(trains[0])
+        ref = (
+            torch.func.jvp(of(dense), (trains[0],), (trains[0],))[1]
+            if isinstance(got, Tensor)
+            else torch.func.grad(of(dense))(trains[0])
+        )
+        for a, b in zip(tree.tree_leaves(got), tree.tree_leaves(ref), strict=True):
+            close(a, b)
+    both = tree.tree_map(lambda *t: torch.stack(t), *trains)
+    grads = torch.func.vmap(torch.func.grad(of(model)))(both)
+    for i, train in enumerate(trains):
+        ref = torch.func.grad(of(dense))(train)
+        for a, b in zip(tree.tree_leaves(grads), tree.tree_leaves(ref), strict=True):
+            close(a[i], b)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("row", METHODS)
+def test_merge_is_dense_in_the_stated_dtype(row: str, kind: str) -> None:
+    model, x = two_layers(kind), reals(5, WIDTHS[0])
+    params = trained(model, METHODS[row])
+    merged = fadapt.merge(model, params, dtype=torch.float32)
+    assert {t.dtype for t in merged.values()} == {torch.float32}
+    assert merged["0.weight"].shape == (WIDTHS[1], WIDTHS[0])
+    close(functional_call(dequantize(model), merged, (x,)), fadapt.apply(model, params, x))
+    half = fadapt.merge(model, params, dtype=torch.bfloat16)
+    assert {t.dtype for t in half.values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_merge_defaults_to_the_compute_dtype(kind: str) -> None:
+    model = two_layers(kind).to(torch.bfloat16)
+    merged = fadapt.merge(model, trained(model, {"^0": LoRA(r=2)}))
+    assert merged["0.weight"].dtype in (torch.bfloat16, torch.float32)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fold_equals_loop(kind: str) -> None:
+    model, x = two_layers(kind), reals(5, WIDTHS[0])
+    rows = [LoRA(r=2), LoRA(r=4), fadapt.DoRA(r=2), fadapt.IA3(), fadapt.IA3FF()]
+    members = [trained(model, m, seed=i) for i, m in enumerate(rows)]
+    stack = fadapt.stack(members)
+    losses = fadapt.run(model, stack, x, loss)
+    grads = torch.autograd.grad(losses.sum(), fadapt.trainable(stack))
+    stacked = iter(grads)
+    for group in stack.groups:
+        of_group = {n: {k: next(stacked) for k in a.train} for n, a in group.params.items()}
+        for place, i in enumerate(group.index):
+            alone = fadapt.run(model, members[i], x, loss)
+            close(losses[i], alone)
+            refs = iter(torch.autograd.grad(alone, fadapt.trainable(members[i])))
+            for name, adapter in members[i].items():
+                for leaf, tensor in adapter.train.items():
+                    part = of_group[name][leaf][place][tuple(slice(0, n) for n in tensor.shape)]
+                    close(part, next(refs))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("row", METHODS)
+def test_saved_equals_loaded(row: str, kind: str, tmp_path: Any) -> None:
+    model, x = two_layers(kind), reals(5, WIDTHS[0])
+    params = trained(model, METHODS[row])
+    fadapt.save(params, tmp_path / "a.safetensors")
+    model(x)  # the first forward of an 8-bit layer moves its codes
+    loaded = fadapt.load(tmp_path / "a.safetensors", model)
+    assert torch.equal(fadapt.apply(model, loaded, x), fadapt.apply(model, params, x))
+    with pytest.raises(FadaptError, match="other values"):
+        fadapt.load(tmp_path / "a.safetensors", two_layers(kind, seed=5))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_unadapted_layers_are_transformed_too(kind: str) -> None:
+    """The second layer's input depends on the differentiated leaves of the first."""
+    model, x = two_layers(kind), reals(5, WIDTHS[0])
+    train, rest = fadapt.split(trained(model, {"^0": LoRA(r=2)}))
+
+    def f(train: Any, base: nn.Module = model) -> Tensor:
+        return fadapt.run(base, fadapt.join(train, rest), x, loss)
+
+    dense = dequantize(model)
+    grad = torch.func.grad(f)(train)
+    ref = torch.func.grad(lambda t: f(t, dense))(train)
+    for leaf in ref["0.weight"]:
+        close(grad["0.weight"][leaf], ref["0.weight"][leaf])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_layers_are_left_as_they_were(kind: str) -> None:
+    model, x = two_layers(kind).to(torch.bfloat16), reals(5, WIDTHS[0])
+    before = copy.deepcopy(model)
+    state = [dict(m.__dict__) for m in model.modules()]
+    params = trained(model, LoRA(r=2))
+
+    def fail(out: Tensor, _: Any) -> Tensor:
+        raise ZeroDivisionError
+
+    fadapt.run(model, params, x, loss).backward()
+    with pytest.raises(ZeroDivisionError):
+        fadapt.run(model, params, x, fail)
+    with pytest.raises(RuntimeError):
+        fadapt.apply(model, params, x[:, :-1])
+    with pytest.raises(ZeroDivisionError), fadapt.bound(model, params):
+        model(x)
+        raise ZeroDivisionError
+    assert [dict(m.__dict__) for m in model.modules()] == state
+    for a, b in zip(model.parameters(), before.parameters(), strict=True):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b)
+        assert a.grad is None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bound_and_gradient_checkpointing(kind: str) -> None:
+    model = quantize(qwen3(head_dim=16), kind).train()
+    ids = tokens()
+    params = trained_lm(model, {"q_proj|down_proj": fadapt.DoRA(r=2)})
+    batch = {"input_ids": ids, "labels": ids}
+    leaves = fadapt.trainable(params)
+    plain = fadapt.run(model, params, batch)
+    refs = torch.autograd.grad(plain, leaves)
+    with fadapt.bound(model, params):
+        inside = model(**batch, use_cache=False).loss
+        assert torch.equal(inside, plain)
+        for a, b in zip(torch.autograd.grad(inside, leaves), refs, strict=True):
+            assert torch.equal(a, b)
+    model.gradient_checkpointing_enable()
+    again = fadapt.run(model, params, batch)
+    assert torch.equal(again, plain)
+    for a, b in zip(torch.autograd.grad(again, leaves), refs, strict=True):
+        close(a, b, 1e-6)
+
+    model = Checkpointed(two_layers(kind))
+    with pytest.raises(FadaptError, match="bound"):
+        fadapt.apply(model, trained(model, LoRA(r=2)), reals(3, WIDTHS[0]))
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.utils.checkpoint.checkpoint(self.inner, x, use_reentrant=False)
+
+
+def trained_lm(model: nn.Module, cfg: Any) -> Params:
+    return perturb(fadapt.init(model, cfg))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_language_model_under_torch_func(kind: str) -> None:
+    model = quantize(qwen3(head_dim=16), kind).train()
+    ids = tokens()
+    train, rest = fadapt.split(trained_lm(model, {"q_proj|v_proj": LoRA(r=2)}))
+    dense = dequantize(model)
+
+    def f(train: Any, base: nn.Module) -> Tensor:
+        return fadapt.run(base, fadapt.join(train, rest), {"input_ids": ids, "labels": ids})
+
+    got, ref = (torch.func.grad(f)(train, base) for base in (model, dense))
+    for name in ref:
+        for leaf in ref[name]:
+            close(got[name][leaf], ref[name][leaf], 1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_generate(kind: str) -> None:
+    model = quantize(qwen3(head_dim=16), kind).eval()
+    params = trained_lm(model, {"q_proj|down_proj": fadapt.IA3()})
+    kwargs = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    out = fadapt.apply(model, params, tokens(1), method="generate", **kwargs)
+    with fadapt.bound(model, params):
+        assert torch.equal(model.generate(tokens(1), **kwargs), out)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiled_step_equals_eager(kind: str) -> None:
+    model, x = two_layers(kind), reals(5, WIDTHS[0])
+    params = trained(model, fadapt.DoRA(r=2))
+
+    def step(params: Params, x: Tensor) -> Tensor:
+        return fadapt.run(model, params, x, loss)
+
+    torch.compiler.reset()
+    out = torch.compile(step, fullgraph=True, backend="aot_eager")(params, x)
+    ref = step(params, x)
+    close(out, ref, 1e-6)
+    leaves = fadapt.trainable(params)
+    for a, b in zip(
+        torch.autograd.grad(out, leaves), torch.autograd.grad(ref, leaves), strict=True
+    ):
+        close(a, b, 1e-5)
+    assert all("forward" not in m.__dict__ for m in model.modules())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_dequantised_matrix_at_a_time(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: list[weakref.ref[Tensor]] = []
+    most, made = 0, 0
+
+    def watch(cls: type) -> None:
+        weight = cls.dequantize
+
+        def watched(self: Any, *args: Any) -> Tensor:
+            nonlocal most, made
+            result = weight(self, *args)
+            alive.append(weakref.ref(result))
+            most = max(most, sum(r() is not None for r in alive))
+            made += 1
+            return result
+
+        monkeypatch.setattr(cls, "dequantize", watched)
+
+    for cls in QuantizedMap.__subclasses__():
+        watch(cls)
+    widths = [64] * 7
+    model = nn.Sequential(*(nn.Linear(a, b) for a, b in zip(widths, widths[1:], strict=False)))
+    model = quantize(seeded(model), kind).train()
+    params = perturb(fadapt.init(model, fadapt.DoRA(r=2)))
+    gc.collect()
+    most = made = 0
+    alive.clear()
+    saved: list[torch.Size] = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: (saved.append(t.shape), t)[1], lambda t: t
+    ):
+        out = fadapt.run(model, params, reals(5, 64), loss)
+    assert sum(r() is not None for r in alive) == 0, "a dequantised matrix outlives the forward"
+    assert torch.Size([64, 64]) not in saved, "a dense matrix is saved for backward"
+    out.backward()
+    assert made >= 6 + 5, "the watch saw fewer matrices than the step needs"
+    assert most == 1
+
+
+@pytest.mark.parametrize("kind", ["nf4", "nf4 double", "fp4"])
+def test_layout_of_avx512_cpus(kind: str) -> None:
+    """bitsandbytes repacks 4-bit weights there at the first forward in eval mode."""
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu
+
+    model = quantize(seeded(nn.Sequential(nn.Linear(128, 64))), kind)
+    base = quantized_map(model[0])
+    assert base is not None
+    before, mark = base.weight(), base.fingerprint()
+    weight = model[0].weight
+    weight.data, weight.quant_state = _convert_weight_packed_for_cpu(weight.data, weight.quant_state)
+    assert base.packed_for_cpu
+    close(base.weight(), before, 2**-8)  # its scales are bfloat16
+    assert base.fingerprint() == mark
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_backward_matches_bitsandbytes(kind: str) -> None:
+    """A frozen layer gives the gradient that bitsandbytes' own autograd function gives."""
+    layer = two_layers(kind)[0]
+    base, theirs = quantized_map(layer), copy.deepcopy(layer)
+    grads = []
+    for f in (base, theirs):
+        x = reals(2, 3, WIDTHS[0]).requires_grad_()
+        grads.append(torch.autograd.grad(loss(f(x)), x)[0])
+    assert torch.equal(*grads)
+
+
+def test_unquantised_layers_are_refused_by_name() -> None:
+    four = nn.Sequential(bnb.nn.Linear4bit(64, 64))
+    with pytest.raises(TargetError, match=r"0\.weight.*not quantised yet.*model\.to"):
+        fadapt.init(four, LoRA(r=2))
+    eight = nn.Sequential(bnb.nn.Linear8bitLt(64, 64, has_fp16_weights=False))
+    with pytest.raises(TargetError, match=r"0\.weight.*not quantised yet.*model\.to"):
+        fadapt.init(eight, LoRA(r=2))
+    floating = nn.Sequential(bnb.nn.Linear8bitLt(64, 64, has_fp16_weights=True))
+    with pytest.raises(TargetError, match="has_fp16_weights=False"):
+        fadapt.init(floating, LoRA(r=2))
+
+
+def test_nan_in_the_scales_is_refused_by_name() -> None:
+    dense = nn.Sequential(nn.Linear(64, 64))
+    with torch.no_grad():
+        dense[0].weight[0, 0] = float("nan")
+    for kind in ("nf4", "8bit"):
+        model = quantize(dense, kind)
+        state = model[0].weight
+        (state.quant_state.absmax if kind == "nf4" else state.SCB)[0] = float("nan")
+        with pytest.raises(TargetError, match=r"0\.weight holds 1 NaN"):
+            fadapt.init(model, LoRA(r=2))
+
+
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16, torch.float32])
+def test_storage_dtype_of_4bit_codes_does_not_matter(storage: torch.dtype) -> None:
+    dense = seeded(nn.Sequential(nn.Linear(64, 96)))
+    models = [quantize(dense, "nf4", quant_storage=s) for s in (torch.uint8, storage)]
+    a, b = (fadapt.init(m, LoRA(r=2)) for m in models)
+    assert a["0.weight"].site == b["0.weight"].site
+    x = reals(5, 64)
+    assert torch.equal(*(fadapt.apply(m, perturb(p), x) for m, p in zip(models, (a, b), strict=True)))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_autocast_leaves_the_start_alone(kind: str, autocast: bool) -> None:
+    model, x = two_layers(kind), reals(5, WIDTHS[0])
+    params = fresh(model, fadapt.DoRA(r=2))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        assert torch.equal(fadapt.apply(model, params, x), model(x))
+
+
+def test_4bit_training_lowers_the_loss_and_leaves_the_codes() -> None:
+    model, x = two_layers("nf4"), reals(16, WIDTHS[0])
+    target = reals(16, WIDTHS[2], seed=3)
+    codes = [p.clone() for p in model.parameters()]
+    params = fresh(model, fadapt.DoRA(r=4))
+    optimiser = torch.optim.Adam(fadapt.trainable(params), lr=0.03)
+    losses = []
+    for _ in range(30):
+        optimiser.zero_grad()
+        value = fadapt.run(model, params, x, lambda out, _: (out - target).square().mean())
+        value.backward()
+        optimiser.step()
+        losses.append(value.item())
+    assert losses[-1] < 0.5 * losses[0]
+    for a, b in zip(model.parameters(), codes, strict=True):
+        assert torch.equal(a, b)
