@@ -57,7 +57,7 @@ class FoldedSite:
         self._check(x)
         rows = x.reshape(n, -1, x.shape[-1])
         entered = [
-            adapter.vmap(adapter.method.enter, _take(rows, index)) for index, adapter in self.pieces
+            adapter.over(adapter.method.enter, _take(rows, index)) for index, adapter in self.pieces
         ]
         if any(adapter.method.has_shift for _, adapter in self.pieces):
             shifted = [value for value, _ in entered]
@@ -66,7 +66,7 @@ class FoldedSite:
             y = base(x)
         y_rows = y.reshape(n, -1, y.shape[-1])
         left = [
-            adapter.vmap(
+            adapter.over(
                 functools.partial(_leave, adapter.method, base), saved, _take(y_rows, index)
             )
             for (index, adapter), (_, saved) in zip(self.pieces, entered, strict=True)

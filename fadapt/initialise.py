@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from .config import Config, Rules, as_config
 from .errors import ConfigError, TargetError
 from .fingerprint import fingerprint
 from .guard import exclusive
+from .linear_map import DenseMap, LinearMap
 from .method import STRENGTH, Leaves, Method
 from .sites import Site, SiteView, resolve
 from .slots import Slot, check_model
@@ -56,19 +57,35 @@ def site_generator(seed: int, name: str) -> torch.Generator:
 def _init_one(slot: Slot, site: Site, method: Method, config: Config) -> Adapter:
     weight, frozen = slot.weight.detach(), slot.quantized
     at_least = torch.promote_types(frozen.dtype if frozen else weight.dtype, torch.float32)
-    view = SiteView(site, slot.base, weight.device, at_least)
-    train, fixed = method.init(view, site_generator(config.seed, site.name))
-    _check_leaves(method, site, train, fixed)
+    parts = []
+    for own, base in _matrices(slot, site):
+        view = SiteView(own, base, weight.device, at_least)
+        parts.append(method.init(view, site_generator(config.seed, own.name)))
+        _check_leaves(method, own, *parts[-1])
+    train, fixed = parts[0] if not site.experts else map(_stacked, zip(*parts, strict=True))
     dtype = config.dtype or at_least
     exact = torch.promote_types(dtype, at_least)
     mark = frozen.fingerprint() if frozen else fingerprint(weight)
     return Adapter(replace(site, fingerprint=mark), method, {}, {}).replace(
         train={k: t.detach().to(dtype).contiguous() for k, t in train.items()},
         fixed={
-            k: t.detach().to(exact if k in method.exact else dtype).contiguous()
+            k: t.detach().to(exact if k in method.keep_wide else dtype).contiguous()
             for k, t in fixed.items()
         },
     )
+
+
+def _matrices(slot: Slot, site: Site) -> Iterator[tuple[Site, LinearMap]]:
+    """The matrix of a site, or each of a stack under its own name."""
+    if not site.experts:
+        yield site, slot.base
+    for i in range(site.experts):
+        own = replace(site, name=f"{site.name}[{i}]", experts=0)
+        yield own, DenseMap(slot.weight.detach()[i], None, site.transposed)
+
+
+def _stacked(leaves: tuple[Leaves, ...]) -> Leaves:
+    return {k: torch.stack([part[k] for part in leaves]) for k in leaves[0]}
 
 
 def _check_leaves(method: Method, site: Site, train: Leaves, fixed: Leaves) -> None:

@@ -7,6 +7,7 @@ import warnings
 import torch
 from torch import Tensor, nn
 
+from . import experts
 from .errors import ConfigError, FadaptWarning, TargetError
 from .guard import exclusive
 from .slots import check_model, find_slots, quantized_at
@@ -87,7 +88,8 @@ def _merge_site(
 ) -> dict[str, Tensor]:
     wide = torch.float32 if weight.device.type == "mps" else torch.float64
     bias = named[adapter.site.bias] if adapter.site.bias else None
-    new_weight, new_bias = adapter.dense(weight.to(wide), None if bias is None else bias.to(wide))
+    wide_bias = None if bias is None else bias.to(wide)
+    new_weight, new_bias = experts.dense(adapter, weight.to(wide), wide_bias)
     merged = {adapter.site.name: new_weight}
     if adapter.site.bias and bias is not None and adapter.method.acts_on_bias:
         assert new_bias is not None

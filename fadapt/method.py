@@ -36,7 +36,7 @@ class Method:
     (:meth:`dense`); an override may be faster but never mean something else.
     """
 
-    exact: ClassVar[frozenset[str]] = frozenset()
+    keep_wide: ClassVar[frozenset[str]] = frozenset()
     """Fixed leaves kept in float32 or better whatever the adapter dtype; the method casts them."""
     reads_output: ClassVar[bool] = True
     """False where ``delta`` ignores ``y``: spares the cast of ``y`` to the adapter dtype."""
@@ -44,6 +44,10 @@ class Method:
     """True where the adapted layer's bias differs from the base's (IA3, RoAd)."""
     owns_strength: ClassVar[bool] = False
     """True where the method reads the strength c itself (:meth:`strength`) instead of c * increment."""
+    broadcasts: ClassVar[bool] = False
+    """True where shift and delta also take leading axes, with vectors given as rows (..., 1, k).
+
+    A stack of such a method runs as batched products, without torch.func.vmap's overhead."""
     statistic: ClassVar[Any] = None
     """What :meth:`init` needs as ``stat``: a ``fadapt.calibration.Statistic``, or None."""
     rank_axes: ClassVar[Mapping[str, int]] = {}
@@ -142,7 +146,7 @@ class Method:
     def compute_dtype(self, p: Mapping[str, Tensor]) -> torch.dtype:
         """The dtype of the adapter's arithmetic: that of its leaves."""
         for name, leaf in p.items():
-            if name not in self.exact and name != STRENGTH:
+            if name not in self.keep_wide and name != STRENGTH:
                 return leaf.dtype
         return torch.float32
 

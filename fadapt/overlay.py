@@ -18,8 +18,10 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor
 
+from . import experts
 from .errors import DenseFallbackWarning, FadaptError, TargetError
 from .linear_map import DenseMap, LinearMap
+from .onehot import adapt_embedding
 from .quantized import QuantizedMap
 from .sites import Site
 
@@ -86,7 +88,7 @@ def overlay(weight: Tensor, adapter: Adapted, call: Call, flipped: bool = False)
     as_subclass, not _make_wrapper_subclass: torch.compile traces through it, and every overlay is
     made inside the traced or transformed function.
     """
-    shape = weight.shape[::-1] if flipped else weight.shape
+    shape = weight.mT.shape if flipped else weight.shape
     nan = torch.full((), float("nan"), dtype=weight.dtype, device=weight.device)
     result = nan.expand(shape).as_subclass(Overlay)
     result.frozen, result.adapter, result.flipped, result.call = weight, adapter, flipped, call
@@ -114,7 +116,7 @@ def _matmul(x: Tensor, weight: Tensor) -> Any:
 def _product(x: Tensor, weight: Overlay, bias: Tensor | None, rows_out: bool) -> Any:
     """The rule behind all products; ``rows_out``: the weight is used as (out, in)."""
     site = weight.adapter.site
-    if (site.transposed == weight.flipped) != rows_out:
+    if weight.dim() != 2 or (site.transposed == weight.flipped) != rows_out:
         return NotImplemented  # the transposed map, as in a tied decoder
     if weight.adapter.acts_on_bias and bias is None and site.bias is not None:
         raise TargetError(
@@ -146,9 +148,90 @@ class SwappedForward:
 
 
 def _transpose(weight: Tensor, *dims: int) -> Any:
-    if not isinstance(weight, Overlay) or (dims and {d % 2 for d in dims} != {0, 1}):
+    if not isinstance(weight, Overlay):
+        return NotImplemented
+    n = weight.dim()
+    if n > 3 or (n == 3 and not dims) or (dims and {d % n for d in dims} != {n - 2, n - 1}):
         return NotImplemented
     return overlay(weight.frozen, weight.adapter, weight.call, not weight.flipped)
+
+
+def _flip(weight: Overlay) -> Any:
+    return _transpose(weight, -2, -1)
+
+
+def _embedding(
+    ids: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    *_: Any,
+) -> Any:
+    if not isinstance(weight, Overlay) or weight.flipped or not weight.adapter.site.transposed:
+        return NotImplemented
+    name = weight.adapter.site.name
+    if max_norm is not None:
+        raise TargetError(f"{name}: an embedding with max_norm writes to its weight, which is frozen")
+    _refuse_checkpoint(weight.adapter, weight.call)
+    base = DenseMap(weight.frozen, None, transposed=True)
+    return adapt_embedding(ids, weight.frozen, weight.adapter, base, padding_idx)
+
+
+def _getitem(weight: Tensor, index: Any) -> Any:
+    """One expert's matrix, or those of some experts, gathered."""
+    if not isinstance(weight, Overlay) or weight.flipped or not weight.adapter.site.experts:
+        return NotImplemented
+    if not isinstance(index, (int, Tensor)) or isinstance(index, bool):
+        return NotImplemented
+    if isinstance(index, Tensor) and (index.dim() > 1 or index.is_floating_point()):
+        return NotImplemented
+    if isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8):
+        return NotImplemented
+    count = len(index) if isinstance(index, Tensor) and index.dim() else 0
+    adapter = experts.at(weight.adapter, index, count)
+    return overlay(weight.frozen[index], adapter, weight.call)
+
+
+def _bmm(a: Tensor, b: Tensor) -> Any:
+    weight, x, rows_out = (a, b.mT, True) if isinstance(a, Overlay) else (b, a, False)
+    if not isinstance(weight, Overlay) or isinstance(x, Overlay):
+        return NotImplemented
+    site = weight.adapter.site
+    if not site.experts or (site.transposed == weight.flipped) != rows_out:
+        return NotImplemented
+    _refuse_checkpoint(weight.adapter, weight.call)
+    frozen = weight.frozen.mT if weight.flipped else weight.frozen
+
+    def product(x: Tensor) -> Tensor:
+        return torch.bmm(frozen, x.mT).mT if rows_out else torch.bmm(x, frozen)
+
+    adapter = experts.at(weight.adapter, slice(None), site.experts)
+    y = experts.batched(adapter, x, weight.frozen, product)
+    return y.mT if rows_out else y
+
+
+def _grouped_mm(
+    x: Tensor, weight: Tensor, offs: Tensor | None = None, bias: Any = None, out_dtype: Any = None
+) -> Any:
+    if not isinstance(weight, Overlay) or isinstance(x, Overlay) or x.dim() != 2 or offs is None:
+        return NotImplemented
+    if bias is not None or out_dtype not in (None, weight.dtype):
+        return NotImplemented
+    site = weight.adapter.site
+    if not site.experts or site.transposed == weight.flipped:
+        return NotImplemented
+    if torch.compiler.is_compiling() or torch._C._functorch.is_batchedtensor(offs):
+        return NotImplemented  # the groups are not known to Python
+    _refuse_checkpoint(weight.adapter, weight.call)
+    frozen = weight.frozen.mT if weight.flipped else weight.frozen
+    adapter = experts.at(weight.adapter, slice(None), site.experts)
+    return experts.grouped(
+        adapter,
+        x,
+        weight.frozen,
+        offs.tolist(),
+        lambda x: torch._grouped_mm(x, frozen, offs=offs),
+    )
 
 
 def _dense_fallback(func: Callable, args: tuple, kwargs: dict) -> Any:
@@ -181,7 +264,7 @@ def _dense_fallback(func: Callable, args: tuple, kwargs: dict) -> Any:
 def materialise(weight: Overlay) -> Tensor:
     """The adapted weight as an ordinary tensor, differentiable in the adapter's leaves."""
     wide = weight.frozen.to(torch.promote_types(weight.dtype, torch.float32))
-    new, _ = weight.adapter.dense(wide, None)
+    new, _ = experts.dense(weight.adapter, wide)
     return (new.mT if weight.flipped else new).to(weight.frozen.dtype)
 
 
@@ -214,11 +297,16 @@ RULES: dict[Callable, Callable[..., Any]] = {
     Tensor.mm: _matmul,
     Tensor.__matmul__: _matmul,
     Tensor.T.__get__: _transpose,  # type: ignore[attr-defined]
-    Tensor.mT.__get__: _transpose,  # type: ignore[attr-defined]
     Tensor.t: _transpose,
     torch.t: _transpose,
+    Tensor.mT.__get__: _flip,  # type: ignore[attr-defined]
     Tensor.transpose: _transpose,
     torch.transpose: _transpose,
+    F.embedding: _embedding,
+    Tensor.__getitem__: _getitem,
+    torch.bmm: _bmm,
+    Tensor.bmm: _bmm,
+    torch._grouped_mm: _grouped_mm,
 }
 
 METADATA: frozenset[Callable] = frozenset(

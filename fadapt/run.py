@@ -18,7 +18,7 @@ from .guard import bound_params, exclusive
 from .losses import hugging_face_loss
 from .overlay import Adapted, Call, Overlay, SwappedForward, overlay
 from .quantized import QuantizedMap, quantized_map
-from .slots import check_model
+from .slots import check_model, check_module
 from .stack import Stack
 from .tree import Params
 
@@ -165,7 +165,11 @@ def _prepare(model: nn.Module, sites: Mapping[str, Adapted], lasting: bool) -> _
     for prefix, module in model.named_modules():
         if module.__dict__.get("gradient_checkpointing") and module.training and call.grad:
             checkpointing.append(module)
-        for key, weight in module.named_parameters(recurse=False, remove_duplicate=False):
+        check_module(prefix, module)
+        # Not named_parameters, whose generators cost more than the rest of this loop.
+        for key, weight in module._parameters.items():
+            if weight is None:
+                continue
             name = f"{prefix}.{key}" if prefix else key
             found.add(name)
             if key == "weight" and (base := quantized_map(module)) is not None:

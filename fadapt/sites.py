@@ -15,9 +15,12 @@ from .errors import ConfigError, TargetError
 from .linear_map import LinearMap
 from .method import Method
 from .slots import (
+    CONVOLUTION,
+    EXPERTS,
     LINEAR,
     LINEAR_KINDS,
     PARAMETRISED,
+    TENSOR,
     Slot,
     check_model,
     find_roles,
@@ -38,6 +41,9 @@ class Site:
         note: how the role was chosen where the shape alone does not tell.
         tied: the other names under which the same tensor is used, unadapted.
         fingerprint: of the frozen weight that the adapter was made for.
+        experts: the number of matrices in a stack (the first axis of the parameter and of the
+            leaves), or 0 for a single matrix.
+        kernel: of a convolution, the axes of the parameter after the first, which are flattened.
     """
 
     name: str
@@ -50,6 +56,8 @@ class Site:
     note: str = ""
     tied: tuple[str, ...] = ()
     fingerprint: str = ""
+    experts: int = 0
+    kernel: tuple[int, ...] = ()
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
@@ -57,9 +65,12 @@ class Site:
         return self.out_features, self.in_features
 
     @property
-    def stored_shape(self) -> tuple[int, int]:
+    def stored_shape(self) -> tuple[int, ...]:
         """The shape of the parameter itself, except in a quantised layer."""
-        return self.matrix_shape[::-1] if self.transposed else self.matrix_shape
+        rows, columns = self.matrix_shape[::-1] if self.transposed else self.matrix_shape
+        if self.kernel:
+            return rows, *self.kernel
+        return (self.experts, rows, columns) if self.experts else (rows, columns)
 
 
 @dataclass(frozen=True)
@@ -137,6 +148,8 @@ def resolve(model: nn.Module, config: Config) -> list[tuple[Slot, Site, Method]]
             role=role,
             note=note,
             tied=tied,
+            experts=len(slot.weight) if slot.kind == EXPERTS else 0,
+            kernel=tuple(slot.weight.shape[1:]) if slot.kind == CONVOLUTION else (),
         )
         _check_weight(slot)
         try:
@@ -198,10 +211,11 @@ def _apply_rules(
                     "it: call torch.nn.utils.parametrize.remove_parametrizations, or put "
                     "{pattern: None} for it before this rule"
                 )
-            if slot.weight.dim() != 2:
+            if slot.kind == TENSOR:
                 raise TargetError(
                     f"rule {pattern!r} matches {slot.name} of shape {tuple(slot.weight.shape)}; "
-                    "adapters need 2-D weights. Put {pattern: None} for it before this rule"
+                    "adapters need a matrix (2-D), a stack of expert matrices (3-D) or a "
+                    "convolution kernel. Put {pattern: None} for it before this rule"
                 )
         chosen += [(s, pattern, method) for s in linear or mine]
     order = {s.name: k for k, s in enumerate(slots)}

@@ -16,10 +16,15 @@ from .linear_map import DenseMap, LinearMap
 from .quantized import QuantizedMap, quantized_map
 
 LINEAR, QUANTIZED, EXPERTS = "linear", "quantized", "experts"
-EMBEDDING, MATRIX, TENSOR = "embedding", "matrix", "tensor"
+EMBEDDING, MATRIX, CONVOLUTION, TENSOR = "embedding", "matrix", "convolution", "tensor"
 PARAMETRISED = "parametrised"
+CONVOLUTIONS = (
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+)
 LINEAR_KINDS = (LINEAR, QUANTIZED, EXPERTS)
 """What a broad rule means."""
+STEP = "torch.compile(lambda params, batch: fadapt.run(model, params, batch))"
 
 
 @dataclass(eq=False)
@@ -30,8 +35,8 @@ class Slot:
         name: as in ``named_parameters(remove_duplicate=False)``; the first, if a module is shared.
         names: all names of this place (a module used twice has several).
         kind: "linear"; "quantized" (a linear layer of bitsandbytes); "experts" (a 3-D stack of
-            matrices); "embedding"; "matrix" (a bare 2-D parameter); "tensor" (a convolution
-            kernel, a class token); or "parametrised" (the stored part of a weight that torch
+            matrices); "embedding"; "matrix" (a bare 2-D parameter); "convolution"; "tensor" (a
+            class token, say); or "parametrised" (the stored part of a weight that torch
             computes).
         transposed: whether the weight is stored (in, out).
         bias: the name of the bias parameter, or None.
@@ -51,7 +56,10 @@ class Slot:
         """(out_features, in_features)."""
         if self.quantized is not None:
             return self.quantized.shape
-        rows, columns = self.weight.shape[-2:]
+        if self.kind == CONVOLUTION:
+            rows, columns = self.weight.shape[0], self.weight[:1].numel()
+        else:
+            rows, columns = self.weight.shape[-2:]
         return (columns, rows) if self.transposed else (rows, columns)
 
     @property
@@ -63,7 +71,10 @@ class Slot:
     def base(self) -> LinearMap:
         """The frozen map."""
         bias = getattr(self.module, self.bias.rsplit(".", 1)[-1]) if self.bias else None
-        return self.quantized or DenseMap(self.weight.detach(), bias, self.transposed)
+        weight = self.weight.detach()
+        if self.kind == CONVOLUTION:
+            weight = weight.flatten(1)
+        return self.quantized or DenseMap(weight, bias, self.transposed)
 
     @property
     def layer(self) -> int | None:
@@ -74,6 +85,7 @@ class Slot:
 def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
     """(name, module, key, parameter) of every parameter of every module, shared ones repeated."""
     for prefix, module in model.named_modules(remove_duplicate=False):
+        check_module(prefix, module)
         for key, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             yield (f"{prefix}.{key}" if prefix else key), module, key, parameter
 
@@ -116,9 +128,12 @@ def _classify(module: nn.Module, key: str, weight: Tensor) -> tuple[str, bool, s
         return QUANTIZED, False, has("bias")
     if weight.dim() == 2 and isinstance(module, ParametrizationList):
         return PARAMETRISED, False, None
+    if isinstance(module, CONVOLUTIONS) and key == "weight":
+        flipped = getattr(module, "transposed", False)
+        return CONVOLUTION, flipped, None if flipped else has("bias")
     if weight.dim() > 2:
         stack = weight.dim() == 3 and min(weight.shape) > 1 and not hasattr(module, "kernel_size")
-        return (EXPERTS if stack else TENSOR), False, None
+        return (EXPERTS if stack else TENSOR), getattr(module, "is_transposed", False), None
     if isinstance(module, nn.Linear) and key == "weight":
         return LINEAR, False, has("bias")
     # transformers' Conv1D, recognised without importing transformers.
@@ -176,26 +191,28 @@ def check_model(model: nn.Module) -> None:
     """Refuses wrappers whose parameters are not the ones that their forward uses."""
     if not isinstance(model, nn.Module):
         raise TargetError(f"expected a torch.nn.Module, got {type(model).__name__}")
-    step = "torch.compile(lambda params, batch: fadapt.run(model, params, batch))"
     if hasattr(model, "_orig_mod"):
         raise TargetError(
             "the model is already compiled: pass the model itself (model._orig_mod) and compile "
-            f"the step: {step}"
+            f"the step: {STEP}"
         )
     if isinstance(model, torch.jit.ScriptModule):
         raise TargetError(
             "the model is a ScriptModule, whose weights cannot be replaced: pass "
             "the model that it was scripted or traced from"
         )
-    for name, module in model.named_modules():
-        if "_orig_mod" in module._modules or module._compiled_call_impl is not None:
-            raise TargetError(
-                f"{name or 'the model'} is compiled on its own (module.compile() or torch.compile("
-                f"module)); compile the step instead: {step}"
-            )
     if isinstance(model, nn.DataParallel):
         raise TargetError(
             "nn.DataParallel copies the parameters before its forward: pass model.module"
+        )
+
+
+def check_module(name: str, module: nn.Module) -> None:
+    """Refuses a part of the model that is compiled by itself, with its weights as constants."""
+    if module._compiled_call_impl is not None or "_orig_mod" in module._modules:
+        raise TargetError(
+            f"{name or 'the model'} is compiled on its own (module.compile() or torch.compile("
+            f"module)); compile the step instead: {STEP}"
         )
 
 

@@ -36,9 +36,13 @@ class StackedAdapter(Adapter):
 
     shared: frozenset[str] = frozenset()
 
-    def vmap(self, function: Callable[..., Any], *batched: Any) -> Any:
-        """``function(p, *batched)`` mapped over the group."""
+    def over(self, function: Callable[..., Any], *batched: Any) -> Any:
+        """``function(p, *batched)`` over the group, by broadcasting or by torch.func.vmap."""
         p = self.leaves
+        if self.method.broadcasts:
+            own = {k: t for k, t in p.items() if k not in self.shared}
+            rows = {k: t.reshape(*t.shape[:1], 1, -1) for k, t in own.items() if t.dim() < 3}
+            return function({**p, **rows}, *batched)
         axes = {name: None if name in self.shared else 0 for name in p}
         return torch.func.vmap(function, in_dims=(axes, *(0 for _ in batched)))(p, *batched)
 

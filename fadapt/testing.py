@@ -29,6 +29,7 @@ from .io import load, save
 from .merge import merge
 from .method import Method
 from .run import apply, run
+from .stack import stack, unstack
 from .tree import Params, join, project, scale, split, trainable
 
 
@@ -164,6 +165,27 @@ def vmap_equals_loop(method: Method, case: Case) -> None:
         for name, adapter in member.items():
             for leaf in adapter.train:
                 _close(grads[name][leaf][i], next(refs), f"vmapped gradient of {leaf}")
+
+
+def fold_equals_loop(method: Method, case: Case) -> None:
+    """A stack of three, at different strengths, equals a loop in values and gradients."""
+    model, x = case.model(), case.x(4, 3)
+    members = [case.trained(model, method, offset=i) for i in range(3)]
+    members[1] = scale(members[1], 0.5)
+    whole = stack(members)
+    out = apply(model, whole, x)
+    refs = [apply(model, member, x) for member in members]
+    _close(out, torch.stack(refs), "folded output")
+    if not trainable(members[0]):
+        return
+    torch.stack([_loss(part) for part in out]).sum().backward()
+    grads = unstack(
+        whole.map(lambda p: p.map(lambda a: a.replace({k: t.grad for k, t in a.train.items()})))
+    )
+    for member, ref, grad in zip(members, refs, grads, strict=True):
+        expected = torch.autograd.grad(_loss(ref), trainable(member))
+        for a, b in zip(trainable(grad), expected, strict=True):
+            _close(a, b, "folded gradient")
 
 
 def derivatives_equal_finite_differences(method: Method, case: Case) -> None:
@@ -364,6 +386,7 @@ LAWS: tuple[Callable[[Method, Case], None], ...] = (
     bias_as_declared,
     gradients_equal_dense,
     vmap_equals_loop,
+    fold_equals_loop,
     derivatives_equal_finite_differences,
     compiled_equals_eager,
     saved_equals_loaded,

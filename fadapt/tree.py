@@ -68,6 +68,8 @@ class Adapter:
         The base sees x in its own shape, so its kernel and rounding are those of the plain layer.
         """
         p = self.leaves
+        if self.method.broadcasts:
+            return self.method(p, x, base)
         rows = x.reshape(-1, x.shape[-1])
         shifted, saved = self.method.enter(p, rows)
         y = base(x if shifted is rows else shifted.reshape(x.shape))
@@ -145,11 +147,11 @@ class Params(Mapping[str, Adapter]):
     ) -> Params:
         """A copy on another device or in another adapter dtype, as new trainable leaves.
 
-        Leaves that a method declares ``exact`` keep their dtype.
+        Leaves that a method declares ``keep_wide`` keep their dtype.
         """
 
         def move(adapter: Adapter) -> Adapter:
-            exact = adapter.method.exact | {STRENGTH}
+            exact = adapter.method.keep_wide | {STRENGTH}
             return adapter.replace(
                 train={k: t.detach().to(device, dtype) for k, t in adapter.train.items()},
                 fixed={

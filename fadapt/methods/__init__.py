@@ -6,9 +6,14 @@ from .antipasto_arrow import AntiPaSTOArrow as AntiPaSTOArrow
 from .antipasto_dplr import AntiPaSTODPLR as AntiPaSTODPLR
 from .antipasto_rotation import AntiPaSTORotation as AntiPaSTORotation
 from .chain import Chain as Chain
+from .delora import DeLoRA as DeLoRA
 from .dora import DoRA as DoRA
+from .hra import HRA as HRA
 from .ia3 import IA3 as IA3
 from .ia3 import IA3FF as IA3FF
 from .lora import LoRA as LoRA
 from .lora import RsLoRA as RsLoRA
+from .oft import OFT as OFT
+from .pissa import PiSSA as PiSSA
+from .road import RoAd as RoAd
 from .ssvd import SSVD as SSVD

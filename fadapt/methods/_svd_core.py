@@ -70,6 +70,8 @@ class SpectralGain(SpectralMethod):
 
     suppress_only: bool = field(default=False, kw_only=True)
 
+    broadcasts: ClassVar[bool] = True
+
     def start(self, site: SiteView, rng: torch.Generator) -> Leaves:
         return {"g": site.zeros(self.r)}
 

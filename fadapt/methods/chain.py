@@ -45,12 +45,20 @@ class Chain(Method):
             )
 
     @property
-    def exact(self) -> frozenset[str]:  # type: ignore[override]
-        return frozenset(f"{i}.{k}" for i, m in enumerate(self.methods) for k in m.exact)
+    def keep_wide(self) -> frozenset[str]:  # type: ignore[override]
+        return frozenset(f"{i}.{k}" for i, m in enumerate(self.methods) for k in m.keep_wide)
 
     @property
     def acts_on_bias(self) -> bool:  # type: ignore[override]
         return any(m.acts_on_bias for m in self.methods)
+
+    @property
+    def has_shift(self) -> bool:
+        return any(m.has_shift for m in self.methods)
+
+    @property
+    def broadcasts(self) -> bool:  # type: ignore[override]
+        return all(m.broadcasts for m in self.methods)
 
     def check(self, site: Site) -> None:
         for method in self.methods:

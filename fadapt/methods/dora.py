@@ -42,8 +42,9 @@ class DoRA(LoRA):
 
     detach_norm: bool = True
 
-    exact: ClassVar[frozenset[str]] = frozenset({"w2"})
+    keep_wide: ClassVar[frozenset[str]] = frozenset({"w2"})
     reads_output: ClassVar[bool] = True
+    broadcasts: ClassVar[bool] = False
     needs_plain_base: ClassVar[bool] = True
 
     def init(self, site: SiteView, rng: torch.Generator, stat: Any = None) -> tuple[Leaves, Leaves]:

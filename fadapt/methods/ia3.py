@@ -31,6 +31,7 @@ class IA3(Method):
     """Learned rescaling of the output, bias included."""
 
     acts_on_bias: ClassVar[bool] = True
+    broadcasts: ClassVar[bool] = True
 
     def init(self, site: SiteView, rng: torch.Generator, stat: Any = None) -> tuple[Leaves, Leaves]:
         return {"d": site.zeros(site.out_features)}, {}
@@ -42,6 +43,8 @@ class IA3(Method):
 @dataclass(frozen=True)
 class IA3FF(Method):
     """Learned rescaling of the input."""
+
+    broadcasts: ClassVar[bool] = True
 
     def init(self, site: SiteView, rng: torch.Generator, stat: Any = None) -> tuple[Leaves, Leaves]:
         return {"d": site.zeros(site.in_features)}, {}

@@ -37,6 +37,7 @@ class LoRA(Method):
     alpha: float = 16.0
 
     reads_output: ClassVar[bool] = False
+    broadcasts: ClassVar[bool] = True
     rank_axes: ClassVar[Mapping[str, int]] = {"A": 0, "B": 1}
 
     def __post_init__(self) -> None:

@@ -1,0 +1,88 @@
+"""PiSSA: y' = y + s [(x dAᵀ) (B0 + dB)ᵀ + (x A0ᵀ) dBᵀ],  s = alpha / r.
+
+With A = A0 + dA and B = B0 + dB this is the paper's W_res + s B A, where W_res = W - s B0 A0:
+    s (B A - B0 A0) = s [(B0 + dB) dA + dB A0],
+so the frozen W needs no residual copy and may be quantised.
+Fixed: A0 = (S/s)^½ Vᵀ (r, in) and B0 = U (S/s)^½ (out, r) from the r largest singular triplets
+W ≈ U S Vᵀ, so s B0 A0 is the top of W for any alpha. They are stored, never recomputed: singular
+vectors are not unique. Trainable: dA (r, in), dB (out, r), zero. Count: r (in + out).
+Identity at the start: both products have a factor 0. The bias is untouched.
+Weight decay pulls towards the base model, not towards a W without its top. The increment has
+rank at most 2 r.
+
+Meng, Wang and Zhang 2024, "PiSSA: Principal Singular Values and Singular Vectors Adaptation of
+Large Language Models", arXiv 2404.02948.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..linalg import random_svd, top_svd
+from ..method import Leaves, require
+from .lora import LoRA
+
+if TYPE_CHECKING:
+    from ..linear_map import LinearMap
+    from ..sites import Site, SiteView
+
+
+@dataclass(frozen=True)
+class PiSSA(LoRA):
+    """LoRA that starts from the principal singular triplets of the weight.
+
+    Args:
+        r: rank, at least 1 and at most min(in_features, out_features).
+        alpha: numerator of the scale alpha / r, positive.
+        niter: None for an exact SVD; a number for a randomised one with that many power
+            iterations, seeded like all initial values.
+    """
+
+    niter: int | None = None
+
+    broadcasts: ClassVar[bool] = False
+    rank_axes: ClassVar[Mapping[str, int]] = {"dA": 0, "dB": 1, "A0": 0, "B0": 1}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            self.alpha > 0,
+            f"alpha must be positive, because the singular values are divided by alpha / r; "
+            f"got {self.alpha}",
+        )
+        require(
+            self.niter is None or self.niter >= 0,
+            f"niter must be None (exact SVD) or at least 0, got {self.niter}",
+        )
+
+    def check(self, site: Site) -> None:
+        full = min(site.out_features, site.in_features)
+        require(
+            self.r <= full,
+            f"the weight has {full} singular values, fewer than r={self.r}; "
+            f"write PiSSA(r={full}) or smaller",
+        )
+
+    def init(self, site: SiteView, rng: torch.Generator, stat: Any = None) -> tuple[Leaves, Leaves]:
+        w = site.weight()
+        if self.niter is None:
+            u, s, v = top_svd(w, self.r)
+        else:
+            u, s, v = random_svd(w, self.r, rng, self.niter)
+        root = (s / self.scaling).sqrt()
+        return (
+            {
+                "dA": site.zeros(self.r, site.in_features),
+                "dB": site.zeros(site.out_features, self.r),
+            },
+            {"A0": (v * root).mT, "B0": u * root},
+        )
+
+    def delta(self, p: Mapping[str, Tensor], x: Tensor, y: Tensor, base: LinearMap) -> Tensor:
+        inner = self.scale(p) * (x @ torch.cat([p["dA"], p["A0"]]).mT)
+        return inner @ torch.cat([p["B0"] + p["dB"], p["dB"]], 1).mT

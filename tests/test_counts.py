@@ -1,0 +1,61 @@
+"""Trainable counts on the shapes of Qwen3-0.6B: the published table, one row a method."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import fadapt
+from fadapt import IA3, IA3FF, DoRA, LoRA, Method, RsLoRA
+from fadapt.methods.delora import DeLoRA
+from fadapt.methods.hra import HRA
+from fadapt.methods.oft import OFT
+from fadapt.methods.pissa import PiSSA
+from fadapt.methods.road import RoAd
+
+QV = "q_proj|v_proj"
+
+ROWS: list[tuple[str, Method, int]] = [
+    (QV, LoRA(r=32), 4_587_520),
+    (QV, RsLoRA(r=32), 4_587_520),
+    (QV, PiSSA(r=32), 4_587_520),
+    (QV, PiSSA(r=32, niter=4), 4_587_520),
+    (QV, DoRA(r=32), 4_673_536),
+    (QV, DeLoRA(r=32), 4_587_576),
+    (QV, DeLoRA(r=32, form="peft"), 4_587_576),
+    (QV, HRA(r=32), 1_835_008),
+    ("k_proj|v_proj", IA3(), 57_344),
+    ("down_proj", IA3FF(), 86_016),
+    (QV, RoAd(variant=1), 86_016),
+    (QV, RoAd(variant=2), 172_032),
+    (QV, RoAd(variant=4), 344_064),
+    (QV, OFT(block_size=32), 888_832),
+    (QV, OFT(block_size=32, exact=False), 888_832),
+]
+
+
+@pytest.fixture(scope="module")
+def qwen() -> nn.Module:
+    config = transformers.Qwen3Config(
+        vocab_size=151_936,
+        hidden_size=1024,
+        num_hidden_layers=28,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=128,
+        intermediate_size=3072,
+        tie_word_embeddings=True,
+    )
+    with torch.device("meta"):
+        return transformers.Qwen3ForCausalLM(config)
+
+
+@pytest.mark.parametrize(("pattern", "method", "count"), ROWS, ids=lambda value: str(value))
+def test_trainable_count(qwen: nn.Module, pattern: str, method: Method, count: int) -> None:
+    params = fadapt.init(qwen, {pattern: method})
+    assert len(params) == 28 * len(pattern.split("|"))
+    leaves = fadapt.trainable(params)
+    assert all(leaf.is_meta for leaf in leaves)
+    assert sum(leaf.numel() for leaf in leaves) == count

@@ -1,0 +1,294 @@
+"""Outputs and gradients equal PEFT's for the same tensors, on layers with biases.
+
+Each row makes a PEFT model, moves its adapter to trained-like values, writes the same values into
+fresh fadapt leaves and compares. ``leaves`` maps PEFT's tensors to fadapt's leaves; it is affine,
+so the Jacobian of the map carries PEFT's gradients over.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fadapt
+from fadapt import IA3, IA3FF, DoRA, LoRA, Method, RsLoRA
+from fadapt.methods.delora import DeLoRA
+from fadapt.methods.hra import HRA
+from fadapt.methods.oft import OFT
+from fadapt.methods.pissa import PiSSA
+from fadapt.methods.road import RoAd
+
+Tensors = dict[str, Tensor]
+LAYERS = ("first", "second")
+
+
+class Net(nn.Module):
+    def __init__(self, d_in: int, hidden: int, d_out: int):
+        super().__init__()
+        self.first = nn.Linear(d_in, hidden)
+        self.second = nn.Linear(hidden, d_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.tanh(self.first(x)))
+
+
+def lora_leaves(p: Tensors, weight: Tensor, fresh: Tensors) -> Tensors:
+    return {"A": p["lora_A"], "B": p["lora_B"]}
+
+
+def dora_leaves(p: Tensors, weight: Tensor, fresh: Tensors) -> Tensors:
+    # PEFT trains the magnitude m = |W| (1 + mu) itself.
+    mu = p["lora_magnitude_vector"] / weight.norm(dim=1) - 1
+    return {"A": p["lora_A"], "B": p["lora_B"], "mu": mu}
+
+
+def pissa_leaves(p: Tensors, weight: Tensor, fresh: Tensors) -> Tensors:
+    # PEFT replaces the base weight by its residual; the signs of singular vectors, which differ
+    # between the two, drop out of the residual.
+    return {"dA": p["lora_A"] - fresh["A0"], "dB": p["lora_B"] - fresh["B0"]}
+
+
+def delora_leaves(p: Tensors, weight: Tensor, fresh: Tensors) -> Tensors:
+    strength = p["delora_lambda"].reshape(()) - 1.5
+    return {"A": p["delora_A"], "B": p["delora_B"], "dlambda": strength}
+
+
+@dataclass(frozen=True)
+class Row:
+    method: Method
+    config: Callable[..., Any]
+    options: dict[str, Any]
+    leaves: Callable[[Tensors, Tensor, Tensors], Tensors]
+    shapes: tuple[tuple[int, int, int], ...]
+    targets: dict[str, Any] = field(default_factory=lambda: {"target_modules": list(LAYERS)})
+
+
+ODD = ((7, 13, 5), (12, 9, 17))
+IN_BLOCKS = ((15, 21, 5), (6, 12, 7))
+OUT_GROUPS = ((7, 18, 30), (5, 6, 12))
+
+
+def lora_row(method: Method, leaves: Any = lora_leaves, **options: Any) -> Row:
+    options = {"r": 3, "lora_alpha": 5, **options}
+    return Row(method, peft.LoraConfig, options, leaves, ODD)
+
+
+def road_row(variant: int) -> Row:
+    return Row(
+        # The bias is rotated with the output on both sides.
+        RoAd(variant=variant, group_size=6),
+        peft.RoadConfig,
+        {"variant": f"road_{variant}", "group_size": 6},
+        lambda p, w, f: {"theta": p["road_theta"], "a": p["road_alpha"] - 1},
+        OUT_GROUPS,
+    )
+
+
+def oft_row(method: OFT, **options: Any) -> Row:
+    return Row(
+        method,
+        peft.OFTConfig,
+        {"r": 0, "oft_block_size": 3, **options},
+        lambda p, w, f: {"q": p["oft_R"]},
+        IN_BLOCKS,
+    )
+
+
+ROWS = {
+    "LoRA": lora_row(LoRA(r=3, alpha=5)),
+    "RsLoRA": lora_row(RsLoRA(r=3, alpha=5), use_rslora=True),
+    # The bias is not scaled by the magnitude on either side.
+    "DoRA": lora_row(DoRA(r=3, alpha=5), dora_leaves, use_dora=True),
+    "PiSSA": lora_row(PiSSA(r=3, alpha=5), pissa_leaves, init_lora_weights="pissa"),
+    "DeLoRA": Row(
+        DeLoRA(r=3, lambda0=1.5, form="peft"),
+        peft.DeloraConfig,
+        {"r": 3, "delora_lambda": 1.5},
+        delora_leaves,
+        ODD,
+    ),
+    # PEFT's attention form scales the bias with the output, its feed-forward form leaves it.
+    "IA3": Row(
+        IA3(),
+        peft.IA3Config,
+        {"feedforward_modules": []},
+        lambda p, w, f: {"d": p["ia3_l"].reshape(-1) - 1},
+        ODD,
+    ),
+    "IA3FF": Row(
+        IA3FF(),
+        peft.IA3Config,
+        {"feedforward_modules": list(LAYERS)},
+        lambda p, w, f: {"d": p["ia3_l"].reshape(-1) - 1},
+        ODD,
+    ),
+    "HRA2": Row(HRA(r=2), peft.HRAConfig, {"r": 2}, lambda p, w, f: {"U": p["hra_u"].mT}, ODD),
+    "HRA6": Row(HRA(r=6), peft.HRAConfig, {"r": 6}, lambda p, w, f: {"U": p["hra_u"].mT}, ODD),
+    "RoAd1": road_row(1),
+    "RoAd2": road_row(2),
+    "RoAd4": road_row(4),
+    "OFT exact": oft_row(OFT(3), use_cayley_neumann=False),
+    "OFT series": oft_row(OFT(3, exact=False), use_cayley_neumann=True),
+}
+
+
+def peft_tensors(model: nn.Module, layer: str) -> Tensors:
+    """The adapter's own parameters of one layer: {"lora_A": ..., ...}."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        path = name.split(".")
+        if layer in path and "default" in path:
+            found[path[path.index("default") - 1]] = parameter
+    assert found, f"no adapter parameters at {layer}"
+    return found
+
+
+def move(parameter: Tensor, rng: torch.Generator) -> None:
+    parameter += 0.3 * torch.randn(parameter.shape, generator=rng)
+
+
+def set_leaves(params: fadapt.Params, values: dict[str, Tensors]) -> None:
+    with torch.no_grad():
+        for layer, leaves in values.items():
+            train = params[f"{layer}.weight"].train
+            assert train.keys() == leaves.keys()
+            for name, value in leaves.items():
+                assert train[name].shape == value.shape, f"{layer} {name}"
+                train[name].copy_(value)
+
+
+def loss(out: Tensor) -> Tensor:
+    return (out.sin() + 0.1 * out.square()).sum()
+
+
+def assert_equal_to_reference(
+    out: Tensor, grads: list[Tensor], ref_out: Tensor, ref_grads: list[Tensor]
+) -> None:
+    assert (out - ref_out).abs().max() <= 1e-5
+    for grad, ref in zip(grads, ref_grads, strict=True):
+        assert ref.abs().max() > 1e-3, "a reference gradient that vanishes compares nothing"
+        assert (grad - ref).abs().max() <= 1e-4 * ref.abs().max()
+
+
+@pytest.mark.parametrize("shape_index", [0, 1])
+@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS.keys())
+def test_outputs_and_gradients_equal_pefts(row: Row, shape_index: int) -> None:
+    shape = row.shapes[shape_index]
+    torch.manual_seed(0)
+    model, x = Net(*shape), torch.randn(2, 4, shape[0])
+    rng = torch.Generator().manual_seed(1)
+
+    config = row.config(**row.options, **row.targets)
+    reference = peft.get_peft_model(copy.deepcopy(model), config)
+    theirs = {layer: peft_tensors(reference, layer) for layer in LAYERS}
+    with torch.no_grad():
+        for tensors in theirs.values():
+            for parameter in tensors.values():
+                move(parameter, rng)
+
+    params = fadapt.init(model, row.method)
+
+    def ours(tensors: dict[str, Tensors]) -> dict[str, Tensors]:
+        return {
+            layer: row.leaves(
+                tensors[layer],
+                model.get_submodule(layer).weight.detach(),
+                params[f"{layer}.weight"].fixed,
+            )
+            for layer in LAYERS
+        }
+
+    set_leaves(params, ours(theirs))
+    out, ref = fadapt.apply(model, params, x), reference(x)
+    assert (out - model(x)).abs().max() > 1e-2, "the adapter does nothing"
+    # Our gradients, pulled back through the affine map to PEFT's parameters.
+    flat = [t for layer in LAYERS for t in theirs[layer].values()]
+    mapped = ours(theirs)
+    loss(out).backward()
+    pairs = [
+        (value, params[f"{layer}.weight"].train[name].grad)
+        for layer in LAYERS
+        for name, value in mapped[layer].items()
+    ]
+    grads = torch.autograd.grad([v for v, _ in pairs], flat, [g for _, g in pairs])
+    assert_equal_to_reference(out, [*grads], ref, [*torch.autograd.grad(loss(ref), flat)])
+
+
+def delora_official(
+    weight: Tensor, a: Tensor, b: Tensor, strength: Tensor, a0: Tensor, b0: Tensor, lambda0: float
+) -> Tensor:
+    """W' = W + (E(A, B, λ) - E(A0, B0, λ0)) with E = B diag(λ / (r |a_k| |b_k|)) A diag(|W_:j|)."""
+
+    def e(a: Tensor, b: Tensor, strength: Tensor | float) -> Tensor:
+        diagonal = torch.diag(strength / (len(a) * a.norm(dim=1) * b.norm(dim=0)))
+        return b @ diagonal @ a @ torch.diag(weight.norm(dim=0))
+
+    return weight + e(a, b, strength) - e(a0, b0, lambda0)
+
+
+@pytest.mark.parametrize("shape", ODD)
+def test_delora_paper_form_equals_the_official_formula(shape: tuple[int, int, int]) -> None:
+    torch.manual_seed(0)
+    model, x = Net(*shape), torch.randn(8, shape[0])
+    rng = torch.Generator().manual_seed(1)
+    params = fadapt.init(model, DeLoRA(r=3, lambda0=1.5))
+    with torch.no_grad():
+        for leaf in fadapt.trainable(params):
+            move(leaf, rng)
+
+    weights, inputs = {}, []
+    for name, adapter in params.items():
+        p = {k: t.detach().clone() for k, t in adapter.fixed.items()}
+        d = {k: t.detach().clone().requires_grad_() for k, t in adapter.train.items()}
+        weights[name] = delora_official(
+            model.get_parameter(name).detach(),
+            p["A0"] + d["dA"],
+            p["B0"] + d["dB"],
+            1.5 + d["dlambda"],
+            p["A0"],
+            p["B0"],
+            1.5,
+        )
+        inputs += d.values()
+    out, ref = fadapt.apply(model, params, x), torch.func.functional_call(model, weights, (x,))
+    grads = torch.autograd.grad(loss(out), fadapt.trainable(params))
+    assert_equal_to_reference(out, [*grads], ref, [*torch.autograd.grad(loss(ref), inputs)])
+
+
+def test_pissa_starts_from_the_factors_of_peft_up_to_signs() -> None:
+    torch.manual_seed(0)
+    model = Net(7, 13, 5)
+    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=["first"], init_lora_weights="pissa")
+    reference = peft_tensors(peft.get_peft_model(copy.deepcopy(model), config), "first")
+    fixed = fadapt.init(model, {"first": PiSSA(r=3, alpha=5)})["first.weight"].fixed
+    signs = (fixed["A0"] * reference["lora_A"]).sum(1, keepdim=True).sign()
+    torch.testing.assert_close(fixed["A0"], signs * reference["lora_A"])
+    torch.testing.assert_close(fixed["B0"], reference["lora_B"] * signs.mT)
+
+
+@pytest.mark.parametrize("alpha", [0.5, 4.0])
+def test_randomised_pissa_finds_the_best_low_rank_part(alpha: float) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(40, 30)
+    u, _, vh = torch.linalg.svd(layer.weight.detach(), full_matrices=False)
+    s = 0.8 ** torch.arange(30.0)
+    with torch.no_grad():
+        layer.weight.copy_(u * s @ vh)
+    best = u[:, :4] * s[:4] @ vh[:4]
+    model = nn.Sequential(layer)
+    starts = [
+        fadapt.init(model, fadapt.Config(PiSSA(r=4, alpha=alpha, niter=niter), seed=seed))
+        for niter, seed in ((None, 0), (6, 0), (6, 0), (6, 1))
+    ]
+    fixed = [p["0.weight"].fixed for p in starts]
+    for f in fixed:
+        torch.testing.assert_close(alpha / 4 * f["B0"] @ f["A0"], best, atol=2e-4, rtol=0)
+    assert torch.equal(fixed[1]["A0"], fixed[2]["A0"])
+    assert not torch.equal(fixed[1]["A0"], fixed[3]["A0"])
