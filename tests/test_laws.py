@@ -23,7 +23,7 @@ ROWS = {
     "PiSSA": fadapt.PiSSA(r=3, alpha=5.0),
     "PiSSA randomised": fadapt.PiSSA(r=3, niter=2),
     "DeLoRA": fadapt.DeLoRA(r=4),
-    "DeLoRA peft": fadapt.DeLoRA(r=4, form="peft"),
+    "DeLoRA peft": fadapt.DeLoRA(r=4, lambda0=0.5, form="peft"),
     "HRA": fadapt.HRA(r=4),
     "RoAd 1": fadapt.RoAd(variant=1, group_size=4),
     "RoAd 2": fadapt.RoAd(variant=2, group_size=4),

@@ -60,6 +60,11 @@ def delora_leaves(p: Tensors, weight: Tensor, fresh: Tensors) -> Tensors:
     return {"A": p["delora_A"], "B": p["delora_B"], "dlambda": strength}
 
 
+def hra_leaves(p: Tensors, weight: Tensor, fresh: Tensors) -> Tensors:
+    # PEFT trains the vectors themselves, which start in equal pairs.
+    return {"dU": p["hra_u"].mT - fresh["U0"].repeat_interleave(2, 0)}
+
+
 @dataclass(frozen=True)
 class Row:
     method: Method
@@ -129,8 +134,8 @@ ROWS = {
         lambda p, w, f: {"d": p["ia3_l"].reshape(-1) - 1},
         ODD,
     ),
-    "HRA2": Row(HRA(r=2), peft.HRAConfig, {"r": 2}, lambda p, w, f: {"U": p["hra_u"].mT}, ODD),
-    "HRA6": Row(HRA(r=6), peft.HRAConfig, {"r": 6}, lambda p, w, f: {"U": p["hra_u"].mT}, ODD),
+    "HRA2": Row(HRA(r=2), peft.HRAConfig, {"r": 2}, hra_leaves, ODD),
+    "HRA6": Row(HRA(r=6), peft.HRAConfig, {"r": 6}, hra_leaves, ODD),
     "RoAd1": road_row(1),
     "RoAd2": road_row(2),
     "RoAd4": road_row(4),

@@ -4,8 +4,8 @@
 
 that is ΔW = -c G diag(α) GᵀW, rank k. Over the r frozen singular directions the core is
 I - c Ĉ diag(α) Ĉᵀ, with eigenvalues 1 - c α_j: a contraction while c and α lie in [0, 1].
-Trainable: C (r, k) normal with variance 1/r, alpha (k,) zero. Fixed: U (out, r), and where out > in
-P = UᵀW (r, in), for u G = x Pᵀ Ĉ. Count: r k + k.
+Trainable: dC (r, k) and alpha (k,), zero; C = C0 + dC. Fixed: C0 (r, k) normal with variance 1/r,
+U (out, r), and where out > in P = UᵀW (r, in), for u G = x Pᵀ Ĉ. Count: r k + k.
 Usual targets: residual writers (o_proj, down_proj).
 Ĉ is C / |C| for k = 1 and the Q of a QR above, in float32 or better.
 Identity at the start: α = 0, so the increment is exactly 0. The bias is untouched.
@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -58,12 +58,15 @@ class AntiPaSTOAblate(SpectralMethod):
     def true_gradient(self) -> AntiPaSTOAblate:
         return replace(self, floor=0.0)
 
+    def init(self, site: SiteView, rng: torch.Generator, stat: Any = None) -> tuple[Leaves, Leaves]:
+        train, fixed = super().init(site, rng, stat)
+        return train, {**fixed, "C0": site.normal(rng, (self.r, self.k), self.r**-0.5)}
+
     def start(self, site: SiteView, rng: torch.Generator) -> Leaves:
-        c = site.normal(rng, (self.r, self.k), self.r**-0.5)
-        return {"C": c, "alpha": site.zeros(self.k)}
+        return {"dC": site.zeros(self.r, self.k), "alpha": site.zeros(self.k)}
 
     def delta(self, p: Mapping[str, Tensor], x: Tensor, y: Tensor, base: LinearMap) -> Tensor:
-        alpha, directions = p["alpha"], orthonormal(p["C"])
+        alpha, directions = p["alpha"], orthonormal(p["C0"], p["dC"])
         rows, into = coordinates(p, x, y, base)
         into, out = into @ directions, p["U"] @ directions
         removed = ((rows @ into) * alpha) @ out.mT
@@ -78,9 +81,9 @@ class AntiPaSTOAblate(SpectralMethod):
         return {**train, "alpha": train["alpha"].clamp(0, 1)}
 
 
-def orthonormal(c: Tensor) -> Tensor:
-    """Orthonormal columns (r, k) that span those of ``c``, one after the other."""
-    wide = c.to(torch.promote_types(c.dtype, torch.float32))
-    if c.shape[-1] > 1:
-        return torch.linalg.qr(wide).Q.to(c.dtype)
-    return (wide / wide.square().sum(-2, keepdim=True).sqrt()).to(c.dtype)
+def orthonormal(start: Tensor, moved: Tensor) -> Tensor:
+    """Orthonormal columns (r, k) that span those of ``start + moved``, one after the other."""
+    wide = torch.promote_types(moved.dtype, torch.float32)
+    c = start.to(wide) + moved.to(wide)
+    q = torch.linalg.qr(c).Q if c.shape[-1] > 1 else c / c.square().sum(-2, keepdim=True).sqrt()
+    return q.to(moved.dtype)

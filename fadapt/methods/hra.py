@@ -1,6 +1,7 @@
 """HRA: y' = layer(H_0 H_1 ... H_{r-1} x),  H_k = I - 2 û_k û_kᵀ,  û = u / |u|.
 
-Trainable: U (r, in), rows in equal pairs, uniform on ±sqrt(2/r). Count: r in.
+Trainable: dU (r, in) zero. Fixed: U0 (r/2, in) uniform on ±sqrt(2/r). Row k of U is row k // 2 of
+U0 plus row k of dU, so the rows start in equal pairs. Count: r in.
 Identity at the start: equal neighbours cancel, and they do so bitwise in this form. For a pair u, v
 with d = v - u and w = v̂ - û = (d - v̂ (|v| - |u|)) / |u|,  |v| - |u| = d·(u + v) / (|u| + |v|),
     H_u H_v - I = Z_kᵀ M_k Z_k,  Z_k = [w; û] (2, in),  M_k = -2 [[1, 1], [|w|² - 1, |w|²]].
@@ -11,7 +12,8 @@ two products of rank r instead of r passes over x, and one small triangular solv
 w = 0 and every term of the increment has an exact factor 0.
 The bias is untouched. Only directions matter, so |u| sets the effective learning rate; a row
 shorter than 1e-12 means no reflection. The two gradients of an equal pair are exactly opposite,
-so pairs part at the first step. The increment of the weight has rank at most r.
+so pairs part at the first step. As an increment dU keeps steps that bfloat16 would round away
+from U. The increment of the weight has rank at most r.
 
 Yuan, Liu and Xu 2024, "Bridging The Gap between Low-rank and Orthogonal Adaptation via Householder
 Reflection Adaptation", arXiv 2405.17484, eq. 3 to 5.
@@ -52,10 +54,10 @@ class HRA(Method):
 
     def init(self, site: SiteView, rng: torch.Generator, stat: Any = None) -> tuple[Leaves, Leaves]:
         half = site.uniform(rng, (self.r // 2, site.in_features), (2 / self.r) ** 0.5)
-        return {"U": half.repeat_interleave(2, 0)}, {}
+        return {"dU": site.zeros(self.r, site.in_features)}, {"U0": half}
 
     def shift(self, p: Mapping[str, Tensor], x: Tensor) -> Tensor:
-        z, w2 = self._pairs(p["U"].to(torch.promote_types(p["U"].dtype, torch.float32)))
+        z, w2 = self._pairs(p["U0"], p["dU"])
         one = torch.ones_like(w2)
         # m[p, q, k] is entry (p, q) of M_k and goes to [2 k + p, 2 k + q].
         m = -2 * torch.stack([one, one, w2 - 1, w2]).unflatten(0, (2, 2))
@@ -66,10 +68,11 @@ class HRA(Method):
         z = z.to(x.dtype)
         return x @ z.mT @ core.to(x.dtype).mT @ z
 
-    def _pairs(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
+    def _pairs(self, start: Tensor, moved: Tensor) -> tuple[Tensor, Tensor]:
         """Z (r, in) and |w|² (r / 2,)."""
-        u, v = vectors.unflatten(0, (-1, 2)).unbind(1)
-        step = v - u
+        wide = torch.promote_types(moved.dtype, torch.float32)
+        du, dv = moved.to(wide).unflatten(0, (-1, 2)).unbind(1)
+        u, v, step = start + du, start + dv, dv - du
         squares = (u * u).sum(-1), (v * v).sum(-1)
         to_u, to_v, growth = lengths_after_step(
             *squares, (step * (u + v)).sum(-1), floor=1e-12, short=1.0
