@@ -1,5 +1,8 @@
 """fadapt: small adapters as pure functions over an explicit params pytree."""
 
+from .calibration import Stats as Stats
+from .calibration import observe as observe
+from .calibration import wanda_scores as wanda_scores
 from .config import Config as Config
 from .describe import summary as summary
 from .errors import CalibrationError as CalibrationError
@@ -16,15 +19,20 @@ from .merge import merge as merge
 from .method import Method as Method
 from .methods import IA3 as IA3
 from .methods import IA3FF as IA3FF
+from .methods import EVA as EVA
 from .methods import HRA as HRA
 from .methods import OFT as OFT
 from .methods import SSVD as SSVD
 from .methods import AntiPaSTO as AntiPaSTO
 from .methods import AntiPaSTOAblate as AntiPaSTOAblate
 from .methods import AntiPaSTOArrow as AntiPaSTOArrow
+from .methods import AntiPaSTOASVD as AntiPaSTOASVD
+from .methods import AntiPaSTOCorDA as AntiPaSTOCorDA
 from .methods import AntiPaSTODPLR as AntiPaSTODPLR
 from .methods import AntiPaSTORotation as AntiPaSTORotation
 from .methods import Chain as Chain
+from .methods import CorDA as CorDA
+from .methods import SSteer as SSteer
 from .methods import DeLoRA as DeLoRA
 from .methods import DoRA as DoRA
 from .methods import LoRA as LoRA

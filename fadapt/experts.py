@@ -87,9 +87,7 @@ def grouped(adapter: Adapter, x: Tensor, weight: Tensor, ends: list[int], produc
     return torch.cat([*left, y[rest]])
 
 
-def dense(
-    adapter: Any, weight: Tensor, bias: Tensor | None = None
-) -> tuple[Tensor, Tensor | None]:
+def dense(adapter: Any, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """The adapted weight in the parameter's own shape, and bias; in the dtype of ``weight``.
 
     Args:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .calibration.prepare import as_stats, prepare
+from .calibration.stats import Stats
 from .config import Config, Rules, as_config
 from .errors import ConfigError, TargetError
 from .fingerprint import fingerprint
@@ -21,14 +23,17 @@ from .slots import Slot, check_model
 from .tree import Adapter, Params, trainable_leaves
 
 
-def init(model: nn.Module, cfg: Config | Rules, calib: Iterable[Any] | None = None) -> Params:
+def init(
+    model: nn.Module, cfg: Config | Rules, calib: Stats | Iterable[Any] | None = None
+) -> Params:
     """Makes fresh adapters; the adapted model equals the base to the last bit.
 
     Args:
         model: the frozen base; it is read, never changed.
         cfg: a method (for every linear map), a {regex: method or None} dict, or a
             :class:`Config`.
-        calib: batches or statistics for the methods that are calibrated.
+        calib: batches, or the :class:`Stats` of an earlier pass over this model, for the methods
+            that are calibrated.
 
     Returns:
         Params, with trainable leaves that require grad, in the config's dtype, on the devices of
@@ -37,14 +42,18 @@ def init(model: nn.Module, cfg: Config | Rules, calib: Iterable[Any] | None = No
     Raises:
         TargetError: a rule that matches nothing, or a weight that cannot be adapted.
         ConfigError: hyper-parameters that do not fit a weight's shape.
-        CalibrationError: a method that needs statistics, without them.
+        CalibrationError: a method that needs statistics, without them or with insufficient ones.
     """
     config = as_config(cfg)
     check_model(model)
+    stats = as_stats(model, config, calib)
     with torch.no_grad(), exclusive(model):
-        found = resolve(model, config)
+        found, statistic = prepare(resolve(model, config), stats)
         _check_finite([slot for slot, _, _ in found])
-        adapters = {site.name: _init_one(slot, site, m, config) for slot, site, m in found}
+        adapters = {
+            site.name: _init_one(slot, site, m, config, statistic(site, m))
+            for slot, site, m in found
+        }
     return trainable_leaves(Params(adapters, config))
 
 
@@ -54,13 +63,13 @@ def site_generator(seed: int, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
-def _init_one(slot: Slot, site: Site, method: Method, config: Config) -> Adapter:
+def _init_one(slot: Slot, site: Site, method: Method, config: Config, stat: Any) -> Adapter:
     weight, frozen = slot.weight.detach(), slot.quantized
     at_least = torch.promote_types(frozen.dtype if frozen else weight.dtype, torch.float32)
     parts = []
     for own, base in _matrices(slot, site):
         view = SiteView(own, base, weight.device, at_least)
-        parts.append(method.init(view, site_generator(config.seed, own.name)))
+        parts.append(method.init(view, site_generator(config.seed, own.name), stat))
         _check_leaves(method, own, *parts[-1])
     train, fixed = parts[0] if not site.experts else map(_stacked, zip(*parts, strict=True))
     dtype = config.dtype or at_least

@@ -68,6 +68,18 @@ class Method:
         """
         raise NotImplementedError(f"{type(self).__name__} must define init")
 
+    @classmethod
+    def plan(cls, sites: Mapping[str, tuple[Method, Any]]) -> Mapping[str, Method | None]:
+        """Looks at all calibrated sites of this class at once, before :meth:`init` of each.
+
+        Args:
+            sites: {site name: (method, its statistic)}.
+
+        Returns:
+            The methods to use, None for a site that is to be dropped.
+        """
+        return {name: method for name, (method, _) in sites.items()}
+
     def check(self, site: Site) -> None:
         """Raises ConfigError for a shape that the method cannot take."""
 

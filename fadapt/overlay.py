@@ -165,13 +165,17 @@ def _embedding(
     weight: Tensor,
     padding_idx: int | None = None,
     max_norm: float | None = None,
-    *_: Any,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
 ) -> Any:
     if not isinstance(weight, Overlay) or weight.flipped or not weight.adapter.site.transposed:
         return NotImplemented
     name = weight.adapter.site.name
     if max_norm is not None:
-        raise TargetError(f"{name}: an embedding with max_norm writes to its weight, which is frozen")
+        raise TargetError(
+            f"{name}: an embedding with max_norm writes to its weight, which is frozen"
+        )
     _refuse_checkpoint(weight.adapter, weight.call)
     base = DenseMap(weight.frozen, None, transposed=True)
     return adapt_embedding(ids, weight.frozen, weight.adapter, base, padding_idx)
@@ -220,8 +224,9 @@ def _grouped_mm(
     site = weight.adapter.site
     if not site.experts or site.transposed == weight.flipped:
         return NotImplemented
-    if torch.compiler.is_compiling() or torch._C._functorch.is_batchedtensor(offs):
-        return NotImplemented  # the groups are not known to Python
+    ends = _values(offs)
+    if ends is None:
+        return NotImplemented
     _refuse_checkpoint(weight.adapter, weight.call)
     frozen = weight.frozen.mT if weight.flipped else weight.frozen
     adapter = experts.at(weight.adapter, slice(None), site.experts)
@@ -229,9 +234,21 @@ def _grouped_mm(
         adapter,
         x,
         weight.frozen,
-        offs.tolist(),
+        ends,
         lambda x: torch._grouped_mm(x, frozen, offs=offs),
     )
+
+
+def _values(index: Tensor) -> list[int] | None:
+    """The numbers in an index tensor, or None where Python cannot know them."""
+    if torch.compiler.is_compiling():
+        return None
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(index):
+        if functorch.is_batchedtensor(index):
+            return None
+        index = functorch.get_unwrapped(index)
+    return index.tolist()
 
 
 def _dense_fallback(func: Callable, args: tuple, kwargs: dict) -> Any:
@@ -244,28 +261,48 @@ def _dense_fallback(func: Callable, args: tuple, kwargs: dict) -> Any:
     names = [o.adapter.site.name for o in overlays]
     if name.endswith("_") and not name.endswith("__") and isinstance(args[0], Overlay):
         raise FadaptError(f"the model's forward writes to {names[0]} ({name}); it is frozen")
+    args, with_bias = _adapt_biases(func, args)
     for o in overlays:
-        if o.adapter.acts_on_bias and o.adapter.site.bias is not None:
+        if o.adapter.acts_on_bias and o.adapter.site.bias is not None and id(o) not in with_bias:
             raise TargetError(
                 f"{o.adapter.site.name} is used by {name}, for which fadapt has no rule, and "
                 f"{o.adapter} acts on the bias; use another method there"
             )
         _refuse_checkpoint(o.adapter, o.call)
-    warnings.warn(
-        f"{names} used by {name}, for which fadapt has no rule: the adapted weight was "
-        "materialised (exact, but slower)",
-        DenseFallbackWarning,
-        stacklevel=4,
-    )
+    if not torch.compiler.is_compiling():  # which cannot trace a warning
+        warnings.warn(
+            f"{names} used by {name}, for which fadapt has no rule: the adapted weight was "
+            "materialised (exact, but slower)",
+            DenseFallbackWarning,
+            stacklevel=4,
+        )
     args, kwargs = torch.utils._pytree.tree_map_only(Overlay, materialise, (args, kwargs))
     return func(*args, **kwargs)
 
 
 def materialise(weight: Overlay) -> Tensor:
     """The adapted weight as an ordinary tensor, differentiable in the adapter's leaves."""
-    wide = weight.frozen.to(torch.promote_types(weight.dtype, torch.float32))
-    new, _ = experts.dense(weight.adapter, wide)
+    # Without the bias, whose rounding would keep an untrained adapter from being the identity.
+    new, _ = experts.dense(weight.adapter, _wide(weight.frozen))
     return (new.mT if weight.flipped else new).to(weight.frozen.dtype)
+
+
+def _adapt_biases(func: Callable, args: tuple) -> tuple[tuple, set[int]]:
+    """The arguments with adapted biases, where a method acts on them; and whose these are."""
+    new_args, done = list(args), set()
+    for at, bias_at in BIASES.get(func, ()):
+        weight = args[at] if bias_at < len(args) else None
+        if isinstance(weight, Overlay) and weight.adapter.acts_on_bias and not weight.flipped:
+            bias = args[bias_at]
+            if bias is not None:
+                _, new = experts.dense(weight.adapter, _wide(weight.frozen), _wide(bias))
+                new_args[bias_at] = new.to(bias.dtype)  # type: ignore[union-attr]
+            done.add(id(weight))
+    return tuple(new_args), done
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _refuse_checkpoint(adapter: Adapted, call: Call) -> None:
@@ -308,6 +345,14 @@ RULES: dict[Callable, Callable[..., Any]] = {
     Tensor.bmm: _bmm,
     torch._grouped_mm: _grouped_mm,
 }
+
+BIASES: dict[Callable, tuple[tuple[int, int], ...]] = {
+    torch.conv1d: ((1, 2),),
+    torch.conv2d: ((1, 2),),
+    torch.conv3d: ((1, 2),),
+    F.multi_head_attention_forward: ((5, 6), (11, 12)),
+}
+"""Where functions without a rule take a weight and its bias."""
 
 METADATA: frozenset[Callable] = frozenset(
     [

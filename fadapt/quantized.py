@@ -255,6 +255,8 @@ MAPS: dict[str, type[QuantizedMap]] = {"Linear4bit": FourBitMap, "Linear8bitLt":
 
 def quantized_map(module: nn.Module) -> QuantizedMap | None:
     """The map of a quantised layer that fadapt knows, or None; imports nothing."""
+    if type(module) is nn.Linear or not isinstance(module, nn.Linear):
+        return None
     for cls in type(module).__mro__:
         if cls.__name__ in MAPS and cls.__module__.startswith("bitsandbytes."):
             return MAPS[cls.__name__](module)

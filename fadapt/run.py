@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.parameter import UninitializedTensorMixin
 
 from . import fold
 from .errors import ConfigError, FadaptError, TargetError
@@ -18,7 +19,7 @@ from .guard import bound_params, exclusive
 from .losses import hugging_face_loss
 from .overlay import Adapted, Call, Overlay, SwappedForward, overlay
 from .quantized import QuantizedMap, quantized_map
-from .slots import check_model, check_module
+from .slots import check_model, check_module, check_weight
 from .stack import Stack
 from .tree import Params
 
@@ -172,11 +173,17 @@ def _prepare(model: nn.Module, sites: Mapping[str, Adapted], lasting: bool) -> _
                 continue
             name = f"{prefix}.{key}" if prefix else key
             found.add(name)
+            if isinstance(weight, UninitializedTensorMixin):
+                check_weight(name, module, weight)
+            if weight.is_meta:
+                raise TargetError(
+                    f"{name} is a meta tensor without values; load the weights to run the model"
+                )
             if key == "weight" and (base := quantized_map(module)) is not None:
                 forwards.append(_swap(name, module, base, sites.get(name), call))
                 continue
             if name in sites:
-                new = _overlay_site(name, weight, sites[name], call)
+                new = _overlay_site(name, module, weight, sites[name], call)
             elif weight.requires_grad:
                 new = weight.detach()
             else:
@@ -204,9 +211,12 @@ def _swap(
     return module, key, SwappedForward(base, adapter, call)
 
 
-def _overlay_site(name: str, weight: Tensor, adapter: Adapted, call: Call) -> Overlay:
+def _overlay_site(
+    name: str, module: nn.Module, weight: Tensor, adapter: Adapted, call: Call
+) -> Overlay:
     if isinstance(weight, Overlay):
         raise FadaptError(f"{name} is already adapted: the model is inside fadapt.bound")
+    check_weight(name, module, weight)
     _check_site(name, tuple(weight.shape), weight, adapter.site.stored_shape, adapter)
     return overlay(weight.detach(), adapter, call)
 

@@ -16,6 +16,7 @@ from .linear_map import LinearMap
 from .method import Method
 from .slots import (
     CONVOLUTION,
+    EMBEDDING,
     EXPERTS,
     LINEAR,
     LINEAR_KINDS,
@@ -23,6 +24,7 @@ from .slots import (
     TENSOR,
     Slot,
     check_model,
+    check_weight,
     find_roles,
     find_slots,
 )
@@ -152,6 +154,12 @@ def resolve(model: nn.Module, config: Config) -> list[tuple[Slot, Site, Method]]
             kernel=tuple(slot.weight.shape[1:]) if slot.kind == CONVOLUTION else (),
         )
         _check_weight(slot)
+        if slot.kind in (EXPERTS, EMBEDDING) and _is_calibrated(method):
+            raise TargetError(
+                f"{site.name} holds {'expert matrices' if site.experts else 'an embedding'}, for "
+                f"which no statistics are collected, and {method!r} starts from them; use a method "
+                "without calibration there"
+            )
         try:
             method.check(site)
         except ConfigError as error:
@@ -273,16 +281,15 @@ def _check_ties(
             )
 
 
+def _is_calibrated(method: Method) -> bool:
+    return any(part.statistic is not None for part in getattr(method, "methods", (method,)))
+
+
 def _check_weight(slot: Slot) -> None:
-    weight = slot.weight
     if slot.quantized is not None:
         slot.quantized.check(slot.name)
-        return
-    if not weight.is_floating_point():
-        raise TargetError(
-            f"{slot.name} holds {weight.dtype} of shape {tuple(weight.shape)} in a "
-            f"{type(slot.module).__name__}: fadapt does not know this quantised layer"
-        )
+    else:
+        check_weight(slot.name, slot.module, slot.weight)
 
 
 def _nothing(

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedTensorMixin
 from torch.nn.utils.parametrize import ParametrizationList
 
 from .errors import TargetError
@@ -105,10 +106,8 @@ def find_slots(model: nn.Module) -> list[Slot]:
     for name, module, key, weight in walk(model):
         slot = slots.get((id(module), key))
         if slot is None:
-            if isinstance(weight, nn.UninitializedParameter):
-                raise TargetError(
-                    f"{name} is uninitialised (a lazy module); run the model once before fadapt"
-                )
+            if isinstance(weight, UninitializedTensorMixin):
+                check_weight(name, module, weight)
             if weight.dim() < 2:
                 continue
             kind, transposed, bias = _classify(module, key, weight)
@@ -201,18 +200,47 @@ def check_model(model: nn.Module) -> None:
             "the model is a ScriptModule, whose weights cannot be replaced: pass "
             "the model that it was scripted or traced from"
         )
-    if isinstance(model, nn.DataParallel):
-        raise TargetError(
-            "nn.DataParallel copies the parameters before its forward: pass model.module"
-        )
 
 
 def check_module(name: str, module: nn.Module) -> None:
-    """Refuses a part of the model that is compiled by itself, with its weights as constants."""
+    """Refuses a part of the model whose forward does not use its parameters as they are."""
+    if isinstance(module, nn.DataParallel):
+        raise TargetError(
+            f"{name or 'the model'} is an nn.DataParallel, which copies the parameters before its "
+            "forward: pass model.module"
+        )
+    hook = module.__dict__.get("_hf_hook")
+    for one in getattr(hook, "hooks", (hook,)):
+        if getattr(one, "offload", False) or type(one).__name__ == "CpuOffload":
+            raise TargetError(
+                f"{name or 'the model'} carries an offloading hook of accelerate "
+                f"({type(one).__name__}), which replaces the weights during the forward; load the "
+                "model onto one device (without device_map or offload_folder), or quantised"
+            )
     if module._compiled_call_impl is not None or "_orig_mod" in module._modules:
         raise TargetError(
             f"{name or 'the model'} is compiled on its own (module.compile() or torch.compile("
             f"module)); compile the step instead: {STEP}"
+        )
+
+
+def check_weight(name: str, module: nn.Module, weight: Tensor) -> None:
+    """Refuses weights that are not plain floating tensors, naming them."""
+    if isinstance(weight, UninitializedTensorMixin):
+        raise TargetError(
+            f"{name} is uninitialised (a lazy module); run the model once before fadapt"
+        )
+    if not weight.is_floating_point():
+        raise TargetError(
+            f"{name} holds {weight.dtype} of shape {tuple(weight.shape)} in a "
+            f"{type(module).__name__}: fadapt does not know this quantised layer. Dequantise it, "
+            "or quantise with bitsandbytes' Linear4bit or Linear8bitLt"
+        )
+    if type(weight) not in (Tensor, nn.Parameter):
+        raise TargetError(
+            f"{name} is a {type(weight).__name__} ({type(weight).__module__}): fadapt cannot read "
+            "or multiply this kind of tensor. Use plain floating weights, or "
+            "bitsandbytes' Linear4bit or Linear8bitLt"
         )
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import fadapt
+from fadapt.calibration import Gram, Pairs, Statistic, SumSq
 from fadapt.linear_map import DenseMap
 from fadapt.method import STRENGTH, Method
 from fadapt.methods.antipasto import AntiPaSTO
@@ -285,7 +286,13 @@ def test_ssteer_equals_the_oriented_reference(shape, r):
     d = ((plus - minus) @ (u * np.sqrt(s))).mean(0)
     d /= np.linalg.norm(d)
     method, view = SSteer(r), view_of(weight)
-    train, fixed = leaves_of(method, view, {"pairs": torch.as_tensor(plus - minus)})
+    stat = Pairs(
+        difference=torch.as_tensor((plus - minus).mean(0)),
+        majority=torch.as_tensor(np.where(wins < 0.5, -1.0, 1.0)),
+        basis=torch.as_tensor(svd(weight, r or min(shape))[0]),
+        count=len(plus),
+    )
+    train, fixed = leaves_of(method, view, stat)
     assert train == {}
     for c in STRENGTHS:
         scale = 1.0 if c is None else c
@@ -295,19 +302,8 @@ def test_ssteer_equals_the_oriented_reference(shape, r):
     assert torch.equal(method(at_strength(fixed, 0.0), x, view.base), view.base(x))
 
 
-def _self_calibrated(kind: type, **fields):
-    """The method with a statistic drawn per site, for laws that call fadapt.init without data."""
-
-    @dataclass(frozen=True)
-    class SelfCalibrated(kind):
-        def init(self, site, rng, stat=None):
-            x = torch.as_tensor(samples(site.in_features), dtype=site.dtype)
-            u = x @ site.weight().mT
-            stats = {"gram_in": x.mT @ x, "gram_out": u.mT @ u, "sumsq_in": x.square().sum(0)}
-            return super().init(site, rng, stats[self.statistic] / len(x))
-
-    SelfCalibrated.__qualname__ += kind.__name__  # files tell methods apart by it
-    return SelfCalibrated(4, **fields)
+def _data(case):
+    return [case.x(64)]
 
 
 LAWFUL = {
@@ -321,9 +317,9 @@ LAWFUL = {
     "ssvd": (SSVD(4), 4 + 6),
     "ssvd-strict": (SSVD(4, "strict"), 4 + 6),
     "ssvd-free": (SSVD(3, "free"), 3 + 9),
-    "wanda": (_self_calibrated(AntiPaSTO, select="wanda"), 4),
-    "corda": (_self_calibrated(AntiPaSTOCorDA), 4),
-    "asvd": (_self_calibrated(AntiPaSTOASVD), 4),
+    "wanda": (AntiPaSTO(4, "wanda"), 4),
+    "corda": (AntiPaSTOCorDA(4), 4),
+    "asvd": (AntiPaSTOASVD(4), 4),
 }
 
 
@@ -331,7 +327,7 @@ LAWFUL = {
 def test_every_law(name):
     """Identity in bf16 too, vmap, jvp, compile, save and load, gradients, strength, count."""
     method, count = LAWFUL[name]
-    check_method(method, cases=[Case()], count=lambda out, inp: count)
+    check_method(method, cases=[Case()], calib=_data, count=lambda out, inp: count)
 
 
 QWEN_PER_LAYER_28 = {
@@ -485,10 +481,9 @@ def test_a_rank_beyond_the_shape_names_the_largest(method):
 
 
 CALIBRATED = {
-    AntiPaSTO(4, "wanda"): ("gram_in", (12, 12)),
-    AntiPaSTOCorDA(4): ("gram_out", (8, 8)),
-    AntiPaSTOASVD(4): ("sumsq_in", (12,)),
-    SSteer(4): ("pairs", (5, 8)),
+    AntiPaSTO(4, "wanda"): (Statistic(Gram(), "in"), (12, 12)),
+    AntiPaSTOCorDA(4): (Statistic(Gram(), "out"), (8, 8)),
+    AntiPaSTOASVD(4): (Statistic(SumSq(), "in"), (12,)),
 }
 
 
@@ -499,7 +494,7 @@ def test_unfit_statistics_are_refused(method):
     view, rng = view_of(weight_of(8, 12)), torch.Generator()
 
     def init(stat):
-        method.init(view, rng, {"pairs": stat} if kind == "pairs" and stat is not None else stat)
+        method.init(view, rng, stat)
 
     bad = torch.ones(shape)
     bad.view(-1)[3] = math.nan
@@ -516,10 +511,13 @@ def test_unfit_statistics_are_refused(method):
 
 
 def test_steering_pairs_must_differ():
-    pairs = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
-    pairs = torch.cat((pairs, -pairs))
+    view, basis = view_of(weight_of(8, 12)), torch.eye(8)[:, :4]
+    difference = torch.eye(8)[7]  # nothing along the basis
+    stat = Pairs(difference, torch.ones(4), basis, count=8)
     with pytest.raises(fadapt.CalibrationError, match="no mean difference over 8 pairs"):
-        SSteer().init(view_of(weight_of(8, 12)), torch.Generator(), {"pairs": pairs})
+        SSteer().init(view, torch.Generator(), stat)
+    with pytest.raises(fadapt.CalibrationError, match="calib"):
+        SSteer().init(view, torch.Generator())
 
 
 def test_rescaled_calibration_data_give_the_same_directions():

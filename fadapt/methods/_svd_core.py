@@ -40,7 +40,6 @@ class SpectralMethod(Method):
 
     owns_strength: ClassVar[bool] = True
     needs_plain_base: ClassVar[bool] = True
-    statistic: ClassVar[str | None] = None
 
     def __post_init__(self) -> None:
         require(self.r >= 1, f"r must be at least 1, got {self.r}")

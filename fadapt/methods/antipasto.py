@@ -25,6 +25,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
+from ..calibration.moments import Gram
+from ..calibration.reductions import Statistic
 from ..linalg import top_svd
 from ..method import require
 from ._svd_core import SpectralGain, calibrated
@@ -53,8 +55,8 @@ class AntiPaSTO(SpectralGain):
         )
 
     @property
-    def statistic(self) -> str | None:  # type: ignore[override]
-        return "gram_in" if self.select else None
+    def statistic(self) -> Statistic | None:  # type: ignore[override]
+        return Statistic(Gram()) if self.select else None
 
     def directions(self, site: SiteView, stat: Any) -> Tensor:
         if self.select is None:

@@ -1,0 +1,227 @@
+"""observe: one pass of the frozen model that feeds every statistic a config's methods ask for."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import Config, Rules, as_config
+from ..errors import CalibrationError, FadaptWarning
+from ..guard import refuse_bound
+from ..method import Method
+from ..run import bound
+from ..sites import Site, resolve
+from ..slots import EXPERTS, Slot
+from ..tree import Params
+from .passes import plan_passes
+from .prepare import statistics_of
+from .recorder import Discovery, Recorder, See, Tap, zero_states
+from .reductions import Reduction, State, Statistic, Stream
+from .rows import RowFilter, arguments, halves
+from .stats import Stats, base_fingerprints
+
+
+def observe(
+    model: nn.Module,
+    cfg: Config | Rules | Sequence[Config | Rules],
+    batches: Iterable[Any],
+    *,
+    statistics: Iterable[Statistic] = (),
+    label_mask: bool = False,
+    max_memory: int | None = None,
+    tolerance: float = 0.0,
+    share: bool = True,
+    progress: bool = True,
+) -> Stats:
+    """Runs the frozen, unadapted model over the batches and collects what the methods ask for.
+
+    The model runs in eval mode without gradients, and is left as it was, also after an exception.
+    Rows are dropped where ``attention_mask`` is 0.
+
+    Args:
+        model: the frozen base.
+        cfg: as for :func:`fadapt.init`; or a list of such, to start several params from one pass.
+        batches: of keyword arguments (dicts), positional ones (tuples) or single tensors, on any
+            device; for paired statistics, tuples of two dicts.
+        statistics: more statistics, observed at every site of ``cfg``.
+        label_mask: count only tokens whose ``labels`` are not -100.
+        max_memory: bytes that the states may take. Where they need more, the sites are observed in
+            several passes over the batches; batches that can be read only once, and single states
+            that are too large, are sketched. A FadaptWarning says what was done.
+        tolerance: the share of rows with NaN or Inf to accept at a site.
+        share: let sites that are fed by the same tensor share their input statistics.
+        progress: show a progress bar in a terminal, where tqdm is installed.
+
+    Raises:
+        CalibrationError: nothing to observe, no batches, a batch without the mask it needs, or rows
+            that do not match the mask.
+        FadaptError: the model is inside ``bound``.
+    """
+    refuse_bound(model, "fadapt.observe")
+    configs = cfg if isinstance(cfg, (list, tuple)) else [cfg]
+    found = [part for c in configs for part in resolve(model, as_config(c))]
+    wanted = _wanted(found, tuple(statistics))
+    _check_slots(found)
+    sites = {site.name: site for _, site, _ in found}
+    slots = {site.name: slot for slot, site, _ in found}
+    feed = _Feed(model, label_mask, head=any(_is_head(model, slot) for slot, _, _ in found))
+    source, again = _source(batches)
+
+    streams = {name: name for name in sites}
+    if share and sum(side == "in" for _, side in wanted) > 1:
+        head = list(itertools.islice(source, 1))
+        if not head:
+            raise CalibrationError(EMPTY)
+        source = source if again else itertools.chain(head, source)
+        discovery = Discovery()
+        with _recording(model, sites, discovery.see):
+            feed.run(halves(head[0])[0], "batch 0")
+        streams.update(discovery.streams)
+
+    by_stream = _by_stream(wanted, streams)
+    widths: dict[Stream, int] = {
+        (site, side): slots[site].shape[side == "in"] for site, side in by_stream
+    }
+    plan = plan_passes(by_stream, widths, max_memory, again)
+    if plan.note:
+        warnings.warn(plan.note, FadaptWarning, stacklevel=2)
+    states: dict[Stream, dict[Reduction, State]] = {}
+    for kinds in plan.passes:
+        recorder = Recorder(streams, zero_states(kinds, slots))
+        count = 0
+        with _recording(model, sites, recorder.see):
+            for batch in _bar(source, progress):
+                feed.observe(batch, f"batch {count}", recorder)
+                count += 1
+        if not count:
+            raise CalibrationError(EMPTY)
+        states.update(recorder.states)
+    return Stats(streams, states, base_fingerprints(model), tolerance)
+
+
+class _Feed:
+    """Runs batches through the model for a recorder."""
+
+    def __init__(self, model: nn.Module, label_mask: bool, head: bool):
+        self.model, self.label_mask, self.head = model, label_mask, head
+        self.masked: bool | None = None
+        pad = getattr(getattr(model, "config", None), "pad_token_id", None)
+        self.pad = pad if isinstance(pad, int) else None
+
+    def run(self, batch: Any, where: str) -> None:
+        args, kwargs = arguments(self.model, batch, where, self.head)
+        self.model(*args, **kwargs)
+
+    def observe(self, batch: Any, where: str, recorder: Recorder) -> None:
+        parts = halves(batch)
+        if len(parts) == 1 and recorder.paired:
+            raise CalibrationError(
+                f"{where} is one batch, and paired statistics need two: give tuples of two dicts, "
+                "(batch that shows the trait, the same without it)"
+            )
+        last = []
+        for part in parts:
+            rows = RowFilter(part, where, self.label_mask, self.pad)
+            if self.masked not in (None, bool(rows.masks)):
+                raise CalibrationError(
+                    f"{where} has {'an' if rows.masks else 'no'} attention_mask, unlike those "
+                    "before it; give all batches one, so that padding is known in each"
+                )
+            self.masked = bool(rows.masks)
+            recorder.begin(rows)
+            self.run(part, where)
+            last.append(recorder.end())
+        if len(parts) == 2:
+            recorder.add_pairs(last[0], last[1], where)
+
+
+EMPTY = (
+    "there are no batches: the iterator is empty or exhausted (a generator can be read only once); "
+    "pass a list or a DataLoader"
+)
+
+
+def _wanted(
+    found: list[tuple[Slot, Site, Method]], extra: tuple[Statistic, ...]
+) -> dict[Stream, list[Reduction]]:
+    wanted: dict[Stream, list[Reduction]] = {}
+    for _, site, method in found:
+        for statistic in (*statistics_of(method.statistic), *extra):
+            wanted.setdefault((site.name, statistic.side), []).append(statistic.reduction)
+    if not wanted:
+        methods = sorted({type(m).__name__ for _, _, m in found})
+        raise CalibrationError(
+            f"nothing to observe: {methods} need no statistics; "
+            "write observe(..., statistics=[Statistic(SumSq())]) for statistics of your own"
+        )
+    return wanted
+
+
+def _by_stream(
+    wanted: dict[Stream, list[Reduction]], streams: dict[str, str]
+) -> dict[Stream, list[Reduction]]:
+    result: dict[Stream, list[Reduction]] = {}
+    for (site, side), reductions in wanted.items():
+        leader = streams[site] if side == "in" else site
+        result.setdefault((leader, side), []).extend(reductions)
+    return result
+
+
+def _source(batches: Iterable[Any]) -> tuple[Iterable[Any], bool]:
+    """The batches, and whether they can be read more than once."""
+    if isinstance(batches, (Tensor, Mapping, str)) or not isinstance(batches, Iterable):
+        raise CalibrationError(
+            f"calibration data must be an iterable of batches, got {type(batches).__name__}; "
+            "put a single batch into a list: [batch]"
+        )
+    # Not iter(batches), which starts the workers of a DataLoader.
+    return batches, not isinstance(batches, Iterator)
+
+
+def _check_slots(found: list[tuple[Slot, Site, Method]]) -> None:
+    for slot, site, method in found:
+        if slot.weight.is_meta:
+            raise CalibrationError(f"{site.name} is a meta tensor without values; load the weights")
+        if slot.kind == EXPERTS:
+            raise CalibrationError(
+                f"{site.name} is a stack of experts, which cannot be calibrated; put a method "
+                f"there that needs no data, not {method}"
+            )
+
+
+def _is_head(model: nn.Module, slot: Slot) -> bool:
+    get = getattr(model, "get_output_embeddings", None)
+    return get is not None and slot.module is get()
+
+
+@contextmanager
+def _recording(model: nn.Module, sites: Mapping[str, Site], see: See) -> Iterator[None]:
+    """Inside, the model runs in eval mode without gradients, and ``see`` sees every site."""
+    taps = Params({name: Tap(site, Method(), {}, {}, see) for name, site in sites.items()})
+    flags = [(module, module.training) for module in model.modules()]
+    with bound(model, taps), torch.no_grad():
+        try:
+            # Not model.eval(), which a model may override.
+            for module, _ in flags:
+                module.training = False
+            yield
+        finally:
+            for module, training in flags:
+                module.training = training
+
+
+def _bar(batches: Iterable[Any], progress: bool) -> Iterable[Any]:
+    if progress and sys.stderr.isatty():
+        try:
+            from tqdm import tqdm
+        except ImportError:
+            return batches
+        return tqdm(batches, desc="calibrating", unit="batch", leave=False)
+    return batches

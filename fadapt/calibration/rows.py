@@ -1,0 +1,159 @@
+"""Which rows of a batch count: padding, labels, last tokens; and what a batch may look like."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CalibrationError
+
+MASKS = ("attention_mask", "decoder_attention_mask")
+IGNORED = -100
+
+
+def halves(batch: Any) -> tuple[Any, ...]:
+    """The two batches of a pair (a tuple of two dicts), or the batch itself, in a tuple."""
+    pair = isinstance(batch, (tuple, list)) and len(batch) == 2
+    return tuple(batch) if pair and all(isinstance(b, Mapping) for b in batch) else (batch,)
+
+
+def arguments(
+    model: nn.Module, batch: Any, where: str, head: bool
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A batch as positional and keyword arguments on the model's device.
+
+    Args:
+        head: whether the logits themselves are needed; else a Hugging Face decoder is asked for one
+            row of them, and for no loss.
+    """
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    if isinstance(batch, Mapping):
+        kwargs = {k: _to_device(v, device) for k, v in batch.items()}
+        config = getattr(model, "config", None)
+        if getattr(config, "use_cache", False):
+            kwargs.setdefault("use_cache", False)
+        takes = inspect.signature(model.forward).parameters
+        if not head and "logits_to_keep" in takes and "logits_to_keep" not in kwargs:
+            kwargs["logits_to_keep"] = 1
+            if not getattr(config, "is_encoder_decoder", False):
+                kwargs.pop("labels", None)
+        return (), kwargs
+    if isinstance(batch, (tuple, list)):
+        return tuple(_to_device(v, device) for v in batch), {}
+    if isinstance(batch, Tensor):
+        return (batch.to(device),), {}
+    raise CalibrationError(
+        f"{where} is a {type(batch).__name__}; give dicts of keyword arguments, tuples of "
+        "positional ones or tensors. For texts: fadapt.calibration.text_batches(texts, tokenizer)"
+    )
+
+
+def _to_device(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
+class RowFilter:
+    """The rows of one batch that count.
+
+    Args:
+        batch: the batch, before it loses its labels.
+        where: its name in messages.
+        label_mask: count only tokens whose labels are not -100.
+        pad: the model's pad token id, or None.
+    """
+
+    def __init__(self, batch: Any, where: str, label_mask: bool, pad: int | None = None):
+        self.where = where
+        masks: list[tuple[str, Tensor]] = []
+        if isinstance(batch, Mapping):
+            masks = [(k, batch[k]) for k in MASKS if isinstance(batch.get(k), Tensor)]
+        if not any(key == MASKS[0] for key, _ in masks):
+            _refuse_padding(batch, where, pad)
+        for key, mask in masks:
+            if mask.dim() != 2:
+                raise CalibrationError(
+                    f"{where}: {key} has shape {tuple(mask.shape)}; calibration needs the (batch, "
+                    "tokens) mask, to know which tokens are padding"
+                )
+        kept = [(key, mask.bool()) for key, mask in masks]
+        if label_mask:
+            kept = _with_labels(kept, batch, where)
+        self.masks = [(key, mask.cpu()) for key, mask in kept]
+        self.full = all(bool(mask.all()) for _, mask in self.masks)
+        self._index: dict[tuple[str, torch.device], Tensor] = {}
+
+    def select(self, site: str, x: Tensor) -> Tensor:
+        """The rows of x (batch, tokens, ..., d) or (batch * tokens, d) that count: (n, d)."""
+        if self.full:
+            return x.reshape(-1, x.shape[-1])
+        key, mask = self._match(site, x)
+        if (key, x.device) not in self._index:
+            self._index[key, x.device] = mask.flatten().nonzero().squeeze(1).to(x.device)
+        tokens = x.reshape(mask.numel(), -1, x.shape[-1])
+        return tokens.index_select(0, self._index[key, x.device]).reshape(-1, x.shape[-1])
+
+    def last(self, site: str, x: Tensor) -> Tensor:
+        """The last counted token of every sequence: (batch, d). Rows without a token axis stay."""
+        if x.dim() == 2 and not self.masks:
+            return x
+        if x.dim() != 3:
+            raise CalibrationError(
+                f"{site}: paired statistics need (batch, tokens, d), got {tuple(x.shape)}"
+            )
+        if not self.masks:
+            return x[:, -1]
+        _, mask = self._match(site, x)
+        if not mask.any(1).all():
+            raise CalibrationError(f"{self.where} has a sequence without any counted token")
+        steps = torch.arange(mask.shape[1])
+        last = (mask * (steps + 1)).argmax(1).to(x.device)
+        return x[torch.arange(len(x), device=x.device), last]
+
+    def _match(self, site: str, x: Tensor) -> tuple[str, Tensor]:
+        shape = x.shape[:-1]
+        fits = [
+            (key, mask)
+            for key, mask in self.masks
+            if shape[:2] == mask.shape or tuple(shape) == (mask.numel(),)
+        ]
+        if not fits or any(not torch.equal(mask, fits[0][1]) for _, mask in fits):
+            found = {key: tuple(mask.shape) for key, mask in self.masks}
+            raise CalibrationError(
+                f"{site}: {self.where} gives it an input of shape {tuple(x.shape)}, of which "
+                f"{'two masks fit' if fits else 'no mask fits'} ({found}), so padding cannot be "
+                "told from tokens. Leave the site out, or give batches without padding"
+            )
+        return fits[0]
+
+
+def _with_labels(
+    masks: list[tuple[str, Tensor]], batch: Any, where: str
+) -> list[tuple[str, Tensor]]:
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    if not isinstance(labels, Tensor) or labels.dim() != 2:
+        raise CalibrationError(
+            f"{where} has no (batch, tokens) labels, and label_mask=True needs them; add labels "
+            "(-100 where a token does not count) or leave label_mask out"
+        )
+    answer = labels != IGNORED
+    with_labels = [(k, m & answer.to(m.device)) for k, m in masks if m.shape == labels.shape]
+    others = [(k, m) for k, m in masks if m.shape != labels.shape]
+    return [*others, *(with_labels or [("labels", answer)])]
+
+
+def _refuse_padding(batch: Any, where: str, pad: int | None) -> None:
+    """Refuses token ids that end or begin in a run of pad tokens, where no mask says so."""
+    ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+    if pad is None or not isinstance(ids, Tensor) or ids.dim() != 2 or ids.shape[1] < 2:
+        return
+    is_pad = ids == pad
+    if (is_pad[:, -2:].all(1) | is_pad[:, :2].all(1)).any():
+        raise CalibrationError(
+            f"{where} has runs of the pad token {pad} at the ends of its sequences but no "
+            "attention_mask; without it padding would count as data. Keep the tokenizer's "
+            "attention_mask in the batch"
+        )
