@@ -46,10 +46,11 @@ def init(
     """
     config = as_config(cfg)
     check_model(model)
+    with torch.no_grad(), exclusive(model):
+        _check_finite([slot for slot, _, _ in resolve(model, config)])
     stats = as_stats(model, config, calib)
     with torch.no_grad(), exclusive(model):
         found, statistic = prepare(resolve(model, config), stats)
-        _check_finite([slot for slot, _, _ in found])
         adapters = {
             site.name: _init_one(slot, site, m, config, statistic(site, m))
             for slot, site, m in found

@@ -48,6 +48,7 @@ ROWS = {
     "AntiPaSTOAblate k": fadapt.AntiPaSTOAblate(r=6, k=3),
     "AntiPaSTOArrow": fadapt.AntiPaSTOArrow(r=6, b=3),
     "AntiPaSTODPLR": fadapt.AntiPaSTODPLR(r=6, k=2),
+    "Chain EVA": fadapt.Chain((fadapt.EVA(r=2), fadapt.IA3())),
     "Chain": fadapt.Chain((fadapt.DoRA(r=2), fadapt.IA3FF(), fadapt.LoRA(r=1), fadapt.IA3())),
 }
 
@@ -62,7 +63,16 @@ def pairs(case: Case) -> list[tuple[dict, dict]]:
 
 CALIB = {
     **dict.fromkeys(
-        ("EVA", "CorDA", "CorDA kpm", "AntiPaSTO wanda", "AntiPaSTOCorDA", "AntiPaSTOASVD"), batches
+        (
+            "EVA",
+            "CorDA",
+            "CorDA kpm",
+            "AntiPaSTO wanda",
+            "AntiPaSTOCorDA",
+            "AntiPaSTOASVD",
+            "Chain EVA",
+        ),
+        batches,
     ),
     "SSteer": pairs,
 }

@@ -99,8 +99,8 @@ class Pairs:
 
     Attributes:
         difference: (d,), the mean of z⁺ - z⁻.
-        majority: (k,), +1 where u_kᵀz⁺ > u_kᵀz⁻ in most of the pairs, -1 where in fewer than half; at
-            a tie, the sign of the mean difference along u_k.
+        majority: (k,), +1 where u_kᵀz⁺ > u_kᵀz⁻ in more than half of the pairs, -1 where in fewer;
+            at a tie, the sign of the mean difference along u_k.
         basis: (d, k), U itself: singular vectors are not unique, so it is kept.
         count: how many pairs.
     """

@@ -65,7 +65,7 @@ def observe(
         FadaptError: the model is inside ``bound``.
     """
     refuse_bound(model, "fadapt.observe")
-    configs = cfg if isinstance(cfg, (list, tuple)) else [cfg]
+    configs = cfg if isinstance(cfg, Sequence) else [cfg]
     found = [part for c in configs for part in resolve(model, as_config(c))]
     wanted = _wanted(found, tuple(statistics))
     _check_slots(found)

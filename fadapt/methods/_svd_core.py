@@ -140,7 +140,6 @@ def calibrated(site: SiteView, method: Method, stat: Any, shape: tuple[int, ...]
         raise CalibrationError(
             f"{who} needs a statistic of shape {shape}, got {found}; observe this model and config"
         )
-    stat = stat.detach().to(site.device, wide_dtype(site))
     if not stat.isfinite().all():
         raise CalibrationError(
             f"{who}: the statistic holds NaN or Inf; look for bad values in the calibration batches"
@@ -149,7 +148,7 @@ def calibrated(site: SiteView, method: Method, stat: Any, shape: tuple[int, ...]
         raise CalibrationError(
             f"{who}: the statistic is zero throughout; calibrate on batches that reach this layer"
         )
-    return stat
+    return stat.detach().to(site.device, wide_dtype(site))
 
 
 def wide_dtype(site: SiteView) -> torch.dtype:

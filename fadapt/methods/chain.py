@@ -60,6 +60,11 @@ class Chain(Method):
     def broadcasts(self) -> bool:  # type: ignore[override]
         return all(m.broadcasts for m in self.methods)
 
+    @property
+    def statistic(self) -> tuple | None:  # type: ignore[override]
+        parts = tuple(m.statistic for m in self.methods)
+        return parts if any(part is not None for part in parts) else None
+
     def check(self, site: Site) -> None:
         for method in self.methods:
             method.check(site)
