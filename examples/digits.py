@@ -148,6 +148,11 @@ def all_methods() -> Iterator[fadapt.Method]:
     for name, cls in sorted(vars(fadapt).items()):
         if isinstance(cls, type) and issubclass(cls, fadapt.Method) and name not in LEFT_OUT:
             yield cls(**SETTINGS.get(name, {}))
+    yield fadapt.AntiPaSTO(select="wanda")  # the same gain, on directions that the data choose
+
+
+def title(method: fadapt.Method) -> str:
+    return " ".join(filter(None, (type(method).__name__, getattr(method, "select", None))))
 
 
 def fresh(model: Reader, method: fadapt.Method, digits: Digits) -> fadapt.Params:
@@ -159,10 +164,10 @@ def fresh(model: Reader, method: fadapt.Method, digits: Digits) -> fadapt.Params
 
 
 def adapt(model: Reader, method: fadapt.Method, original: Digits, digits: Digits) -> Result:
-    name, start = type(method).__name__, time.perf_counter()
+    name, start = title(method), time.perf_counter()
     base_logits = model(original.test_x)
     params = fresh(model, method, digits)
-    lr = LEARNING_RATE.get(name, DEFAULT_LEARNING_RATE)
+    lr = LEARNING_RATE.get(type(method).__name__, DEFAULT_LEARNING_RATE)
     optimizer = torch.optim.AdamW(fadapt.trainable(params), lr=lr, weight_decay=0)
 
     def score() -> float:
@@ -240,7 +245,7 @@ def main() -> None:
         task = progress.add_task("base", total=len(methods) + 1)
         model = train_base(original)
         for method in methods:
-            name = type(method).__name__
+            name = title(method)
             progress.update(task, advance=1, description=name)
             try:
                 results.append(adapt(model, method, original, shifted))
