@@ -154,11 +154,10 @@ def resolve(model: nn.Module, config: Config) -> list[tuple[Slot, Site, Method]]
             kernel=tuple(slot.weight.shape[1:]) if slot.kind == CONVOLUTION else (),
         )
         _check_weight(slot)
-        if slot.kind in (EXPERTS, EMBEDDING) and _is_calibrated(method):
+        if slot.kind in (EXPERTS, EMBEDDING, CONVOLUTION) and _is_calibrated(method):
             raise TargetError(
-                f"{site.name} holds {'expert matrices' if site.experts else 'an embedding'}, for "
-                f"which no statistics are collected, and {method!r} starts from them; use a method "
-                "without calibration there"
+                f"{site.name} ({slot.kind}): no statistics are collected there, and {method!r} "
+                "starts from them; use a method without calibration"
             )
         try:
             method.check(site)

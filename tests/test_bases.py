@@ -118,9 +118,9 @@ def test_gpt2_conv1d_gradients() -> None:
 
 
 class Embedded(nn.Module):
-    def __init__(self, padding_idx: int | None = None):
+    def __init__(self, padding_idx: int | None = None, vocab: int = 11):
         super().__init__()
-        self.table = nn.Embedding(11, 8, padding_idx=padding_idx)
+        self.table = nn.Embedding(vocab, 8, padding_idx=padding_idx)
         self.head = nn.Linear(8, 5)
 
     def forward(self, ids: Tensor) -> Tensor:

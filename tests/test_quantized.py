@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
 import logging
 import weakref
 from typing import Any
@@ -108,9 +109,14 @@ def methods() -> dict[str, fadapt.Method]:
 METHODS = methods()
 
 
-def calibration(method: fadapt.Method) -> list[Tensor] | None:
-    wanted = getattr(method, "statistic", None)
-    return None if wanted is None else [reals(6, WIDTHS[0], seed=s) for s in range(40)]
+def calibration(method: Any) -> list[Any] | None:
+    if getattr(method, "statistic", None) is None:
+        return None
+    if type(method).__name__ == "SSteer":
+        shift = reals(WIDTHS[0], seed=99)
+        pairs = [reals(2, 1, WIDTHS[0], seed=s) for s in range(20)]
+        return [({"input": x + shift}, {"input": x}) for x in pairs]
+    return [reals(6, WIDTHS[0], seed=s) for s in range(40)]
 
 
 def fresh(model: nn.Module, method: Any, **config: Any) -> Params:
@@ -120,7 +126,7 @@ def fresh(model: nn.Module, method: Any, **config: Any) -> Params:
 def trained(model: nn.Module, method: Any, seed: int = 1) -> Params:
     params = perturb(fresh(model, method), seed)
     with torch.no_grad():
-        for _, adapter in params.items():
+        for adapter in params.values():
             if "alpha" in adapter.train:  # project clips it to [0, 1]
                 adapter.train["alpha"].abs_()
     return fadapt.project(params)
@@ -140,12 +146,12 @@ def close(a: Tensor, b: Tensor, tol: float = 2e-4) -> None:
 @pytest.mark.parametrize("row", METHODS)
 def test_start_is_the_base_to_the_last_bit(row: str, kind: str, mode: str) -> None:
     method = METHODS[row]
-    if row == "SSteer":
-        pytest.skip("SSteer steers from the start: it is not the identity by definition")
     for dtype in (torch.float32, torch.bfloat16):
         model = two_layers(kind).to(dtype).train(mode == "train")
         x = reals(2, 3, WIDTHS[0]).to(dtype)
         params = fresh(model, method)
+        if row == "SSteer":  # it steers from the start, unless at strength 0
+            params = fadapt.scale(params, 0)
         out = fadapt.apply(model, params, x)
         assert torch.equal(out, model(x))
         assert out.dtype == dtype
@@ -178,19 +184,19 @@ def test_starts_of_both_bases_agree(row: str, kind: str) -> None:
     dense = dequantize(model)
     ours, ref = trained(model, METHODS[row]), trained(dense, METHODS[row])
     x = reals(5, WIDTHS[0])
-    close(fadapt.apply(model, ours, x), fadapt.apply(dense, ref, x), 1e-3)
+    # Calibration runs in eval mode, where the 8-bit kernel quantises the second layer's input.
+    rounded = kind == "8bit" and calibration(METHODS[row]) is not None
+    close(fadapt.apply(model, ours, x), fadapt.apply(dense, ref, x), 2e-2 if rounded else 1e-3)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("row", METHODS)
+@pytest.mark.parametrize("row", [row for row in METHODS if row != "SSteer"])  # trains nothing
 def test_torch_func_transforms(row: str, kind: str) -> None:
     model = two_layers(kind)
     method = METHODS[row].true_gradient()
     dense, x = dequantize(model), reals(4, WIDTHS[0])
     members = [trained(model, method, seed) for seed in (1, 2)]
     trains, rests = zip(*map(fadapt.split, members), strict=True)
-    if not fadapt.trainable(members[0]):
-        pytest.skip("nothing to differentiate in")
 
     def of(base: nn.Module) -> Any:
         return lambda train: fadapt.run(base, fadapt.join(train, rests[0]), x, loss)
@@ -303,8 +309,7 @@ def test_layers_are_left_as_they_were(kind: str) -> None:
     with pytest.raises(RuntimeError):
         fadapt.apply(model, params, x[:, :-1])
     with pytest.raises(ZeroDivisionError), fadapt.bound(model, params):
-        model(x)
-        raise ZeroDivisionError
+        fail(model(x), None)
     assert [dict(m.__dict__) for m in model.modules()] == state
     for a, b in zip(model.parameters(), before.parameters(), strict=True):
         assert a.dtype == b.dtype
@@ -326,7 +331,7 @@ def test_bound_and_gradient_checkpointing(kind: str) -> None:
         assert torch.equal(inside, plain)
         for a, b in zip(torch.autograd.grad(inside, leaves), refs, strict=True):
             assert torch.equal(a, b)
-    model.gradient_checkpointing_enable()
+    model.activation_checkpointing_enable()
     again = fadapt.run(model, params, batch)
     assert torch.equal(again, plain)
     for a, b in zip(torch.autograd.grad(again, leaves), refs, strict=True):
@@ -417,7 +422,7 @@ def test_one_dequantised_matrix_at_a_time(kind: str, monkeypatch: pytest.MonkeyP
     for cls in QuantizedMap.__subclasses__():
         watch(cls)
     widths = [64] * 7
-    model = nn.Sequential(*(nn.Linear(a, b) for a, b in zip(widths, widths[1:], strict=False)))
+    model = nn.Sequential(*(nn.Linear(a, b) for a, b in itertools.pairwise(widths)))
     model = quantize(seeded(model), kind).train()
     params = perturb(fadapt.init(model, fadapt.DoRA(r=2)))
     gc.collect()
@@ -445,7 +450,8 @@ def test_layout_of_avx512_cpus(kind: str) -> None:
     assert base is not None
     before, mark = base.weight(), base.fingerprint()
     weight = model[0].weight
-    weight.data, weight.quant_state = _convert_weight_packed_for_cpu(weight.data, weight.quant_state)
+    packed, state = _convert_weight_packed_for_cpu(weight.data, weight.quant_state)
+    weight.data, weight.quant_state = packed, state
     assert base.packed_for_cpu
     close(base.weight(), before, 2**-8)  # its scales are bfloat16
     assert base.fingerprint() == mark
@@ -494,7 +500,8 @@ def test_storage_dtype_of_4bit_codes_does_not_matter(storage: torch.dtype) -> No
     a, b = (fadapt.init(m, LoRA(r=2)) for m in models)
     assert a["0.weight"].site == b["0.weight"].site
     x = reals(5, 64)
-    assert torch.equal(*(fadapt.apply(m, perturb(p), x) for m, p in zip(models, (a, b), strict=True)))
+    outs = [fadapt.apply(m, perturb(p), x) for m, p in zip(models, (a, b), strict=True)]
+    assert torch.equal(*outs)
 
 
 @pytest.mark.parametrize("autocast", [False, True])

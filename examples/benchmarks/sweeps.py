@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -91,7 +92,11 @@ def main() -> None:
     runs[f"fadapt x {n}"] = (n, *folded(model, [fadapt.LoRA(r=args.r)] * n, batch, args))
     if args.mixed:
         runs[f"fadapt x {n} mixed"] = (n, *folded(model, mixed(n), batch, args))
-    first = {name: float(step().mean()) for name, (_, step, _) in runs.items()}
+    first = {}
+    for name, (_, step, _) in runs.items():
+        start = time.perf_counter()
+        first[name] = float(step().mean())
+        print(f"first step of {name}: {time.perf_counter() - start:.0f} s", flush=True)
     ms = alternate({name: step for name, (_, step, _) in runs.items()}, args.rounds)
     print(
         f"{args.hidden} wide, {args.layers} layers, r={args.r}, {args.device}, base {args.dtype}, "
