@@ -96,6 +96,7 @@ cases = st.builds(
 def test_law(row: str, law) -> None:
     if (row, law.__name__) in EXEMPT:
         return
+
     @settings(
         max_examples=EXAMPLES.get(law.__name__, 5),
         deadline=None,

@@ -60,9 +60,7 @@ MODELS = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL, attention_bias=True, mlp_bias=True)),
     "bert": lambda: BertForSequenceClassification(BertConfig(**SMALL, num_labels=3)),
     "gpt2": lambda: GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0
-        )
+        GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0)
     ),
     "vit": _vit,
 }
@@ -230,9 +228,7 @@ class TestTransforms:
 
         jac = jacrev(out)(train)["2.weight"]["d"]
         # y_j depends on d_j alone, with derivative the base's y_j.
-        expected = torch.diag_embed(
-            model[2](model[1](out_of_first(model, params, x))).detach()
-        )
+        expected = torch.diag_embed(model[2](model[1](out_of_first(model, params, x))).detach())
         torch.testing.assert_close(jac, expected)
 
     def test_hessian_vector_product(self) -> None:

@@ -77,9 +77,7 @@ def test_fold_equals_vmap(name) -> None:
     labels = batch.pop("labels")
 
     def loss_fn(out, _):
-        return nn.functional.cross_entropy(
-            out.logits.flatten(0, -2), labels.clamp(min=0).flatten()
-        )
+        return nn.functional.cross_entropy(out.logits.flatten(0, -2), labels.clamp(min=0).flatten())
 
     stack = fadapt.stack(members)
     train, rest = fadapt.split(stack)
