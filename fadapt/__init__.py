@@ -46,6 +46,12 @@ from .stack import Stack as Stack
 from .stack import select as select
 from .stack import stack as stack
 from .stack import unstack as unstack
+from .training import Halving as Halving
+from .training import Report as Report
+from .training import Trial as Trial
+from .training import fit as fit
+from .training import grid as grid
+from .training import sweep as sweep
 from .tree import Adapter as Adapter
 from .tree import Params as Params
 from .tree import join as join

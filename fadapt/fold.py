@@ -57,7 +57,8 @@ class FoldedSite:
         self._check(x)
         rows = x.reshape(n, -1, x.shape[-1])
         entered = [
-            adapter.over(adapter.method.enter, _take(rows, index)) for index, adapter in self.pieces
+            adapter.over(adapter.method.enter, part)
+            for (_, adapter), part in zip(self.pieces, self._parts(rows), strict=True)
         ]
         if any(adapter.method.has_shift for _, adapter in self.pieces):
             shifted = [value for value, _ in entered]
@@ -66,10 +67,10 @@ class FoldedSite:
             y = base(x)
         y_rows = y.reshape(n, -1, y.shape[-1])
         left = [
-            adapter.over(
-                functools.partial(_leave, adapter.method, base), saved, _take(y_rows, index)
+            adapter.over(functools.partial(_leave, adapter.method, base), saved, part)
+            for (_, adapter), (_, saved), part in zip(
+                self.pieces, entered, self._parts(y_rows), strict=True
             )
-            for (index, adapter), (_, saved) in zip(self.pieces, entered, strict=True)
         ]
         return self._gather(left, y_rows).reshape(y.shape)
 
@@ -79,6 +80,13 @@ class FoldedSite:
             "adapters in one pass have no common weight. Run them one by one, or with "
             "torch.func.vmap over fadapt.run"
         )
+
+    def _parts(self, rows: Tensor) -> Sequence[Tensor]:
+        """The rows of each piece."""
+        if [i for index, _ in self.pieces for i in index] == list(range(self.stack_size)):
+            # One split: its gradient is one concatenation, where each slice's fills the whole.
+            return rows.split([len(index) for index, _ in self.pieces])
+        return [_take(rows, index) for index, _ in self.pieces]
 
     def _gather(self, parts: list[Tensor], rows: Tensor) -> Tensor:
         """The parts and the rows without an adapter, in the order of the stack."""
@@ -194,13 +202,13 @@ def unfold(output: Any, stack: Stack, rows: int) -> Any:
 def slices(tree: Any, stack: Stack, rows: int) -> Sequence[Any]:
     """The part of each adapter of a folded batch or output."""
     n = stack.size
-
-    def part(t: Any, i: int) -> Any:
-        if isinstance(t, Tensor) and t.dim() and t.shape[0] == n * rows:
-            return t[i * rows : (i + 1) * rows]
-        return t
-
-    return [pytree.tree_map(lambda t, i=i: part(t, i), tree) for i in range(n)]
+    leaves, spec = pytree.tree_flatten(tree)
+    # As in FoldedSite._parts: the gradient of n slices would fill the whole output n times.
+    columns = [
+        t.split(rows) if isinstance(t, Tensor) and t.dim() and t.shape[0] == n * rows else (t,) * n
+        for t in leaves
+    ]
+    return [pytree.tree_unflatten([c[i] for c in columns], spec) for i in range(n)]
 
 
 def _tensors(batch: Any) -> list[tuple[str, Tensor]]:

@@ -27,8 +27,10 @@ from .errors import CheckpointError, ConfigError
 from .fingerprint import fingerprint
 from .guard import exclusive
 from .linear_map import DenseMap
+from .method import STRENGTH
 from .sites import Site
-from .slots import check_model, find_slots
+from .quantized import QuantizedMap
+from .slots import check_model, find_slots, quantized_at
 from .tree import Adapter, Params, trainable_leaves
 
 FORMAT_VERSION = 1
@@ -119,14 +121,16 @@ def load(
         for name, (site, method, *parts) in records.items():
             if name != site.name:
                 raise CheckpointError(f"{where}: the record of {name} is that of {site.name}")
-            weight = _check_base(where, site, named.get(name), allow_other_base)
+            weight = named.get(name)
+            mark = _check_base(where, site, weight, quantized_at(model, name), allow_other_base)
+            assert weight is not None
             if biases.get(name) != site.bias:
                 raise CheckpointError(
                     f"{where}: the bias of {name} is {biases.get(name)} in the model, the adapter "
                     f"was made for {site.bias}"
                 )
             adapter = Adapter(
-                dataclasses.replace(site, fingerprint=fingerprint(weight)),
+                dataclasses.replace(site, fingerprint=mark),
                 method,
                 *({k: tensors[key] for k, key in part.items()} for part in parts),
             )
@@ -147,8 +151,10 @@ def _check_leaves(where: str, adapter: Adapter) -> None:
         raise CheckpointError(f"{where}: {site.name}: {odd[0]} is {leaves[odd[0]].dtype}")
     with torch.no_grad(), torch.device("meta"):
         bias = torch.empty(site.out_features) if site.bias else None
-        base = DenseMap(torch.empty(site.stored_shape), bias, site.transposed)
+        base = DenseMap(torch.empty(site.matrix_shape), bias)
         p = {k: t.to("meta") for k, t in leaves.items()}
+        if site.experts:  # one of them stands for all
+            p = {k: t if k == STRENGTH else t[0] for k, t in p.items()}
         try:
             shape = tuple(adapter.method(p, torch.empty(3, site.in_features), base).shape)
         except (KeyError, IndexError, RuntimeError, ValueError) as error:
@@ -242,24 +248,33 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str
     return meta, tensors
 
 
-def _check_base(where: str, site: Site, weight: Tensor | None, allow_other: bool) -> Tensor:
+def _check_base(
+    where: str,
+    site: Site,
+    weight: Tensor | None,
+    quantized: QuantizedMap | None,
+    allow_other: bool,
+) -> str:
+    """The fingerprint of the model's weight, after the checks."""
     if weight is None:
         raise CheckpointError(f"{where}: the model has no parameter {site.name}")
     if weight.is_meta:
         raise CheckpointError(
             f"{where}: {site.name} is a meta tensor in the model; load the weights first"
         )
-    if tuple(weight.shape) != site.stored_shape:
+    shape = quantized.shape if quantized else tuple(weight.shape)
+    if shape != site.stored_shape:
         raise CheckpointError(
-            f"{where}: {site.name} has shape {tuple(weight.shape)} in the model, "
+            f"{where}: {site.name} has shape {shape} in the model, "
             f"the adapter was made for {site.stored_shape}"
         )
-    if not allow_other and fingerprint(weight) != site.fingerprint:
+    mark = quantized.fingerprint() if quantized else fingerprint(weight)
+    if not allow_other and mark != site.fingerprint:
         raise CheckpointError(
             f"{where}: {site.name} has other values or another dtype ({weight.dtype}) than the "
             "base that the adapter was made for. Load that base, or pass allow_other_base=True"
         )
-    return weight
+    return mark
 
 
 def _site(record: dict[str, Any]) -> Site:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -44,6 +46,13 @@ def random_svd(
     return _fix_signs(q @ u[:, :k], s[:k], vh[:k].mT)
 
 
+def full_precision(like: Tensor) -> AbstractContextManager:
+    """Switches autocast off, for the small products that norms and solves depend on."""
+    if like.device.type == "meta":  # has no autocast
+        return nullcontext()
+    return torch.autocast(like.device.type, enabled=False)
+
+
 def skew(upper: Tensor, size: int) -> Tensor:
     """Skew-symmetric matrices from their strict upper triangles.
 
@@ -74,7 +83,8 @@ def cayley_minus_identity(q: Tensor) -> Tensor:
     eye = torch.eye(q.shape[-1], dtype=wide.dtype, device=q.device)
     # I - Q has no singular value below 1, so its inverse is safe; its derivative is two products,
     # where that of a solve is another solve.
-    return (torch.linalg.inv(eye - wide) @ (2 * wide)).to(q.dtype)
+    with full_precision(q):
+        return (torch.linalg.inv(eye - wide) @ (2 * wide)).to(q.dtype)
 
 
 def lengths_after_step(

@@ -52,8 +52,8 @@ class OneHot:
     def to(self, dtype: torch.dtype) -> OneHot:
         return OneHot(self.ids, self.width, dtype, self.owner)
 
-    def reshape(self, *shape: int) -> OneHot:
-        *rows, width = tuple(shape[0]) if isinstance(shape[0], torch.Size) else shape
+    def reshape(self, *shape: Any) -> OneHot:
+        *rows, width = shape if isinstance(shape[0], int) else shape[0]
         assert width == self.width, "one-hot rows are taken whole"
         return OneHot(self.ids.reshape(rows), self.width, self.dtype, self.owner)
 

@@ -16,7 +16,7 @@ from torch.nn.parameter import UninitializedTensorMixin
 from . import fold
 from .errors import ConfigError, FadaptError, TargetError
 from .guard import bound_params, exclusive
-from .losses import hugging_face_loss
+from .losses import FrozenHead, frozen_head, hugging_face_loss
 from .overlay import Adapted, Call, Overlay, SwappedForward, overlay
 from .quantized import QuantizedMap, quantized_map
 from .slots import check_model, check_module, check_weight
@@ -70,7 +70,12 @@ def _run_stack(
     rows = fold.batch_rows(batch, stack, per_adapter)
     folded = fold.fold_batch(batch, stack, rows, per_adapter)
     if loss_fn is None:
+        head = frozen_head(model, stack.sites, folded)
         loss_fn, folded, inputs = hugging_face_loss(model, folded)
+        if head is not None and (torch.compiler.is_compiling() or bound_params(model) is None):
+            output = _forward(model, stack, rows, inputs, head)
+            if output.logits is head.hidden:
+                return head.losses(folded["labels"], stack.size)
     else:
         inputs = folded
     output = _forward(model, stack, rows, inputs)
@@ -79,12 +84,18 @@ def _run_stack(
     return torch.stack(losses)
 
 
-def _forward(model: nn.Module, params: Params | Stack, rows: int | None, batch: Batch) -> Any:
+def _forward(
+    model: nn.Module,
+    params: Params | Stack,
+    rows: int | None,
+    batch: Batch,
+    head: FrozenHead | None = None,
+) -> Any:
     args, kwargs = _arguments(batch)
     # A key-value cache costs memory, and torch.func cannot return one.
     if "use_cache" not in kwargs and getattr(getattr(model, "config", None), "use_cache", False):
         kwargs["use_cache"] = False
-    return _call(model, params, rows, "forward", args, kwargs)
+    return _call(model, params, rows, "forward", args, kwargs, head)
 
 
 def apply(
@@ -280,10 +291,13 @@ def _call(
     method: str,
     args: tuple,
     kwargs: dict,
+    head: FrozenHead | None = None,
 ) -> Any:
     if not torch.compiler.is_compiling() and params is not None and bound_params(model) is params:
         return _method(model, method)(*args, **kwargs)
     sites = _adapted_sites(model, params, rows)
+    if head is not None:
+        sites = {**sites, head.site.name: head}
     if torch.compiler.is_compiling():
         return _functional(model, _prepare(model, sites, lasting=True), method, args, kwargs)
     with exclusive(model):

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..linalg import full_precision
 from ..linear_map import without_bias
 from ..method import Leaves
 from .lora import LoRA
@@ -67,8 +68,9 @@ class DoRA(LoRA):
         a, b = p["A"].to(w2.dtype), p["B"].to(w2.dtype)
         if self.detach_norm:
             a, b = a.detach(), b.detach()
-        cross = (base.linear(a).mT * b).sum(-1)
-        own = ((b @ (a @ a.mT)) * b).sum(-1)
+        with full_precision(a):
+            cross = (base.linear(a).mT * b).sum(-1)
+            own = ((b @ (a @ a.mT)) * b).sum(-1)
         # Where V nearly vanishes the difference may round below zero.
         floor = torch.finfo(w2.dtype).eps
         n2 = torch.maximum(w2 + 2 * s * cross + s**2 * own, floor * w2)

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..linalg import lengths_after_step
+from ..linalg import full_precision, lengths_after_step
 from ..method import Leaves, Method, require
 
 if TYPE_CHECKING:
@@ -63,8 +63,9 @@ class HRA(Method):
         m = -2 * torch.stack([one, one, w2 - 1, w2]).unflatten(0, (2, 2))
         m = torch.diag_embed(m).permute(2, 0, 3, 1).reshape(self.r, self.r)
         pair = torch.arange(self.r, device=z.device) // 2
-        g = torch.where(pair[:, None] < pair, z @ z.mT, 0)
-        core = torch.linalg.solve_triangular(-m @ g, m, upper=True, unitriangular=True)
+        with full_precision(z):
+            g = torch.where(pair[:, None] < pair, z @ z.mT, 0)
+            core = torch.linalg.solve_triangular(-m @ g, m, upper=True, unitriangular=True)
         z = z.to(x.dtype)
         return x @ z.mT @ core.to(x.dtype).mT @ z
 

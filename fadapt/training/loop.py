@@ -1,0 +1,240 @@
+"""Loop: the steps of a sweep, its evaluations, its stops and its checkpoints."""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+
+from ..errors import CheckpointError, ConfigError
+from ..io import save
+from ..stack import stack
+from . import snapshot
+from .arena import Arena
+from .board import Board, on_all
+from .checkpoint import Generators, start_digest
+from .compiler import Compiler, eager
+from .feed import Feed, to_device
+from .optimise import Updater
+from .passes import Passes, evaluating
+from .progress import Bar
+from .record import Record
+from .report import Report
+from .setup import Settings, device_of, initial
+from .trial import Trial
+
+
+class Loop:
+    """One run of a sweep, from its start or its checkpoint to the end.
+
+    Attributes:
+        step: batches done.
+        seconds: spent before the last restart.
+        chunk: the most adapters in one pass.
+    """
+
+    def __init__(self, model: nn.Module, trials: Mapping[str, Trial], batches: Any, s: Settings):
+        self.steps = s.checked(batches, trials)
+        self.model, self.settings, self.trials = model, s, list(trials.values())
+        self.device = device_of(model)
+        seeds = [t.data_seed for t in self.trials]
+        self.feed = Feed(batches, seeds, s.order, s.per_adapter, self.device)
+        starts = initial(model, trials, s.calib)
+        self.digests = {n: start_digest(p) for n, p in zip(trials, starts, strict=True)}
+        self.board = Board(trials, starts, s.goal)
+        self.arena = Arena(stack(starts), range(len(starts)))
+        options = s.compile if isinstance(s.compile, Mapping) else {}
+        self.compiler = eager if s.compile is False else Compiler(options)
+        self.updater = self._make_updater()
+        self.passes = self._make_passes(s.max_adapters)
+        self.chunk, self.step, self.seconds = 0, 0, 0.0
+        self.rungs = s.halving.rungs(self.steps, len(trials)) if s.halving else {}
+        self.generators = Generators(self.device)
+        path = s.path
+        tensorboard = path / "tensorboard" if path is not None and s.tensorboard else None
+        self.record = Record(self.board.names, path and path / "log.jsonl", tensorboard)
+
+    def run(self) -> Report:
+        """Trains to the end; the global generators are as before afterwards."""
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            self._started = self._saved = time.monotonic()
+            self.generators.seed(self.settings.seed)
+            self._resume()
+            try:
+                self.record.start(self.step)
+                self._train()
+                self.record.close()
+            except (CheckpointError, ConfigError) as error:
+                # Nothing is lost to a full disk: the weights so far go with the error.
+                error.report = self.report()  # type: ignore[attr-defined]
+                raise
+        return self.report()
+
+    def report(self) -> Report:
+        """The outcome so far."""
+        last = {trial: block.train(row) for trial, block, row in self.arena.rows()}
+        return self.board.report(last, self.step, self.record, self.elapsed(), self.chunk)
+
+    def elapsed(self) -> float:
+        """Seconds of this sweep, over all restarts."""
+        return self.seconds + time.monotonic() - self._started
+
+    def _make_updater(self) -> Updater:
+        s = self.settings
+        return Updater(self.arena, self.trials, s.optimizer, s.optimizer_args, self.steps)
+
+    def _make_passes(self, most: int | str | None) -> Passes:
+        s, per_adapter = self.settings, self.feed.per_adapter
+        return Passes(self.model, self.arena, s.loss_fn, per_adapter, most, self.compiler)
+
+    def _resume(self) -> None:
+        path = self.settings.path
+        if path is not None and self.settings.resume:
+            snapshot.restore(self, path)
+
+    def _train(self) -> None:
+        if self.step == self.steps:
+            return
+        self._save()  # before the first step, so that a disk that refuses shows now
+        with Bar(self.steps, self.settings.progress) as bar:
+            while self.step < self.steps and self.board.running():
+                self._one_step()
+                self._after_step(bar)
+        self._note()
+        for trial in self.board.running():
+            self.board.leave(trial, "finished", "", self.step)
+        self._save()
+        self._save_adapters()
+
+    def _one_step(self) -> None:
+        order = self.arena.order
+        weights = [1 / self.trials[t].accumulate for t in order]
+        losses = self.passes.gradients(next(self.feed), weights)
+        rates = self.updater.rates(self.step)
+        self.updater.step(self.step, losses)
+        self.step += 1
+        self.chunk = max(self.chunk, self.passes.width)
+        alive = torch.cat([a.to(losses.device) for a in self.updater.alive])
+        self.record.add(self.step, order, losses, alive, rates)
+
+    def _after_step(self, bar: Bar) -> None:
+        s, ends, rung = self.settings, self.step == self.steps, self.step in self.rungs
+        periodic = s.eval_every is not None and self.step % s.eval_every == 0
+        evaluates = s.eval is not None and (ends or rung or periodic)
+        saves = self._checkpoint_due() and not ends
+        if evaluates or saves or self.step % s.log_every == 0:
+            bar.update(self.step, self._note(), self.board.leader())
+        if evaluates and self.board.running():
+            scores = self._evaluate()
+            if rung:
+                self._stop_losers(scores)
+        if saves:
+            self._save()
+
+    def _note(self) -> list[float]:
+        """Waits for the device and notes what has diverged; returns the running losses."""
+        running = set(self.board.running())
+        for step, trial, loss in self.record.flush():
+            if trial in running:
+                finite = math.isfinite(loss)
+                self._leave(
+                    trial,
+                    "diverged",
+                    "gradient or new weights not finite" if finite else f"loss {loss}",
+                    step,
+                )
+        self.quieten()
+        last = self.record.losses.get(self.step)
+        return [] if last is None else [x for x in last.tolist() if math.isfinite(x)]
+
+    def _leave(self, trial: int, status: str, reason: str, step: int) -> None:
+        self.board.leave(trial, status, reason, step)
+        self.record.event(step, status, trial, reason)
+
+    def quieten(self) -> None:
+        """Trials that do not train but are still in the stack run idle."""
+        self.passes.idle = frozenset(self.arena.order) - set(self.board.running())
+        self.updater.freeze(self.passes.idle)
+
+    def _evaluate(self) -> Tensor:
+        s, running = self.settings, set(self.board.running())
+        with evaluating(self.model):
+            found = self.passes.scores(s.eval) if callable(s.eval) else self._mean_losses()
+        order, count = self.arena.order, len(self.trials)
+        scores = {k: on_all(order, v, running, count) for k, v in found.items()}
+        self.record.score(self.step, scores)
+        self.board.metric = next(iter(scores))
+        ranked = scores[self.board.metric]
+        better = set(self.board.improved(self.step, ranked))
+        for trial, block, row in self.arena.rows():
+            if trial in better:
+                self.board.best[trial] = block.train(row)
+        return ranked
+
+    def _mean_losses(self) -> dict[str, Tensor]:
+        """The mean over the evaluation batches, weighted by their rows."""
+        total, count = torch.zeros(len(self.arena), dtype=torch.float64), 0
+        for batch in self.settings.eval:
+            tensors = [t for t in pytree.tree_leaves(batch) if isinstance(t, Tensor) and t.dim()]
+            rows = max((t.shape[0] for t in tensors), default=1)
+            losses = self.passes.losses(to_device(batch, self.device))
+            total, count = total + rows * losses.to("cpu", torch.float64), count + rows
+        if not count:
+            raise ConfigError("eval is empty")
+        return {"loss": total / count}
+
+    def _stop_losers(self, scores: Tensor) -> None:
+        halving = self.settings.halving
+        assert halving is not None
+        for trial, reason in self.board.losers(self.rungs[self.step], scores):
+            self._leave(trial, "stopped", reason, self.step)
+        if self.compiler is eager if halving.shrink is None else halving.shrink:
+            self.shrink(self.board.running())
+        self.quieten()
+
+    def shrink(self, members: list[int]) -> None:
+        """Takes all other trials out of the stack."""
+        positions = [i for i, t in enumerate(self.arena.order) if t in set(members)]
+        if not positions or len(positions) == len(self.arena):
+            return
+        for trial, block, row in self.arena.rows():
+            if trial not in members:
+                self.board.left[trial] = block.train(row)
+        states, most = self.updater.states(), self.settings.max_adapters
+        self.arena = self.arena.keep(positions)
+        self.updater = self._make_updater()
+        self.updater.load_states(states)
+        self.passes = self._make_passes(most and min(self.passes.width, len(positions)))
+
+    def _checkpoint_due(self) -> bool:
+        s, minutes = self.settings, self.settings.checkpoint_minutes
+        if s.path is None:
+            return False
+        if s.checkpoint_every is not None and self.step % s.checkpoint_every == 0:
+            return True
+        return minutes is not None and time.monotonic() - self._saved >= 60 * minutes
+
+    def _save(self) -> None:
+        if self.settings.path is not None:
+            snapshot.write(self, self.settings.path)
+            self._saved = time.monotonic()
+
+    def _save_adapters(self) -> None:
+        if self.settings.path is None:
+            return
+        directory = self.settings.path / "adapters"
+        try:
+            directory.mkdir(exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(f"could not make {directory}: {error}") from error
+        params = self.report().params
+        for number, name in enumerate(self.board.names):
+            short = re.sub(r"[^\w.=+-]+", "_", name)[:100]
+            save(params[name], directory / f"{number:03d}-{short}.safetensors")

@@ -1,0 +1,221 @@
+"""Updater: a torch.optim optimiser over the rows of an arena, with per-trial hyper-parameters.
+
+A trial whose loss, gradient or new weights are not finite keeps its weights of before the step,
+and is never updated again; no other trial is touched. The flags stay on the device: a step does
+not wait for them.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ..errors import ConfigError
+from ..method import require
+from .arena import Arena, Block
+from .trial import Trial
+
+ELEMENTWISE = (
+    torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.RMSprop, torch.optim.Adagrad,
+    torch.optim.Adadelta, torch.optim.Adamax, torch.optim.NAdam, torch.optim.RAdam,
+    torch.optim.Rprop, torch.optim.ASGD,
+)  # fmt: skip
+"""Optimisers that treat every entry alone: a trial's row is one parameter. The others (Adafactor,
+Muon) get every leaf, at its own rank, as a parameter of its own."""
+
+
+class Updater:
+    """Gradient clipping, the optimiser's step and the guard against divergence.
+
+    Args:
+        arena: the values and gradients.
+        trials: by trial number.
+        factory: ``factory(param_groups, **kwargs)`` returns the optimiser.
+        kwargs: for the factory; lr and weight decay come from the trials.
+        steps: batches in all, from which the schedules know their end.
+
+    Attributes:
+        alive: a flag per row of each block.
+    """
+
+    def __init__(
+        self,
+        arena: Arena,
+        trials: Sequence[Trial],
+        factory: Callable[..., Optimizer],
+        kwargs: Mapping[str, Any],
+        steps: int,
+    ):
+        self.arena, self.trials, self.steps = arena, trials, steps
+        self.flat = _bare(factory) in ELEMENTWISE
+        self.slots: list[tuple[int, list[Tensor], list[Tensor]]] = []
+        for trial, block, row in arena.rows():
+            if self.flat:
+                pairs = [(f[row], g[row]) for f, g in zip(block.flats, block.grads, strict=True)]
+            else:
+                pairs = [
+                    *zip(
+                        block.member(row, block.flats), block.member(row, block.grads), strict=True
+                    )
+                ]
+            self.slots.append((trial, [p.detach() for p, _ in pairs], [g for _, g in pairs]))
+        groups = [
+            {"params": values, "lr": trials[t].rate(0, 1), "weight_decay": trials[t].weight_decay}
+            for t, values, _ in self.slots
+        ]
+        self.optimizer = _build(factory, groups, dict(kwargs))
+        _check_knobs(self.optimizer, [trials[t] for t in arena.order])
+        self.alive = [torch.ones(b.size, dtype=torch.bool, device=b.device) for b in arena.blocks]
+        self._clip = [
+            block_norms(b).new_tensor([trials[t].clip or float("inf") for t in arena.order[span]])
+            for b, span in arena.spans()
+        ]
+
+    def rates(self, step: int) -> dict[int, float]:
+        """The learning rate of every trial at a step (from 0)."""
+        result = {}
+        for trial in self.arena.order:
+            t = self.trials[trial]
+            result[trial] = t.rate(step // t.accumulate, self.steps // t.accumulate)
+        return result
+
+    @torch.no_grad()
+    def step(self, step: int, losses: Tensor) -> None:
+        """Updates the trials whose gradient is complete at this step (from 0).
+
+        Args:
+            losses: (N,) in the arena's order; only their finiteness matters here.
+        """
+        due = [(step + 1) % self.trials[t].accumulate == 0 for t, _, _ in self.slots]
+        for (_, span), alive in zip(self.arena.spans(), self.alive, strict=True):
+            alive &= torch.isfinite(losses[span]).to(alive.device)
+        if not any(due):
+            return
+        whole = None if all(due) else self._device_flags(due)
+        before = []
+        for i, block in enumerate(self.arena.blocks):
+            self._clip_gradients(i, block, None if whole is None else whole[i])
+            before.append([f.clone() for f in block.flats])
+        rates = self.rates(step)
+        for group, (trial, values, grads), now in zip(
+            self.optimizer.param_groups, self.slots, due, strict=True
+        ):
+            group["lr"] = rates[trial]
+            for value, grad in zip(values, grads, strict=True):
+                value.grad = grad if now else None
+        self.optimizer.step()
+        for i, block in enumerate(self.arena.blocks):
+            block.project()
+            block.clear_padding(block.flats)
+            self._guard(i, block, before[i], None if whole is None else whole[i])
+
+    def freeze(self, trials: Collection[int]) -> None:
+        """Updates these trials no more."""
+        for (block, span), alive in zip(self.arena.spans(), self.alive, strict=True):
+            kept = [t not in trials for t in self.arena.order[span]]
+            if not all(kept):
+                alive &= torch.tensor(kept, device=block.device)
+
+    def _device_flags(self, due: list[bool]) -> list[Tensor]:
+        return [torch.tensor(due[span], device=b.device) for b, span in self.arena.spans()]
+
+    def _clip_gradients(self, i: int, block: Block, due: Tensor | None) -> None:
+        block.clear_padding(block.grads)
+        norm = block_norms(block)
+        alive = self.alive[i]
+        alive &= torch.isfinite(norm)
+        # As torch.nn.utils.clip_grad_norm_, for each row by itself.
+        scale = (self._clip[i] / (norm + 1e-6)).clamp(max=1.0)
+        if due is not None:
+            scale = torch.where(due, scale, 1.0)
+        for grad in block.grads:
+            rows = alive.to(grad.device)[:, None]
+            clipped = grad * scale.to(grad.device, grad.dtype)[:, None]
+            grad.copy_(torch.where(rows, clipped, 0.0))
+
+    def _guard(self, i: int, block: Block, before: list[Tensor], due: Tensor | None) -> None:
+        alive = self.alive[i]
+        for flat in block.flats:
+            largest = torch.linalg.vector_norm(flat, torch.inf, dim=1)
+            alive &= torch.isfinite(largest).to(alive.device)
+        changed = alive if due is None else alive & due
+        for flat, old, grad in zip(block.flats, before, block.grads, strict=True):
+            flat.copy_(torch.where(changed.to(flat.device)[:, None], flat, old))
+            if due is None:
+                grad.zero_()
+            else:
+                grad.masked_fill_(due.to(grad.device)[:, None], 0)
+
+    def states(self) -> dict[int, list[dict[str, Any]]]:
+        """The optimiser's state of each trial, one dict per parameter."""
+        return {
+            trial: [dict(self.optimizer.state.get(value, {})) for value in values]
+            for trial, values, _ in self.slots
+        }
+
+    def load_states(self, states: Mapping[int, Sequence[Mapping[str, Any]]]) -> None:
+        """Takes over what :meth:`states` of another updater returned for these trials."""
+        for trial, values, _ in self.slots:
+            # A trial that has not been updated yet has none.
+            for value, state in zip(values, states.get(trial, ()), strict=False):
+                if state:
+                    self.optimizer.state[value] = dict(state)
+
+
+def block_norms(block: Block) -> Tensor:
+    """The 2-norm of each row's gradient, (n,), in float32 or better."""
+    total = torch.zeros(block.size, device=block.device)
+    for grad in block.grads:
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(grad, dim=1, dtype=wide)
+        total = total + norm.square().to(total.device)
+    return total.sqrt()
+
+
+def _build(factory: Callable[..., Optimizer], groups: list[Any], kwargs: dict[str, Any]) -> Any:
+    if _bare(factory) in (torch.optim.LBFGS, torch.optim.SparseAdam):
+        raise ConfigError(f"{factory!r} does not fit a sweep; use fadapt.fit's default, AdamW")
+    fast: list[dict[str, Any]] = [{}]
+    names = _parameters(factory)
+    given = kwargs.keys() & {"fused", "foreach", "capturable", "differentiable"}
+    if not given:
+        fast = [{k: True} for k in ("fused", "foreach") if k in names] + fast
+    for extra in fast:
+        try:
+            return factory(groups, **extra, **kwargs)
+        except RuntimeError:
+            # torch refuses fused where a device or dtype has no such kernel.
+            if not extra:
+                raise
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"the optimiser refuses: {error}") from error
+    raise AssertionError
+
+
+def _check_knobs(optimizer: Optimizer, trials: Sequence[Trial]) -> None:
+    require(
+        "lr" in optimizer.defaults, f"{type(optimizer).__name__} has no lr that trials could set"
+    )
+    if "weight_decay" not in optimizer.defaults and any(t.weight_decay for t in trials):
+        raise ConfigError(
+            f"{type(optimizer).__name__} has no weight_decay, but a trial asks for it"
+        )
+
+
+def _bare(factory: Any) -> Any:
+    return _bare(factory.func) if isinstance(factory, functools.partial) else factory
+
+
+def _parameters(factory: Any) -> frozenset[str]:
+    try:
+        found = inspect.signature(factory).parameters
+    except (TypeError, ValueError):
+        return frozenset()
+    preset = factory.keywords if isinstance(factory, functools.partial) else {}
+    return frozenset(found) - preset.keys()

@@ -1,0 +1,373 @@
+"""Checkpoints of a sweep: killed at any moment it goes on to the same bits; disks that refuse."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader
+
+import fadapt
+from fadapt.training import Halving, Trial, fit, sweep
+
+from .models import seeded
+
+STEPS = 40
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.mid = nn.Linear(6, 8), nn.Linear(8, 8)
+        self.drop, self.head = nn.Dropout(0.2), nn.Linear(8, 3)
+
+    def forward(self, x, labels=None):
+        h = self.drop(torch.tanh(self.up(x)))
+        return self.head(torch.tanh(self.mid(h)))
+
+
+def net():
+    return seeded(Net(), std=0.5).requires_grad_(False).train()
+
+
+def loss_fn(output, batch):
+    return F.cross_entropy(output, batch["labels"])
+
+
+def rows(count=20):
+    rng = torch.Generator().manual_seed(0)
+    xs = torch.randn(count, 6, generator=rng)
+    return [{"x": x, "labels": (x[0] > 0).long() + (x[1] > 0).long()} for x in xs]
+
+
+def loader(**kwargs):
+    """Shuffled by the global generator; an epoch is 5 batches."""
+    return DataLoader(rows(), batch_size=4, shuffle=True, **kwargs)
+
+
+TRIALS = [
+    Trial(fadapt.LoRA(r=2), lr=1e-2, name="plain"),
+    Trial(fadapt.LoRA(r=4), lr=3e-2, schedule="cosine", warmup=4, weight_decay=0.1, name="decayed"),
+    Trial(fadapt.DoRA(r=2), lr=2e-2, accumulate=4, clip=0.5, seed=3, name="accumulated"),
+    Trial(fadapt.IA3(), lr=1e-2, accumulate=8, name="slow"),
+    Trial(fadapt.LoRA(r=3), lr=1e30, name="wild"),
+    Trial(fadapt.LoRA(r=3), lr=1e-6, name="stopped"),
+]
+
+
+def full_sweep(directory: Path | None, steps: int = STEPS, model=None, **options):
+    """Everything at once: dropout, shuffling, accumulation, divergence, halving, best weights."""
+    given = dict(
+        steps=steps, loss_fn=loss_fn, eval=list(loader_eval()), eval_every=7,
+        halving=Halving(first=10), directory=directory, checkpoint_every=1, log_every=3, seed=5,
+    )  # fmt: skip
+    return sweep(model or net(), TRIALS, loader(), **{**given, **options})
+
+
+def loader_eval():
+    return DataLoader(rows(8), batch_size=4)
+
+
+def weights(report):
+    return {
+        f"{kind}|{name}|{i}": leaf.detach()
+        for kind in ("params", "final")
+        for name, params in getattr(report, kind).items()
+        for i, leaf in enumerate(fadapt.trainable(params))
+    }
+
+
+def same(a, b):
+    """Bit for bit, losses and scores included."""
+    wa, wb = weights(a), weights(b)
+    assert wa.keys() == wb.keys()
+    assert [k for k in wa if not torch.equal(wa[k], wb[k])] == []
+    outcome = ("name", "status", "step", "best_step", "reason")
+    for ra, rb in zip(a.results, b.results, strict=True):
+        assert [getattr(ra, f) for f in outcome] == [getattr(rb, f) for f in outcome]
+    assert a.losses.keys() == b.losses.keys()
+    for step in a.losses:
+        torch.testing.assert_close(a.losses[step], b.losses[step], atol=0, rtol=0, equal_nan=True)
+    assert a.scores.keys() == b.scores.keys()
+
+
+def log_of(directory):
+    return (directory / "log.jsonl").read_text()
+
+
+KILLER = """
+import os, random, signal, sys, time
+import torch
+from tests.test_resume import full_sweep, Path
+
+torch.set_num_threads(1)
+directory, seed = Path(sys.argv[1]), int(sys.argv[2])
+chance, kills = random.Random(seed), 0
+while True:
+    child = os.fork()
+    if child == 0:
+        full_sweep(directory)
+        os._exit(0)
+    time.sleep(chance.uniform(0.02, 0.5))
+    done, status = os.waitpid(child, os.WNOHANG)
+    if not done and kills < 25:
+        os.kill(child, signal.SIGKILL)
+        done, status = os.waitpid(child, 0)
+        kills += 1
+    elif not done:
+        done, status = os.waitpid(child, 0)
+    if os.WIFEXITED(status):
+        print(kills)
+        sys.exit(os.waitstatus_to_exitcode(status))
+"""
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_killed_at_any_moment_it_ends_with_the_same_bits(tmp_path, seed):
+    expected = full_sweep(tmp_path / "whole")
+    assert {r.status for r in expected.results} == {"finished", "stopped", "diverged"}
+    killed = tmp_path / "killed"
+    run = subprocess.run(
+        [sys.executable, "-c", KILLER, str(killed), str(seed)],
+        capture_output=True, text=True, cwd=Path(__file__).parents[1], timeout=500,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert int(run.stdout) >= 3, "too few kills to mean anything"
+    same(expected, full_sweep(killed))
+    assert log_of(killed) == log_of(tmp_path / "whole")
+    assert not list(killed.glob(".*.tmp"))
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [torch.optim.AdamW, torch.optim.NAdam, torch.optim.Adafactor, torch.optim.ASGD],
+)
+def test_interrupted_at_many_steps(tmp_path, optimizer):
+    """In turn within each of many steps, before and after a rung; the same end."""
+    options = dict(optimizer=optimizer, steps=16)
+    expected = full_sweep(None, checkpoint_every=None, **options)
+    for stop in (1, 2, 4, 7, 9, 10, 11):
+        directory = tmp_path / str(stop)
+        interrupted(directory, stop, **options)
+        torch.manual_seed(stop)  # what the global generator does in between must not matter
+        same(expected, full_sweep(directory, **options))
+
+
+class StopHereError(Exception):
+    pass
+
+
+class Stopping:
+    """The loss, until it has been taken so often in training."""
+
+    def __init__(self, calls):
+        self.left = calls
+
+    def __call__(self, output, batch):
+        self.left -= output.requires_grad
+        if self.left < 0:
+            raise StopHereError
+        return loss_fn(output, batch)
+
+
+def test_the_best_weights_of_before_are_kept(tmp_path):
+    """The rate becomes absurd after the best evaluation; the interruption comes later still."""
+    trial = Trial(fadapt.LoRA(r=2), lr=0.01, schedule=lambda done: 1 if done < 0.4 else 300)
+    eval_batches = list(loader_eval())
+
+    def run(**options):
+        given = dict(steps=20, loss_fn=loss_fn, eval=eval_batches, eval_every=1, checkpoint_every=1)
+        return sweep(net(), [trial], loader(), **{**given, **options})
+
+    expected = run()
+    assert expected.best.best_step < 14
+    with pytest.raises(StopHereError):
+        run(directory=tmp_path, loss_fn=Stopping(15))
+    same(expected, run(directory=tmp_path))
+
+
+def test_the_log_has_every_step_once(tmp_path):
+    """Steps after the checkpoint were logged before the interruption, and are again after it."""
+    options = dict(checkpoint_every=6, log_every=1)
+    full_sweep(tmp_path / "whole", **options)
+    interrupted(tmp_path / "stopped", 9, **options)
+    assert '"step": 9' in log_of(tmp_path / "stopped")
+    full_sweep(tmp_path / "stopped", **options)
+    assert log_of(tmp_path / "stopped") == log_of(tmp_path / "whole")
+
+
+def test_data_order_of_their_own_goes_on(tmp_path):
+    batches = list(loader_eval())
+    options = dict(loss_fn=loss_fn, order="own", steps=9, checkpoint_every=2)
+    trials = [Trial(fadapt.LoRA(r=2), seed=s) for s in range(3)]
+    expected = sweep(net(), trials, batches, **options)
+    stopping = Stopping(3 * 5)
+    with pytest.raises(StopHereError):
+        sweep(net(), trials, batches, directory=tmp_path, **{**options, "loss_fn": stopping})
+    same(expected, sweep(net(), trials, batches, directory=tmp_path, **options))
+
+
+def test_a_loader_with_its_own_generator_and_workers(tmp_path):
+    def loader_of(seed):
+        return loader(generator=torch.Generator().manual_seed(seed), num_workers=1)
+
+    options = dict(loss_fn=loss_fn, steps=12)
+    expected = sweep(net(), TRIALS[:1], loader_of(4), **options)
+    with pytest.raises(StopHereError):
+        sweep(net(), TRIALS[:1], loader_of(4), directory=tmp_path, checkpoint_every=1,
+              **{**options, "loss_fn": Stopping(7)})  # fmt: skip
+    again = sweep(
+        net(), TRIALS[:1], loader_of(9), directory=tmp_path, checkpoint_every=1, **options
+    )
+    same(expected, again)
+
+
+def test_a_finished_sweep_is_not_trained_again(tmp_path):
+    first = full_sweep(tmp_path)
+    model_calls = []
+    again = full_sweep(tmp_path, loss_fn=lambda o, b: model_calls.append(1))
+    same(first, again)
+    assert not model_calls
+
+
+def test_fit_resumes(tmp_path):
+    params = fadapt.init(net(), fadapt.LoRA(r=2))
+    options = dict(steps=10, lr=0.01, loss_fn=loss_fn, checkpoint_every=1)
+    expected = fit(net(), params, loader(), **options)
+    with pytest.raises(StopHereError):
+        fit(net(), params, loader(), directory=tmp_path, **{**options, "loss_fn": Stopping(6)})
+    found = fit(net(), params, loader(), directory=tmp_path, **options)
+    assert all(map(torch.equal, fadapt.trainable(expected), fadapt.trainable(found)))
+
+
+def interrupted(directory, after=6, **options):
+    """Stops in the middle of a step; the trials that take part in each of the first are all."""
+    with pytest.raises(StopHereError):
+        full_sweep(directory, loss_fn=Stopping(after * len(TRIALS) + 1), **options)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "foreign"])
+def test_a_damaged_checkpoint_is_refused(tmp_path, damage):
+    interrupted(tmp_path)
+    file = tmp_path / "checkpoint.safetensors"
+    data = bytearray(file.read_bytes())
+    if damage == "truncated":
+        data = data[: len(data) // 2]
+    elif damage == "flipped":
+        data[len(data) - 100] ^= 1
+    elif damage == "empty":
+        data = bytearray()
+    else:
+        fadapt.save(fadapt.init(net(), fadapt.LoRA(r=2)), file)
+        data = bytearray(file.read_bytes())
+    file.write_bytes(data)
+    with pytest.raises(fadapt.CheckpointError):
+        full_sweep(tmp_path)
+
+
+def test_a_half_written_checkpoint_is_not_looked_at(tmp_path):
+    interrupted(tmp_path)
+    whole = (tmp_path / "checkpoint.safetensors").read_bytes()
+    (tmp_path / ".checkpoint.safetensors.123.tmp").write_bytes(whole[: len(whole) // 3])
+    with open(tmp_path / "log.jsonl", "a") as log:
+        log.write('{"step": 7, "loss": {"pl')
+    same(full_sweep(None), full_sweep(tmp_path))
+    for line in (tmp_path / "log.jsonl").read_text().splitlines():
+        json.loads(line)
+
+
+def test_another_sweep_is_not_continued(tmp_path):
+    interrupted(tmp_path)
+    with pytest.raises(fadapt.ConfigError, match="steps"):
+        full_sweep(tmp_path, steps=STEPS + 8)
+    with pytest.raises(fadapt.ConfigError, match="optimizer"):
+        full_sweep(tmp_path, optimizer=torch.optim.Adam)
+    other = seeded(Net(), seed=1, std=0.5).train()
+    with pytest.raises(fadapt.CheckpointError, match="base model"):
+        full_sweep(tmp_path, model=other)
+    same(full_sweep(None), full_sweep(tmp_path, resume=False))
+
+
+def test_an_unwritable_directory_is_refused_before_the_first_step(tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("not a directory")
+    calls = []
+    with pytest.raises(fadapt.CheckpointError, match="file"):
+        full_sweep(blocked / "sweep", loss_fn=lambda o, b: calls.append(1))
+    assert not calls
+
+
+FULL = """
+import resource, signal, sys
+import torch
+from tests.test_resume import *
+
+torch.set_num_threads(1)
+directory = Path(sys.argv[1])
+expected = full_sweep(None)
+interrupted(directory)
+before = (directory / "checkpoint.safetensors").read_bytes()
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+limit = {"nothing": 0, "checkpoint": len(before) - 1}[sys.argv[2]]
+assert limit < len(before)
+_, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+try:
+    full_sweep(directory)
+except fadapt.CheckpointError as error:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    where = "checkpoint.safetensors" if sys.argv[2] == "checkpoint" else "log.jsonl"
+    assert where in str(error), error
+    assert set(error.report.final) == {t.name for t in TRIALS}
+    assert all(p.isfinite().all() for p in weights(error.report).values())
+else:
+    sys.exit("the disk was not full")
+assert (directory / "checkpoint.safetensors").read_bytes() == before
+assert not list(directory.glob(".*.tmp"))
+same(expected, full_sweep(directory))
+"""
+
+
+@pytest.mark.parametrize("grows", ["nothing", "checkpoint"])
+def test_a_full_disk_loses_nothing(tmp_path, grows):
+    """No file may grow beyond a limit, which fails a write as a full disk does."""
+    run = subprocess.run(
+        [sys.executable, "-c", FULL, str(tmp_path / "sweep"), grows],
+        capture_output=True, text=True, cwd=Path(__file__).parents[1], timeout=300,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+@pytest.mark.parametrize("file", ["log.jsonl", "checkpoint.safetensors"])
+def test_a_disk_that_begins_to_refuse_loses_nothing(tmp_path, file):
+    """The error carries the weights of the last step; the directory goes on once it is mended."""
+    calls = 0
+
+    def breaking(output, batch):
+        nonlocal calls
+        calls += output.requires_grad
+        if calls == 8 * len(TRIALS):
+            (tmp_path / file).rename(tmp_path / "aside")
+            (tmp_path / file).mkdir()
+        return loss_fn(output, batch)
+
+    with pytest.raises(fadapt.CheckpointError, match=file) as caught:
+        full_sweep(tmp_path, loss_fn=breaking, checkpoint_every=4)
+    at = max(caught.value.report.losses)
+    assert at in (8, 9)
+    whole = full_sweep(None)
+    for step in range(1, at + 1):
+        pair = caught.value.report.losses[step], whole.losses[step]
+        torch.testing.assert_close(*pair, atol=0, rtol=0, equal_nan=True)
+    (tmp_path / file).rmdir()
+    (tmp_path / "aside").rename(tmp_path / file)
+    same(whole, full_sweep(tmp_path, checkpoint_every=4))

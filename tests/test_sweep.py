@@ -1,0 +1,701 @@
+"""fit and sweep: equal to plain training loops, isolated, chunked, stopped, compiled, reported."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import fadapt
+from fadapt.training import Halving, Trial, fit, grid, sweep
+from fadapt.training.grids import named
+from fadapt.training.loop import Loop
+from fadapt.training.setup import Settings
+
+from .models import seeded
+
+WIDTH, CLASSES, ROWS = 12, 3, 6
+
+
+class Net(nn.Module):
+    """Images to logits; remembers the rows of its calls."""
+
+    def __init__(self, dropout: float = 0.0):
+        super().__init__()
+        self.up, self.mid = nn.Linear(8, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.drop, self.head = nn.Dropout(dropout), nn.Linear(WIDTH, CLASSES)
+        self.calls: list[int] = []
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        if not torch.compiler.is_compiling():
+            self.calls.append(len(x))
+        h = torch.tanh(self.up(x))
+        return self.head(self.drop(torch.tanh(self.mid(h))))
+
+
+def net(dtype=torch.float64, **kwargs):
+    return seeded(Net(**kwargs), std=0.5).to(dtype).requires_grad_(False)
+
+
+def loss_fn(output, batch):
+    return F.cross_entropy(output, batch["labels"])
+
+
+def make_batches(count=7, dtype=torch.float64, rows=ROWS):
+    rng = torch.Generator().manual_seed(3)
+    batches = []
+    for _ in range(count):
+        x = torch.randn(rows, 8, generator=rng, dtype=torch.float64).to(dtype)
+        batches.append({"x": x, "labels": (x[:, 0] > 0).long() + (x[:, 1] > 0).long()})
+    return batches
+
+
+TRIALS = [
+    Trial(fadapt.LoRA(r=2), lr=1e-2, seed=1),
+    Trial(fadapt.DoRA(r=3), lr=2e-2, weight_decay=0.1, warmup=3, schedule="cosine"),
+    Trial(fadapt.LoRA(r=5), lr=3e-2, clip=0.05, schedule="linear", seed=2),
+    Trial({"mid": fadapt.IA3()}, lr=5e-2, accumulate=2),
+    Trial(fadapt.OFT(block_size=4, coft=0.3), lr=0.5, accumulate=3),
+    Trial(fadapt.LoRA(r=3), lr=5e-3, warmup=2, accumulate=4, clip=0.1, schedule=lambda d: 1 - d**2),
+]
+
+
+def rate(trial: Trial, update: int, updates: int) -> float:
+    """The documented schedules, written out once more."""
+    if update < trial.warmup:
+        return trial.lr * (update + 1) / trial.warmup
+    done = (update - trial.warmup) / (updates - trial.warmup)
+    if callable(trial.schedule):
+        return trial.lr * trial.schedule(done)
+    return (
+        trial.lr
+        * {
+            "constant": 1.0,
+            "linear": 1 - done,
+            "cosine": (1 + math.cos(math.pi * done)) / 2,
+        }[trial.schedule]
+    )
+
+
+def plain_training(model, trial, batches, steps, optimizer=torch.optim.AdamW, **kwargs):
+    """One adapter in a loop that anyone would write."""
+    if isinstance(trial.config, fadapt.Params):
+        params = fadapt.stack([trial.config])
+        params = fadapt.unstack(params)[0]
+    else:
+        params = fadapt.init(model, fadapt.Config(trial.config, seed=trial.seed or 0))
+    leaves = fadapt.trainable(params)
+    opt = optimizer(leaves, lr=trial.lr, weight_decay=trial.weight_decay, **kwargs)
+    losses = []
+    for step in range(steps):
+        loss = fadapt.run(model, params, batches[step % len(batches)], loss_fn)
+        (loss / trial.accumulate).backward()
+        losses.append(loss.item())
+        if (step + 1) % trial.accumulate:
+            continue
+        if trial.clip is not None:
+            nn.utils.clip_grad_norm_(leaves, trial.clip)
+        for group in opt.param_groups:
+            group["lr"] = rate(trial, step // trial.accumulate, steps // trial.accumulate)
+        opt.step()
+        opt.zero_grad()
+        fadapt.project(params)
+    return params, losses
+
+
+def equal_bits(a, b):
+    pairs = list(zip(fadapt.trainable(a), fadapt.trainable(b), strict=True))
+    return all(torch.equal(x, y) for x, y in pairs)
+
+
+def assert_close(a, b, tol=1e-9):
+    assert list(a) == list(b)
+    for name in a:
+        for leaf, x in a[name].train.items():
+            torch.testing.assert_close(x, b[name].train[leaf], atol=tol, rtol=tol)
+
+
+OPTIMIZERS = {
+    "AdamW": (torch.optim.AdamW, {"betas": (0.8, 0.95)}),
+    "SGD": (torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
+    "RMSprop": (torch.optim.RMSprop, {}),
+    "NAdam": (torch.optim.NAdam, {}),
+    "Adafactor": (torch.optim.Adafactor, {}),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_sweep_is_the_plain_loops(name):
+    """Each trial, with its own everything, ends where a loop over it alone ends."""
+    factory, kwargs = OPTIMIZERS[name]
+    model, batches = net(), make_batches()
+    report = sweep(
+        model, TRIALS, batches, steps=24, loss_fn=loss_fn, optimizer=factory, optimizer_args=kwargs
+    )
+    for i, (key, trial) in enumerate(named(TRIALS).items()):
+        params, losses = plain_training(model, trial, batches, 24, factory, **kwargs)
+        assert_close(report.params[key], params)
+        swept = [float(report.losses[s][i]) for s in range(1, 25)]
+        torch.testing.assert_close(swept, losses, atol=1e-9, rtol=1e-9)
+        start = fadapt.init(model, fadapt.Config(trial.config, seed=trial.seed or 0))
+        assert not equal_bits(params, start)
+
+
+def test_fit_is_a_plain_loop_and_leaves_its_params_alone():
+    model, batches = net(), make_batches()
+    params = fadapt.init(model, fadapt.DoRA(r=2))
+    before = [t.detach().clone() for t in fadapt.trainable(params)]
+    trained = fit(model, params, batches, steps=10, lr=0.02, clip=0.1, loss_fn=loss_fn)
+    expected, _ = plain_training(model, Trial(params, lr=0.02, clip=0.1), batches, 10)
+    assert_close(trained, expected)
+    assert all(map(torch.equal, fadapt.trainable(params), before))
+    assert all(t.requires_grad and t.is_leaf for t in fadapt.trainable(trained))
+
+
+def test_fit_of_a_stack_is_fit_of_its_members():
+    model, batches = net(), make_batches()
+    members = [fadapt.init(model, m) for m in (fadapt.LoRA(r=2), fadapt.DoRA(r=2))]
+    trained = fit(model, fadapt.stack(members), batches, lr=0.02, loss_fn=loss_fn)
+    assert isinstance(trained, fadapt.Stack)
+    for member, result in zip(members, trained, strict=True):
+        assert_close(result, fit(model, member, batches, lr=0.02, loss_fn=loss_fn))
+
+
+def with_lr(lr):
+    healthy = [Trial(fadapt.LoRA(r=2 + i % 3), lr=0.01 * (i + 1), seed=i) for i in range(4)]
+    return [*healthy[:2], Trial(fadapt.LoRA(r=4), lr=lr, weight_decay=0.1, name="x"), *healthy[2:]]
+
+
+@pytest.mark.parametrize("lr", [3e38, 1e20])
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD, torch.optim.Adafactor])
+def test_isolation_bit_for_bit(optimizer, lr):
+    """One trial diverges; losses and weights of the others have the same bits."""
+    model, batches = net(torch.float32), make_batches(dtype=torch.float32)
+    options = dict(steps=15, loss_fn=loss_fn, optimizer=optimizer, eval=batches[:2], eval_every=4)
+    calm = sweep(model, with_lr(0.01), batches, **options)
+    wild = sweep(model, with_lr(lr), batches, **options)
+    status = {r.name: r.status for r in wild.results}
+    assert status.pop("x") == "diverged"
+    assert set(status.values()) == {"finished"}
+    for name in status:
+        assert equal_bits(calm.params[name], wild.params[name])
+        i = calm.names.index(name)
+        for step in calm.losses:
+            assert calm.losses[step][i] == wild.losses[step][i]
+    assert all(t.isfinite().all() for t in fadapt.trainable(wild.params["x"]))
+
+
+def test_a_diverged_trial_is_frozen_before_the_step_that_broke_it():
+    """Weights that overflow in the update, with finite loss and gradient, are not kept."""
+    model, batches = net(torch.float32), make_batches(dtype=torch.float32)
+    start = fadapt.init(model, fadapt.LoRA(r=2))
+    trial = Trial(start, lr=1e20, weight_decay=1e30, name="x")
+    report = sweep(model, [trial, TRIALS[0]], batches, loss_fn=loss_fn, optimizer=torch.optim.SGD)
+    worst = report.results[-1]
+    assert (worst.name, worst.status, worst.step) == ("x", "diverged", 1)
+    assert "weights" in worst.reason
+    assert equal_bits(report.params["x"], start)
+
+
+def test_a_nonfinite_gradient_freezes_at_once():
+    """The square root's gradient at a loss of zero is infinite while the loss is finite."""
+    model, batches = net(torch.float32), make_batches(dtype=torch.float32)
+
+    def sharp(output, batch):
+        return loss_fn(output, batch) + (output - output.detach()).abs().sum().sqrt()
+
+    start = fadapt.init(model, fadapt.LoRA(r=2))
+    report = sweep(model, [Trial(start, name="x")], batches, steps=3, loss_fn=sharp)
+    assert report.best.status == "diverged"
+    assert "gradient" in report.best.reason
+    assert equal_bits(report.params["x"], start)
+
+
+def test_fit_warns_of_divergence():
+    model, batches = net(torch.float32), make_batches(dtype=torch.float32)
+    params = fadapt.init(model, fadapt.LoRA(r=2))
+    with pytest.warns(fadapt.FadaptWarning, match="diverged at step"):
+        fit(model, params, batches, steps=5, lr=3e38, loss_fn=loss_fn)
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.Adafactor])
+def test_padded_entries_stay_zero(optimizer):
+    model, batches = net(), make_batches()
+    trials = [Trial(fadapt.LoRA(r=r), lr=0.05, weight_decay=0.1) for r in (2, 7, 3)]
+    settings = Settings(steps=12, loss_fn=loss_fn, optimizer=optimizer)
+    loop = Loop(model, named(trials), batches, settings)
+    loop.run()
+    (block,) = loop.arena.blocks
+    seen = 0
+    for place in block.places:
+        leaf = place.view(block.flats)
+        for row, trial in enumerate(loop.arena.order):
+            rank, axis = trials[trial].config.r, 0 if place.leaf == "A" else 1
+            padded = leaf[row].narrow(axis, rank, 7 - rank)
+            assert (padded == 0).all()
+            assert (leaf[row].narrow(axis, 0, rank) != 0).any()
+            seen += padded.numel()
+    assert seen
+
+
+def test_own_order_is_a_permutation_of_each_epoch():
+    model, batches = net(), make_batches(5)
+    trials = [Trial(fadapt.LoRA(r=2), lr=0.01, seed=s) for s in (0, 1, 1)]
+    seen: list[tuple] = []
+
+    def spy(output, batch):
+        if output.requires_grad:
+            seen.append(tuple(batch["x"][:, 0].tolist()))
+        return loss_fn(output, batch)
+
+    report = sweep(model, trials, batches, steps=10, loss_fn=spy, order="own")
+    ids = {tuple(b["x"][:, 0].tolist()): i for i, b in enumerate(batches)}
+    orders = [[ids[seen[step * 3 + t]] for step in range(10)] for t in range(3)]
+    for order in orders:
+        assert sorted(order[:5]) == sorted(order[5:]) == list(range(5))
+    assert orders[0] != orders[1] == orders[2]
+    for trial, order, name in zip(trials, orders, named(trials), strict=True):
+        params, _ = plain_training(model, trial, [batches[i] for i in order], 10)
+        assert_close(report.params[name], params)
+
+
+@pytest.mark.parametrize("most", ["auto", 2, 1])
+@pytest.mark.parametrize("kind", ["tensors", "list"])
+def test_batches_of_each_adapters_own(kind, most):
+    model, batches = net(), make_batches(6)
+    trials = [Trial(fadapt.LoRA(r=2), lr=0.01), Trial(fadapt.DoRA(r=2), lr=0.02),
+              Trial(fadapt.LoRA(r=2), lr=0.03)]  # fmt: skip
+    parts = [[batches[(i + t) % 6] for t in range(3)] for i in range(6)]
+    if kind == "tensors":
+        given = [{k: torch.stack([p[k] for p in row]) for k in row[0]} for row in parts]
+    else:
+        given = parts
+    report = sweep(
+        model, trials, given, loss_fn=loss_fn, per_adapter=True, eval=batches[:1], max_adapters=most
+    )
+    for t, (name, trial) in enumerate(named(trials).items()):
+        params, _ = plain_training(model, trial, [row[t] for row in parts], 6)
+        assert_close(report.final[name], params)
+
+
+def test_a_dataloader_is_shuffled_anew_each_epoch_and_reproducibly():
+    model, data = net(), make_batches(1, rows=20)[0]
+    seen: list[Tensor] = []
+
+    class Pairs(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = model
+
+        def forward(self, x, labels):
+            return self.net(x)
+
+    def pair_loss(output, batch):
+        seen.append(batch[1])
+        return F.cross_entropy(output, batch[1])
+
+    wrapped = Pairs()
+    state = torch.get_rng_state()
+    results = []
+    for seed in (0, 0, 1):
+        loader = DataLoader(TensorDataset(data["x"], data["labels"]), batch_size=5, shuffle=True)
+        loader = _Tuples(loader)
+        trial = Trial({"net": fadapt.LoRA(r=2)}, lr=0.02)
+        report = sweep(wrapped, [trial], loader, steps=8, loss_fn=pair_loss, seed=seed)
+        results.append(next(iter(report.params.values())))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert equal_bits(results[0], results[1])
+    assert not equal_bits(results[0], results[2])
+    epochs = [torch.cat(seen[i : i + 4]) for i in (0, 4)]
+    assert torch.equal(epochs[0].sort().values, epochs[1].sort().values)
+    assert not torch.equal(*epochs)
+
+
+class _Tuples:
+    """A loader of [x, y] lists as one of (x, y) tuples, which run passes by position."""
+
+    def __init__(self, loader):
+        self.loader, self.generator, self.sampler = loader, loader.generator, loader.sampler
+
+    def __iter__(self):
+        return map(tuple, self.loader)
+
+
+def out_of_memory_above(rows, limit_at_backward=False):
+    """A loss that fails as CUDA does when the pass has more than so many rows."""
+
+    class Costly(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, count):
+            ctx.count = count
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            if ctx.count > rows:
+                raise torch.OutOfMemoryError("CUDA out of memory. (injected)")
+            return grad, None
+
+    return Costly
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_out_of_memory_halves_without_losing_a_step(where):
+    limit = 2 * ROWS
+
+    class Tight(Net):
+        def forward(self, x, labels=None):
+            if len(x) > limit and where == "forward":
+                raise torch.OutOfMemoryError("CUDA out of memory. (injected)")
+            out = super().forward(x)
+            return out_of_memory_above(limit).apply(out, len(x)) if where == "backward" else out
+
+    model = net()
+    tight = seeded(Tight(), std=0.5).double()
+    batches = make_batches()
+    options = dict(steps=12, loss_fn=loss_fn, eval=batches[:2], eval_every=5)
+    free = sweep(model, TRIALS, batches, **options)
+    chunked = sweep(tight, TRIALS, batches, **options)
+    assert free.chunk == len(TRIALS)
+    assert chunked.chunk == 2
+    for name in free.params:
+        assert_close(free.params[name], chunked.params[name])
+    for step in free.losses:
+        torch.testing.assert_close(free.losses[step], chunked.losses[step], atol=1e-9, rtol=1e-9)
+    assert max(n for n in tight.calls[6:]) <= limit or where == "backward"
+    with pytest.raises(torch.OutOfMemoryError):
+        sweep(tight, TRIALS, batches, max_adapters=None, **options)
+    limit = ROWS - 1
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        sweep(tight, TRIALS, batches, **options)
+    assert "1 adapter(s)" in caught.value.__notes__[0]
+
+
+def test_max_adapters_bounds_the_pass():
+    model, batches = net(), make_batches()
+    report = sweep(model, TRIALS, batches, steps=12, loss_fn=loss_fn, max_adapters=2)
+    assert max(model.calls) == 2 * ROWS
+    assert report.chunk == 2
+
+
+def test_halving_stops_the_worse_and_runs_smaller_passes():
+    model, batches = net(), make_batches()
+    trials = grid([fadapt.LoRA(r=2), fadapt.DoRA(r=2)], lr=[1e-4, 1e-3, 1e-2, 3e-2])
+    options = dict(steps=40, loss_fn=loss_fn, eval=batches[:3])
+    whole = sweep(model, trials, batches, eval_every=10, **options)
+    model.calls.clear()
+    halved = sweep(model, trials, batches, halving=Halving(first=10), **options)
+    train_calls = [n // ROWS for n in model.calls]
+    assert sorted(set(train_calls), reverse=True) == [8, 4, 2]
+    assert [r.status for r in halved.results] == ["finished"] * 2 + ["stopped"] * 6
+    assert sorted(r.step for r in halved.results) == [10] * 4 + [20] * 2 + [40] * 2
+    # The rungs judge by the scores of their step.
+    for rung, kept in ((10, 4), (20, 2)):
+        scores = halved.scores[rung]["loss"]
+        ranked = sorted(
+            (s, n) for s, n in zip(scores.tolist(), halved.names, strict=True) if s == s
+        )
+        later = {r.name for r in halved.results if r.step > rung}
+        assert {n for _, n in ranked[:kept]} == later
+    for result in halved.results:
+        at = result.step
+        i = halved.names.index(result.name)
+        for step in range(1, at + 1):
+            torch.testing.assert_close(
+                halved.losses[step][i], whole.losses[step][i], atol=1e-9, rtol=1e-9
+            )
+    for name in (r.name for r in halved.results[:2]):
+        assert_close(halved.final[name], whole.final[name])
+
+
+def test_the_best_weights_are_kept():
+    model, batches = net(), make_batches()
+    trials = [Trial(fadapt.LoRA(r=4), lr=lr) for lr in (0.01, 0.5)]
+    report = sweep(
+        model, trials, batches, steps=30, loss_fn=loss_fn, eval=batches[4:], eval_every=1
+    )
+    for result in report.results:
+        i = report.names.index(result.name)
+        scores = {s: float(v["loss"][i]) for s, v in report.scores.items()}
+        assert result.score == min(scores.values()) == scores[result.best_step]
+        params = report.params[result.name]
+        losses = [fadapt.run(model, params, b, loss_fn).item() for b in batches[4:]]
+        assert sum(losses) / 3 == pytest.approx(result.score, rel=1e-10)
+    wild = next(r for r in report.results if r.trial.lr == 0.5)
+    assert wild.best_step < 30
+    assert not equal_bits(report.params[wild.name], report.final[wild.name])
+
+
+def test_eval_by_a_function_with_a_goal():
+    model, batches = net(), make_batches()
+
+    def accuracy(model, stack):
+        assert not model.training
+        logits = fadapt.apply(model, stack, batches[0]["x"])
+        right = (logits.argmax(-1) == batches[0]["labels"]).double().mean(-1)
+        return {"accuracy": right, "confidence": logits.softmax(-1).amax(-1).mean(-1)}
+
+    trials = grid(fadapt.LoRA, r=[1, 4], lr=[1e-3, 5e-2])
+    model.train()
+    model.drop.eval()
+    report = sweep(
+        model, trials, batches, steps=20, loss_fn=loss_fn, eval=accuracy, goal="max", max_adapters=3
+    )
+    assert model.training
+    assert not model.drop.training
+    assert report.metric == "accuracy"
+    assert [r.score for r in report.results] == sorted(
+        (r.score for r in report.results), reverse=True
+    )
+    for result in report.results:
+        logits = fadapt.apply(model, report.params[result.name], batches[0]["x"])
+        assert (logits.argmax(-1) == batches[0]["labels"]).double().mean() == result.score
+    assert report.best.trial.lr == 5e-2
+
+
+class Counting:
+    """A torch.compile backend that counts the graphs it is given."""
+
+    def __init__(self):
+        self.graphs = 0
+
+    def __call__(self, graph, inputs):
+        self.graphs += 1
+        return graph.forward
+
+
+COMPILED = [Trial(fadapt.LoRA(r=2), lr=lr, schedule="cosine", warmup=2) for lr in (0.01, 0.02)] + [
+    Trial(fadapt.LoRA(r=3), lr=lr, name=f"x{i}") for i, lr in enumerate((3e38, 1e-4))
+]
+
+
+@pytest.mark.parametrize(("shrink", "graphs"), [(None, 1), (True, 3)])
+def test_compiled_once(shrink, graphs):
+    """New learning rates, a diverged trial and stopped ones do not compile again."""
+    model, batches = net(torch.float32), make_batches(dtype=torch.float32)
+    options = dict(steps=16, loss_fn=loss_fn, eval=batches[:2])
+    backend = Counting()
+    halving = Halving(first=4, shrink=shrink)
+    compiled = sweep(
+        model, COMPILED, batches, compile={"backend": backend}, halving=halving, **options
+    )
+    assert backend.graphs == graphs
+    statuses = {r.name: r.status for r in compiled.results}
+    assert statuses["x0"] == "diverged"
+    assert "stopped" in statuses.values()
+    eager = sweep(model, COMPILED, batches, halving=halving, **options)
+    assert {r.name: r.status for r in eager.results} == statuses
+    for name in compiled.params:
+        assert_close(compiled.params[name], eager.params[name], 1e-4)
+
+
+def test_equal_chunks_compile_once():
+    model, batches = net(torch.float32), make_batches(dtype=torch.float32)
+    trials = [Trial(fadapt.LoRA(r=2), lr=1e-2, seed=s) for s in range(6)]
+    backend = Counting()
+    sweep(model, trials, batches, loss_fn=loss_fn, compile={"backend": backend}, max_adapters=2)
+    assert backend.graphs == 1
+
+
+def test_dropout_is_seeded_and_the_model_untouched():
+    model, batches = net(dropout=0.5).train(), make_batches()
+    before = {k: t.clone() for k, t in model.state_dict().items()}
+    runs = [
+        sweep(model, TRIALS, batches, loss_fn=loss_fn, steps=12, seed=s, eval=batches[:1]).final
+        for s in (0, 0, 1)
+    ]
+    name = next(iter(runs[0]))
+    assert equal_bits(runs[0][name], runs[1][name])
+    assert not equal_bits(runs[0][name], runs[2][name])
+    assert model.training
+    assert all(torch.equal(before[k], t) for k, t in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_report(tmp_path):
+    model, batches = net(), make_batches()
+    trials = [*with_lr(1e300)[:3], Trial(fadapt.DoRA(r=2), lr=0.05)]
+    report = sweep(
+        model, trials, batches, steps=23, loss_fn=loss_fn, eval=batches[:2], eval_every=10,
+        directory=tmp_path, checkpoint_every=5,
+    )  # fmt: skip
+    frame = report.to_pandas()
+    assert list(frame.name) == [r.name for r in report.results]
+    finite = frame[frame.status == "finished"]
+    assert list(finite.score) == sorted(finite.score)
+    assert frame.iloc[-1].status == "diverged"
+    lines = str(report).splitlines()
+    assert [line.split("  ")[1].strip() for line in lines[1:3]] == list(frame.name[:2])
+    assert "diverged at step" in lines[4]
+
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    steps = [entry["step"] for entry in log if "loss" in entry]
+    assert steps == list(range(1, 24))
+    for entry in log:
+        for name, loss in entry.get("loss", {}).items():
+            assert loss == float(report.losses[entry["step"]][report.names.index(name)])
+    assert [e["trial"] for e in log if e.get("event") == "diverged"] == ["x"]
+    assert [e["step"] for e in log if "scores" in e] == [10, 20, 23]
+
+    curves = report.curves()
+    assert set(curves.metric) == {"loss", "eval loss"}
+    assert len(curves[(curves.metric == "loss") & (curves.trial == report.best.name)]) == 23
+    report.plot(tmp_path / "new" / "curves.png")
+    assert (tmp_path / "new" / "curves.png").read_bytes().startswith(b"\x89PNG")
+    for file in sorted((tmp_path / "adapters").iterdir()):
+        name = report.names[int(file.name[:3])]
+        assert equal_bits(fadapt.load(file, model), report.params[name])
+
+
+def test_names_tell_what_differs():
+    trials = grid([fadapt.LoRA(r=4), fadapt.IA3()], lr=[1e-3, 1e-2])
+    assert list(named(trials)) == [
+        "LoRA(r=4) lr=0.001", "LoRA(r=4) lr=0.01", "IA3 lr=0.001", "IA3 lr=0.01",
+    ]  # fmt: skip
+    assert list(named([Trial(fadapt.IA3()), Trial(fadapt.IA3())])) == ["IA3", "IA3 #2"]
+
+
+def test_progress_is_quiet_unless_asked_for(capfd, monkeypatch):
+    model, batches = net(), make_batches()
+    sweep(model, TRIALS[:1], batches, loss_fn=loss_fn)
+    assert capfd.readouterr() == ("", "")
+    sweep(model, TRIALS[:1], batches, loss_fn=loss_fn, progress=True, log_every=1)
+    assert "1 adapters" in capfd.readouterr().err
+    monkeypatch.setitem(sys.modules, "rich.progress", None)
+    with pytest.raises(fadapt.ConfigError, match=r"fadapt\[train\]"):
+        sweep(model, TRIALS[:1], batches, loss_fn=loss_fn, progress=True)
+
+
+def test_missing_extras_are_named(monkeypatch, tmp_path):
+    model, batches = net(), make_batches()
+    report = sweep(model, TRIALS[:1], batches, loss_fn=loss_fn)
+    for package, call in (
+        ("pandas", report.to_pandas),
+        ("pandas", report.curves),
+        ("matplotlib", lambda: report.plot(tmp_path / "x.png")),
+    ):
+        monkeypatch.setitem(sys.modules, package, None)
+        with pytest.raises(fadapt.ConfigError, match=rf"{package}.*fadapt\[train\]"):
+            call()
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(fadapt.ConfigError, match=r"fadapt\[tensorboard\]"):
+        sweep(model, TRIALS[:1], batches, loss_fn=loss_fn, directory=tmp_path, tensorboard=True)
+
+
+def test_tensorboard_gets_losses_and_scores(monkeypatch, tmp_path):
+    import types
+
+    written = []
+
+    class Writer:
+        def __init__(self, directory, purge_step=None):
+            written.append(("open", directory, purge_step))
+
+        def add_scalar(self, tag, value, step):
+            written.append((tag, value, step))
+
+        def close(self):
+            written.append(("close",))
+
+    module = types.SimpleNamespace(SummaryWriter=Writer)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    model, batches = net(), make_batches()
+    report = sweep(
+        model, [Trial(fadapt.LoRA(r=2), name="a")], batches, loss_fn=loss_fn, steps=4,
+        eval=batches[:1], eval_every=2, directory=tmp_path, tensorboard=True,
+    )  # fmt: skip
+    assert ("loss/a", float(report.losses[3][0]), 3) in written
+    assert [w[2] for w in written if w[0] == "loss/a"] == [1, 2, 3, 4]
+    assert [w[1:] for w in written if w[0] == "eval/loss/a"] == [
+        (float(report.scores[s]["loss"][0]), s) for s in (2, 4)
+    ]
+    assert written[0] == ("open", str(tmp_path / "tensorboard"), None)
+    assert written[-1] == ("close",)
+
+
+def other_model_params():
+    other = seeded(Net(), seed=5, std=0.5).double()
+    return fadapt.init(other, fadapt.LoRA(r=2))
+
+
+def bad_inputs():
+    ok = [Trial(fadapt.LoRA(r=2)), Trial(fadapt.IA3())]
+    batch = make_batches(1)[0]
+    folded = {k: torch.stack([t, t]) for k, t in batch.items()}
+    short = {k: t[:3] for k, t in batch.items()}
+    yield "lr nan", lambda: Trial(fadapt.LoRA(), lr=math.nan), "lr"
+    yield "lr negative", lambda: Trial(fadapt.LoRA(), lr=-1e-3), "lr"
+    yield "lr inf", lambda: Trial(fadapt.LoRA(), lr=math.inf), "lr"
+    yield "decay", lambda: Trial(fadapt.LoRA(), weight_decay=-1.0), "weight_decay"
+    yield "clip", lambda: Trial(fadapt.LoRA(), clip=0.0), "clip"
+    yield "warmup", lambda: Trial(fadapt.LoRA(), warmup=-1), "warmup"
+    yield "accumulate", lambda: Trial(fadapt.LoRA(), accumulate=0), "accumulate"
+    yield "schedule", lambda: Trial(fadapt.LoRA(), schedule="cosin"), "cosine"
+    yield "class", lambda: Trial(fadapt.LoRA), "instance"
+    yield "empty grid", lambda: grid(fadapt.LoRA(), lr=[]), "empty"
+    yield "empty grid 2", lambda: grid([], lr=[1e-3]), "empty"
+    yield "grid field", lambda: grid(fadapt.LoRA(), rate=[1e-3]), "rate"
+    yield "grid method field", lambda: grid(fadapt.LoRA(), r=[2]), "class"
+    yield "halving", lambda: Halving(first=0), "first"
+
+    def swept(trials=ok, batches=(), **options):
+        batches = [batch] if batches == () else batches
+        return lambda: sweep(net(), trials, batches, **{"loss_fn": loss_fn, **options})
+
+    mixed = [Trial(fadapt.LoRA(r=2)), Trial(other_model_params())]
+    yield "no trials", swept([]), "no trials"
+    yield "not trials", swept([fadapt.LoRA()]), "Trial"
+    yield "two bases", swept(mixed), "base model"
+    yield "two names", swept([Trial(fadapt.IA3(), name="a")] * 2), "'a'"
+    yield "steps 0", swept(steps=0), "steps"
+    yield "steps float", swept(steps=2.0), "steps"
+    yield "steps unknown", swept(batches=iter([batch])), "steps"
+    yield "no batches", swept(batches=[]), "empty"
+    yield "one batch", swept(batches=batch), "one batch"
+    yield "leading axis", swept([*ok, *ok], [folded], per_adapter=True), "N = 4"
+    yield "list of N", swept([*ok, *ok], [[batch, batch]], per_adapter=True), "4 trials"
+    yield "unequal", swept(batches=[[batch, short]], per_adapter=True), "shapes"
+    yield "unequal own", swept(batches=[batch, short], order="own"), "shapes"
+    yield "own order of what", swept(batches=iter([batch]), steps=1, order="own"), "sequence"
+    yield "order", swept(order="mine"), "order"
+    yield "rows", swept(batches=[{**batch, "x": batch["x"][:4]}]), "rows"
+    yield "halving without eval", swept(halving=Halving(1)), "eval"
+    yield "empty eval", swept(eval=[]), "eval"
+    yield "goal", swept(goal="best"), "goal"
+    yield "max_adapters", swept(max_adapters=0), "max_adapters"
+    yield "max_adapters word", swept(max_adapters="all"), "max_adapters"
+    yield "accumulate steps", swept([Trial(fadapt.IA3(), accumulate=3)], steps=4), "steps=3"
+    yield "tensorboard", swept(tensorboard=True), "directory"
+    yield "optimizer args", swept(optimizer_args={"beta": 1}), "optimiser"
+    yield "LBFGS", swept(optimizer=torch.optim.LBFGS), "LBFGS"
+    yield "detached", swept(loss_fn=lambda o, b: o.detach().sum()), "depend"
+    yield "fit", lambda: fit(net(), {}, [batch]), "Params"
+
+
+BAD = {name: (call, match) for name, call, match in bad_inputs()}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_refused_before_the_first_step(name, monkeypatch):
+    call, match = BAD[name]
+    steps = []
+    monkeypatch.setattr("fadapt.training.optimise.Updater.step", lambda *a: steps.append(a))
+    with pytest.raises(fadapt.ConfigError, match=match):
+        call()
+    assert not steps
+
+
+def test_an_iterator_has_one_epoch():
+    model, batches = net(), make_batches()
+    with pytest.raises(fadapt.ConfigError, match="ended after 7 steps") as caught:
+        sweep(model, TRIALS[:2], iter(batches), steps=8, loss_fn=loss_fn)
+    # What was trained is not lost.
+    done = sweep(model, TRIALS[:2], batches, steps=7, loss_fn=loss_fn)
+    for name, params in caught.value.report.final.items():
+        assert_close(params, done.final[name], 1e-1)
