@@ -1,0 +1,39 @@
+"""No pair of a method and a base is silent: each is exact, or refused with its reason."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+pytest.importorskip("bitsandbytes", exc_type=ImportError)
+
+from tests.base_table import BASES, EXACT, KERNEL, SMALL, cell, table
+
+CALIBRATED = {n for n, m in SMALL.items() if getattr(m, "statistic", None) is not None}
+OBSERVED = {"nn.Linear", "GPT-2 Conv1D", "tied lm_head", "nf4", "fp4", "nf4 double", "8bit"}
+
+
+@pytest.fixture(autouse=True)
+def _quiet():
+    logging.disable(logging.WARNING)
+    yield
+    logging.disable(logging.NOTSET)
+
+
+@pytest.mark.parametrize("base", BASES, ids=lambda base: base.title)
+@pytest.mark.parametrize("row", SMALL)
+def test_cell(row: str, base) -> None:
+    text = cell(SMALL[row], base)
+    if row in CALIBRATED and base.title not in OBSERVED:
+        assert text.startswith("refused: ")
+    else:
+        assert text == (KERNEL if base.quantised or base.float32 else EXACT)
+
+
+def test_the_table_is_markdown_with_a_row_for_every_method() -> None:
+    lines = table().splitlines()
+    rows = [line for line in lines if line.startswith("| ")]
+    assert len(rows) == 1 + len(SMALL)
+    assert {row.count("|") for row in rows} == {len(BASES) + 2}
+    assert {line.split("]")[0] for line in lines if line.startswith("[")} == {"[1"}
