@@ -148,7 +148,7 @@ def all_methods() -> Iterator[fadapt.Method]:
     for name, cls in sorted(vars(fadapt).items()):
         if isinstance(cls, type) and issubclass(cls, fadapt.Method) and name not in LEFT_OUT:
             yield cls(**SETTINGS.get(name, {}))
-    yield fadapt.AntiPaSTO(r=16, select="wanda")  # the same gain, on directions that the data choose
+    yield fadapt.AntiPaSTO(r=16, select="wanda")  # on directions that data choose
 
 
 def title(method: fadapt.Method) -> str:

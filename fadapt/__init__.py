@@ -17,10 +17,10 @@ from .io import load as load
 from .io import save as save
 from .merge import merge as merge
 from .method import Method as Method
-from .methods import IA3 as IA3
-from .methods import IA3FF as IA3FF
 from .methods import EVA as EVA
 from .methods import HRA as HRA
+from .methods import IA3 as IA3
+from .methods import IA3FF as IA3FF
 from .methods import OFT as OFT
 from .methods import SSVD as SSVD
 from .methods import AntiPaSTO as AntiPaSTO
@@ -32,13 +32,13 @@ from .methods import AntiPaSTODPLR as AntiPaSTODPLR
 from .methods import AntiPaSTORotation as AntiPaSTORotation
 from .methods import Chain as Chain
 from .methods import CorDA as CorDA
-from .methods import SSteer as SSteer
 from .methods import DeLoRA as DeLoRA
 from .methods import DoRA as DoRA
 from .methods import LoRA as LoRA
 from .methods import PiSSA as PiSSA
 from .methods import RoAd as RoAd
 from .methods import RsLoRA as RsLoRA
+from .methods import SSteer as SSteer
 from .run import apply as apply
 from .run import bound as bound
 from .run import run as run

@@ -80,8 +80,8 @@ def _pattern(names: Sequence[str]) -> str:
 def _table(rows: list[tuple[str, ...]]) -> list[str]:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     last = len(widths) - 1
-    lines = [
-        "  ".join(c.rjust(w) if i == last else c.ljust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True)))
-        for r in rows
-    ]  # fmt: skip
+    lines = []
+    for row in rows:
+        cells = [c.ljust(w) for c, w in zip(row, widths, strict=True)]
+        lines.append("  ".join([*cells[:last], row[last].rjust(widths[last])]))
     return [lines[0], "-" * len(lines[0]), *lines[1:]]

@@ -28,7 +28,7 @@ class FadaptWarning(UserWarning):
 
 
 class DenseFallbackWarning(FadaptWarning):
-    """An operation without an overlay rule: the adapted weight was materialised (exact, but slower).
+    """An operation without an overlay rule: the adapted weight was materialised, exact but slow.
 
     ``warnings.simplefilter("error", fadapt.DenseFallbackWarning)`` turns it into an error.
     """

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.utils._pytree as pytree
@@ -33,7 +33,7 @@ class FoldedSite:
     def __init__(self, name: str, stack: Stack, rows: int | None):
         self.stack_size, self.rows = stack.size, rows
         self.pieces: list[tuple[tuple[int, ...], StackedAdapter]] = [
-            (g.index, g.params[name])  # type: ignore[misc]
+            (g.index, cast(StackedAdapter, g.params[name]))
             for g in stack.groups
             if name in g.params
         ]

@@ -28,8 +28,8 @@ from .fingerprint import fingerprint
 from .guard import exclusive
 from .linear_map import DenseMap
 from .method import STRENGTH
-from .sites import Site
 from .quantized import QuantizedMap
+from .sites import Site
 from .slots import check_model, find_slots, quantized_at
 from .tree import Adapter, Params, trainable_leaves
 
@@ -155,12 +155,13 @@ def _check_leaves(where: str, adapter: Adapter) -> None:
         p = {k: t.to("meta") for k, t in leaves.items()}
         if site.experts:  # one of them stands for all
             p = {k: t if k == STRENGTH else t[0] for k, t in p.items()}
+        shapes = {k: tuple(t.shape) for k, t in p.items()}
         try:
             shape = tuple(adapter.method(p, torch.empty(3, site.in_features), base).shape)
         except (KeyError, IndexError, RuntimeError, ValueError) as error:
             raise CheckpointError(
-                f"{where}: the leaves { ({k: tuple(t.shape) for k, t in p.items()}) } of {site.name} "
-                f"do not fit {adapter.method!r}: {error}"
+                f"{where}: the leaves {shapes} of {site.name} do not fit "
+                f"{adapter.method!r}: {error}"
             ) from error
     if shape != (3, site.out_features):
         raise CheckpointError(f"{where}: the leaves of {site.name} do not fit its shape")
@@ -278,7 +279,8 @@ def _check_base(
 
 
 def _site(record: dict[str, Any]) -> Site:
-    return Site(**{k: tuple(v) if isinstance(v, list) else v for k, v in record.items()})
+    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in record.items()}
+    return Site(**fields)
 
 
 def _digest(text: str, tensors: dict[str, Tensor]) -> str:
@@ -286,7 +288,8 @@ def _digest(text: str, tensors: dict[str, Tensor]) -> str:
     for key in sorted(tensors):
         digest.update(key.encode())
         flat = tensors[key].contiguous().reshape(-1)
-        digest.update(memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else b"")
+        if flat.numel():
+            digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

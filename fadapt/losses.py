@@ -45,7 +45,7 @@ def hugging_face_loss(
     if not isinstance(batch, Mapping) or batch.get("labels") is None:
         raise ConfigError(f"no labels in the batch to make the losses of a stack from; {advice}")
     function = getattr(model, "loss_function", None)
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     kind = getattr(model, "loss_type", None) or "ForCausalLM"
     inputs = {k: v for k, v in batch.items() if k != "labels"}
     if function is not None and kind in _TOKEN_LOSSES:

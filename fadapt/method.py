@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import ConfigError
@@ -43,7 +44,7 @@ class Method:
     acts_on_bias: ClassVar[bool] = False
     """True where the adapted layer's bias differs from the base's (IA3, RoAd)."""
     owns_strength: ClassVar[bool] = False
-    """True where the method reads the strength c itself (:meth:`strength`) instead of c * increment."""
+    """True where the method reads the strength c itself, through :meth:`strength`."""
     broadcasts: ClassVar[bool] = False
     """True where shift and delta also take leading axes, with vectors given as rows (..., 1, k).
 
@@ -118,10 +119,13 @@ class Method:
         """The adapted weight (out, in) and bias: W' = [f(I) - f(0)]ᵀ, b' = f(0)."""
         weight = base.weight()
         zero = self(p, weight.new_zeros(1, weight.shape[1]), base)
-        rows = [
-            self(p, eye.to(weight.dtype), base) - zero
-            for eye in torch.eye(weight.shape[1], device=weight.device).split(2048)
-        ]
+        width = weight.shape[1]
+        rows = []
+        for start in range(0, width, 2048):
+            count = min(2048, width - start)
+            # Rows of the identity; the whole of it would be as large as the input is wide, squared.
+            eye = torch.eye(count, dtype=weight.dtype, device=weight.device)
+            rows.append(self(p, F.pad(eye, (start, width - start - count)), base) - zero)
         return torch.cat(rows).mT, None if base.bias is None else zero[0]
 
     # The runtime's half. Chain overrides enter and leave; nothing else does.
@@ -164,7 +168,7 @@ class Method:
 
     def strength(self, p: Mapping[str, Tensor]) -> Tensor | float:
         """The runtime strength c: 0 is the base, 1 the trained adapter."""
-        return p[STRENGTH] if STRENGTH in p else 1.0
+        return p.get(STRENGTH, 1.0)
 
     def _with_strength(self, p: Mapping[str, Tensor], increment: Tensor) -> Tensor:
         if self.owns_strength or STRENGTH not in p:

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
+import torch.utils._pytree as pytree
 import torch.utils.checkpoint
 from torch import Tensor
 
@@ -235,7 +236,7 @@ def _grouped_mm(
         x,
         weight.frozen,
         ends,
-        lambda x: torch._grouped_mm(x, frozen, offs=offs),
+        lambda x: torch._grouped_mm(x, frozen, offs=offs),  # type: ignore[attr-defined]
     )
 
 
@@ -243,7 +244,7 @@ def _values(index: Tensor) -> list[int] | None:
     """The numbers in an index tensor, or None where Python cannot know them."""
     if torch.compiler.is_compiling():
         return None
-    functorch = torch._C._functorch
+    functorch = torch._C._functorch  # type: ignore[attr-defined]
     while functorch.is_functorch_wrapped_tensor(index):
         if functorch.is_batchedtensor(index):
             return None
@@ -253,11 +254,7 @@ def _values(index: Tensor) -> list[int] | None:
 
 def _dense_fallback(func: Callable, args: tuple, kwargs: dict) -> Any:
     name = getattr(func, "__name__", str(func))
-    overlays = [
-        leaf
-        for leaf in torch.utils._pytree.tree_leaves((args, kwargs))
-        if isinstance(leaf, Overlay)
-    ]
+    overlays = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Overlay)]
     names = [o.adapter.site.name for o in overlays]
     if name.endswith("_") and not name.endswith("__") and isinstance(args[0], Overlay):
         raise FadaptError(f"the model's forward writes to {names[0]} ({name}); it is frozen")
@@ -276,7 +273,7 @@ def _dense_fallback(func: Callable, args: tuple, kwargs: dict) -> Any:
             DenseFallbackWarning,
             stacklevel=4,
         )
-    args, kwargs = torch.utils._pytree.tree_map_only(Overlay, materialise, (args, kwargs))
+    args, kwargs = pytree.tree_map_only(Overlay, materialise, (args, kwargs))
     return func(*args, **kwargs)
 
 
@@ -343,7 +340,7 @@ RULES: dict[Callable, Callable[..., Any]] = {
     Tensor.__getitem__: _getitem,
     torch.bmm: _bmm,
     Tensor.bmm: _bmm,
-    torch._grouped_mm: _grouped_mm,
+    torch._grouped_mm: _grouped_mm,  # type: ignore[attr-defined]
 }
 
 BIASES: dict[Callable, tuple[tuple[int, int], ...]] = {

@@ -128,7 +128,7 @@ class FourBitMap(QuantizedMap):
 
         dtype, module = self._compute_dtype(x), self.module
         bias = None if module.bias is None else module.bias.to(x.dtype).to(dtype)
-        y = bitsandbytes.matmul_4bit(
+        y = bitsandbytes.matmul_4bit(  # type: ignore[attr-defined]
             x.to(dtype), module.weight, bias=bias, quant_state=self.state
         )  # fmt: skip
         return y.to(x.dtype)
@@ -215,7 +215,8 @@ class EightBitMap(QuantizedMap):
         state.is_training = self.module.training
         state.CB, state.SCB = self._values()
         bias = None if self.module.bias is None else self.module.bias.to(x.dtype)
-        return bitsandbytes.matmul(x, self.module.weight, bias=bias, state=state)
+        weight = self.module.weight
+        return bitsandbytes.matmul(x, weight, bias=bias, state=state)  # type: ignore[attr-defined]
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         codes, scales = self._values()
@@ -301,7 +302,8 @@ class _Product(_Traced):
         return _Product.apply(tangent, ctx.base, along).to(ctx.dtypes[1])  # type: ignore[union-attr]
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple, x: Tensor, base: QuantizedMap, part: str) -> Any:
+    def vmap(info: Any, in_dims: tuple, *args: Any) -> Any:  # type: ignore[override]
+        x, base, part = args
         return _Product.apply(x.movedim(in_dims[0], 0), base, part), 0
 
 

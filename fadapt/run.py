@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
 from . import fold
 from .errors import ConfigError, FadaptError, TargetError
@@ -136,9 +136,11 @@ def bound(model: nn.Module, params: Params | Stack) -> Iterator[nn.Module]:
             loss = model(**batch).loss
             loss.backward()
     """
-    with exclusive(model, bound=params):
-        with _mounted(_prepare(model, _adapted_sites(model, params, None), lasting=True)):
-            yield model
+    with (
+        exclusive(model, bound=params),
+        _mounted(_prepare(model, _adapted_sites(model, params, None), lasting=True)),
+    ):
+        yield model
 
 
 @dataclass(frozen=True)

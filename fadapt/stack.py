@@ -11,21 +11,19 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import optree
 import torch
 import torch.nn.functional as F
-import torch.utils._pytree as torch_pytree
 from torch import Tensor
 
 from .errors import ConfigError
 from .linear_map import LinearMap
 from .method import STRENGTH, Leaves
 from .tree import (
-    GLOBAL_NAMESPACE,
     Adapter,
     Note,
     Params,
     Train,
+    register_node,
     trainable_leaves,
 )
 
@@ -120,7 +118,9 @@ class Stack:
         return self.map(lambda params: params.to(device, dtype))
 
     def __repr__(self) -> str:
-        what = ", ".join(f"{len(g.index)} x {next(iter(g.params.values()), '')}" for g in self.groups)
+        what = ", ".join(
+            f"{len(g.index)} x {next(iter(g.params.values()), '')}" for g in self.groups
+        )
         return f"Stack({self.size} adapters in {len(self.groups)} groups: {what})"
 
 
@@ -315,7 +315,8 @@ def _flatten_stacked(a: StackedAdapter) -> tuple[Any, Any]:
 
 def _unflatten_stacked(aux: Any, children: Any) -> StackedAdapter:
     site, method, shared = aux
-    return StackedAdapter(site, method, *children, shared)
+    train, fixed = children
+    return StackedAdapter(site, method, train, fixed, shared)
 
 
 def _flatten_stack(s: Stack) -> tuple[Any, Any]:
@@ -329,16 +330,5 @@ def _unflatten_stack(aux: Any, children: Any) -> Stack:
     return Stack(groups, per_row)
 
 
-for _cls, _flatten, _unflatten in (
-    (StackedAdapter, _flatten_stacked, _unflatten_stacked),
-    (Stack, _flatten_stack, _unflatten_stack),
-):
-    optree.register_pytree_node(
-        _cls,  # type: ignore[arg-type]
-        _flatten,
-        lambda aux, children, unflatten=_unflatten: unflatten(aux, children),
-        namespace=GLOBAL_NAMESPACE,
-    )
-    torch_pytree.register_pytree_node(
-        _cls, _flatten, lambda children, aux, unflatten=_unflatten: unflatten(aux, children)
-    )
+register_node(StackedAdapter, _flatten_stacked, _unflatten_stacked)
+register_node(Stack, _flatten_stack, _unflatten_stack)

@@ -118,10 +118,11 @@ def merged_equals_run(method: Method, case: Case) -> None:
 def bias_as_declared(method: Method, case: Case) -> None:
     """The bias changes exactly where ``acts_on_bias`` says so."""
     model = replace(case, bias=True).model()
-    for _, adapter in case.trained(model, method).items():
-        layer = model.get_submodule(adapter.site.name.removesuffix(".weight"))
+    for adapter in case.trained(model, method).values():
+        layer: Any = model.get_submodule(adapter.site.name.removesuffix(".weight"))
         _, bias = adapter.dense(layer.weight, layer.bias)
-        changed = not torch.allclose(bias, layer.bias, rtol=1e-9, atol=1e-9)  # type: ignore[arg-type]
+        assert bias is not None
+        changed = not torch.allclose(bias, layer.bias, rtol=1e-9, atol=1e-9)
         assert changed == method.acts_on_bias, f"acts_on_bias is {method.acts_on_bias}"
 
 
@@ -134,7 +135,7 @@ def gradients_equal_dense(method: Method, case: Case) -> None:
     grads = torch.autograd.grad(_loss(apply(model, params, x)), trainable(params))
     weights: dict[str, Tensor] = {}
     for name, adapter in params.items():
-        layer = model.get_submodule(name.removesuffix(".weight"))
+        layer: Any = model.get_submodule(name.removesuffix(".weight"))
         bias = None if layer.bias is None else layer.bias.detach()
         weights[name], new_bias = adapter.dense(layer.weight.detach(), bias)
         if new_bias is not None:
@@ -179,9 +180,11 @@ def fold_equals_loop(method: Method, case: Case) -> None:
     if not trainable(members[0]):
         return
     torch.stack([_loss(part) for part in out]).sum().backward()
-    grads = unstack(
-        whole.map(lambda p: p.map(lambda a: a.replace({k: t.grad for k, t in a.train.items()})))
-    )
+
+    def gradient(adapter: Any) -> Any:
+        return adapter.replace({k: t.grad for k, t in adapter.train.items()})
+
+    grads = unstack(whole.map(lambda params: params.map(gradient)))
     for member, ref, grad in zip(members, refs, grads, strict=True):
         expected = torch.autograd.grad(_loss(ref), trainable(member))
         for a, b in zip(trainable(grad), expected, strict=True):
@@ -215,7 +218,7 @@ def derivatives_equal_finite_differences(method: Method, case: Case) -> None:
         reference = (4 * fine - coarse) / 3
     grad = torch.func.grad(loss)(train)
     inner = sum((grad[n][k] * direction[n][k]).sum() for n, v in train.items() for k in v)
-    _, tangent = torch.func.jvp(loss, (train,), (direction,))
+    tangent = torch.func.jvp(loss, (train,), (direction,))[1]
     _close(inner, reference, "grad against finite differences", tol=1e-6)
     _close(tangent, reference, "jvp against finite differences", tol=1e-6)
 
@@ -318,7 +321,8 @@ def every_leaf_learns(method: Method, case: Case) -> None:
         optimiser.zero_grad()
         _loss(apply(model, params, x)).backward()
         for i, leaf in enumerate(trainable(params)):
-            assert leaf.grad is not None and leaf.grad.isfinite().all()
+            assert leaf.grad is not None
+            assert leaf.grad.isfinite().all()
             if leaf.grad.abs().sum() > 0:
                 live.add(i)
         optimiser.step()

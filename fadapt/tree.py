@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, ItemsView, Iterator, Mapping
+from collections.abc import Callable, ItemsView, Iterator, Mapping, ValuesView
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
@@ -116,6 +116,9 @@ class Params(Mapping[str, Adapter]):
     def __len__(self) -> int:
         return len(self._adapters)
 
+    def values(self) -> ValuesView[Adapter]:
+        return self._adapters.values()
+
     def items(self) -> ItemsView[str, Adapter]:
         return self._adapters.items()
 
@@ -178,7 +181,7 @@ def split(params: P) -> tuple[Any, P]:
         stack or optimise (for a Stack, one such dict per group); and ``rest``, the params without
         them, for :func:`join`.
     """
-    return params.split()
+    return params.split()  # type: ignore[return-value]
 
 
 def join(train: Mapping[str, Any], rest: P) -> P:
@@ -226,7 +229,7 @@ def project(params: Params) -> Params:
     The leaves are overwritten in place, as an optimiser does, and ``params`` is returned.
     """
     with torch.no_grad():
-        for _, adapter in params.items():
+        for adapter in params.values():
             for name, leaf in adapter.method.project(adapter.train).items():
                 if leaf is not adapter.train[name]:
                     adapter.train[name].copy_(leaf)
@@ -270,18 +273,13 @@ def _unflatten_params(aux: Any, children: Any) -> Params:
     return Params(dict(zip(names, children, strict=True)), note.value)
 
 
-for _cls, _flatten, _unflatten in (
-    (Adapter, _flatten_adapter, _unflatten_adapter),
-    (Params, _flatten_params, _unflatten_params),
-):
-    optree.register_pytree_node(
-        _cls,  # type: ignore[arg-type]
-        _flatten,  # type: ignore[arg-type]
-        lambda aux, children, unflatten=_unflatten: unflatten(aux, children),
-        namespace=GLOBAL_NAMESPACE,
-    )
-    torch_pytree.register_pytree_node(
-        _cls,
-        _flatten,  # type: ignore[arg-type]
-        lambda children, aux, unflatten=_unflatten: unflatten(aux, children),
-    )
+def register_node(
+    cls: type, flatten: Callable[[Any], Any], unflatten: Callable[[Any, Any], Any]
+) -> None:
+    """Registers a class in optree and in torch's pytree; ``unflatten(aux, children)``."""
+    optree.register_pytree_node(cls, flatten, unflatten, namespace=GLOBAL_NAMESPACE)
+    torch_pytree.register_pytree_node(cls, flatten, lambda children, aux: unflatten(aux, children))
+
+
+register_node(Adapter, _flatten_adapter, _unflatten_adapter)
+register_node(Params, _flatten_params, _unflatten_params)

@@ -1,7 +1,6 @@
 """Methods over singular directions, against their papers' mutating formulas in NumPy."""
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 import pytest

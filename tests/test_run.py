@@ -368,9 +368,9 @@ def functional_plain(model, params, x):
 def _count_layer_calls(model) -> list[int]:
     calls = [0]
     for module in model.modules():
-        if isinstance(module, (nn.Linear,)) or type(module).__name__ == "Conv1D":
-            if getattr(module, "weight", None) is not None and "layer" in _name(model, module):
-                module.forward = _counting(module.forward, calls)
+        linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+        if linear and "layer" in _name(model, module):
+            module.forward = _counting(module.forward, calls)
     return calls
 
 

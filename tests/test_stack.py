@@ -107,7 +107,7 @@ def test_stack_of_one_is_the_models_own_loss() -> None:
 
 
 def test_unstack_gives_the_members_back() -> None:
-    model, _, members, _ = case("gpt2")
+    _model, _, members, _ = case("gpt2")
     members[2] = fadapt.scale(members[2], 0.3)
     for member, back in zip(members, fadapt.unstack(fadapt.stack(members)), strict=True):
         assert back.config == member.config
@@ -136,7 +136,7 @@ def test_padding_stays_exactly_zero() -> None:
 
 
 def test_equal_fixed_leaves_are_held_once() -> None:
-    model, _, members, _ = case("gpt2", [fadapt.DoRA(r=2)] * 4)
+    _model, _, members, _ = case("gpt2", [fadapt.DoRA(r=2)] * 4)
     for adapter in fadapt.stack(members).groups[0].params.values():
         assert adapter.shared == {"w2"}
         assert adapter.fixed["w2"].shape == (adapter.site.out_features,)
@@ -168,7 +168,7 @@ def test_a_diverged_member_leaves_the_others_bit_identical(poison) -> None:
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_with_checkpointing() -> None:
-    model, batch, members, tol = case("qwen3", MIX[:4])
+    model, batch, members, _tol = case("qwen3", MIX[:4])
     plain, checked = fadapt.stack(members), fadapt.stack(members)
     fadapt.run(model, plain, batch).sum().backward()
     model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -179,7 +179,7 @@ def test_with_checkpointing() -> None:
 
 
 def test_compiled_fullgraph_without_recompilation() -> None:
-    model, batch, members, _ = case("gpt2", MIX[:5])
+    model, batch, _members, _ = case("gpt2", MIX[:5])
     batch.pop("attention_mask")
     labels = batch.pop("labels").clamp(min=0)
     graphs = []
@@ -221,17 +221,18 @@ class TestSelect:
             torch.testing.assert_close(logits[row], alone, rtol=tol, atol=tol)
 
     def test_ids_as_a_tensor_and_gradients(self) -> None:
-        model, batch, members, tol = case("gpt2", [fadapt.LoRA(r=2)] * 4)
+        model, batch, members, _tol = case("gpt2", [fadapt.LoRA(r=2)] * 4)
         stack = fadapt.stack(members)
         chosen = fadapt.select(stack, torch.tensor([2, 2, 1]))
         losses = fadapt.run(model, chosen, batch)
         losses.sum().backward()
         first = next(iter(stack.groups[0].params.values()))
         norms = first.train["B"].grad.flatten(1).norm(dim=1)
-        assert (norms[[1, 2]] > 0).all() and (norms[[0, 3]] == 0).all()
+        assert (norms[[1, 2]] > 0).all()
+        assert (norms[[0, 3]] == 0).all()
 
     def test_generate(self) -> None:
-        model, batch, members, _ = case("qwen3", [fadapt.LoRA(r=2)] * 3)
+        model, _batch, _members, _ = case("qwen3", [fadapt.LoRA(r=2)] * 3)
         ids = make_batch("qwen3", padded=False)["input_ids"]
         keywords = dict(method="generate", max_new_tokens=4, do_sample=False, pad_token_id=0)
         stack = fadapt.stack([trained(model, fadapt.LoRA(r=2), seed=s, std=0.5) for s in range(3)])
@@ -263,11 +264,11 @@ class TestBadInput:
     def test_batches(self) -> None:
         model, batch, members, _ = case("gpt2", MIX[:2])
         stack = fadapt.stack(members)
-        with pytest.raises(fadapt.ConfigError, match="N = 2 adapters; batch.*input_ids.*shape"):
+        with pytest.raises(fadapt.ConfigError, match=r"N = 2 adapters; batch.*input_ids.*shape"):
             fadapt.run(model, stack, batch, per_adapter=True)
         with pytest.raises(fadapt.ConfigError, match="batch axis first"):
             fadapt.run(model, stack, {**batch, "position_ids": torch.arange(7)})
-        with pytest.raises(fadapt.ConfigError, match="labels.*loss_fn"):
+        with pytest.raises(fadapt.ConfigError, match=r"labels.*loss_fn"):
             fadapt.run(model, stack, {"input_ids": batch["input_ids"]})
 
     def test_a_model_that_moves_its_batch_axis(self) -> None:
@@ -300,7 +301,7 @@ class TestBadInput:
         model = Odd()
         stack = fadapt.stack([trained(model, fadapt.LoRA(r=1), seed=s) for s in range(2)])
         with (
-            pytest.raises(fadapt.FadaptError, match="without a rule.*vmap"),
+            pytest.raises(fadapt.FadaptError, match=r"without a rule.*vmap"),
             pytest.warns(fadapt.DenseFallbackWarning),
         ):
             fadapt.apply(model, stack, torch.randn(3, 4))

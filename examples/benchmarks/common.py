@@ -1,4 +1,4 @@
-"""What the benchmark scripts share: a model of Qwen3's shape, a step, alternating timing, memory."""
+"""What the benchmark scripts share: a model of Qwen3's shape, a step, timing, memory."""
 
 from __future__ import annotations
 

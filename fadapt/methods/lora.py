@@ -59,7 +59,7 @@ class LoRA(Method):
 
     def scale(self, p: Mapping[str, Tensor]) -> Tensor | float:
         """s, which a stack of mixed ranks holds as a leaf."""
-        return p["s"] if "s" in p else self.scaling
+        return p.get("s", self.scaling)
 
     def widened(self, r: int) -> LoRA:
         return replace(self, r=r, alpha=float(r))
