@@ -246,9 +246,10 @@ class EightBitMap(QuantizedMap):
     def _values(self) -> tuple[Any, Any]:
         """The codes and scales, which the layer's first forward moves from weight to state."""
         weight, state = self.module.weight, self.module.state
-        if getattr(weight, "CB", None) is not None:
-            return weight.CB, weight.SCB
-        return state.CB, state.SCB
+        held = weight if getattr(weight, "CB", None) is not None else state
+        # A layer quantised on the CPU and moved since may have left them there.
+        codes, scales = (v if v is None else v.to(weight.device) for v in (held.CB, held.SCB))
+        return codes, scales
 
 
 MAPS: dict[str, type[QuantizedMap]] = {"Linear4bit": FourBitMap, "Linear8bitLt": EightBitMap}
