@@ -74,6 +74,14 @@ def skew(upper: Tensor, size: int) -> Tensor:
     return upper.index_select(-1, place.flatten()).unflatten(-1, (size, size)) * sign
 
 
+def block_diagonal(blocks: Tensor) -> Tensor:
+    """The matrix (n b, n b) of n blocks (n, b, b) on its diagonal."""
+    n, b, _ = blocks.shape
+    # diag_embed gives (b, b, n, n): entry (i, j) of block k at [i, j, k, k].
+    spread = torch.diag_embed(blocks.permute(1, 2, 0))
+    return spread.permute(2, 0, 3, 1).reshape(n * b, n * b)
+
+
 def cayley_minus_identity(q: Tensor) -> Tensor:
     """(I + Q)(I - Q)⁻¹ - I = 2 (I - Q)⁻¹ Q for skew Q (..., b, b); exactly 0 at Q = 0.
 
@@ -82,9 +90,9 @@ def cayley_minus_identity(q: Tensor) -> Tensor:
     wide = q.to(torch.promote_types(q.dtype, torch.float32))
     eye = torch.eye(q.shape[-1], dtype=wide.dtype, device=q.device)
     # I - Q has no singular value below 1, so its inverse is safe; its derivative is two products,
-    # where that of a solve is another solve.
+    # where that of a solve is another solve. inv_ex does not wait for the device to look for errors.
     with full_precision(q):
-        return (torch.linalg.inv(eye - wide) @ (2 * wide)).to(q.dtype)
+        return (torch.linalg.inv_ex(eye - wide).inverse @ (2 * wide)).to(q.dtype)
 
 
 def lengths_after_step(

@@ -182,7 +182,9 @@ def frozen_head(model: nn.Module, adapted: Container[str], batch: Any) -> Frozen
     if not isinstance(batch, Mapping) or not isinstance(batch.get("labels"), Tensor):
         return None
     function = getattr(model, "loss_function", None)
-    if getattr(function, "__name__", "") != "ForCausalLMLoss" or batch.keys() & _LOSS_ARGUMENTS:
+    if getattr(function, "__name__", "") != "ForCausalLMLoss":
+        return None
+    if any(name in batch for name in _LOSS_ARGUMENTS):
         return None
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if type(head) is not nn.Linear or batch["labels"].numel() * head.out_features < CHUNKED_FROM:

@@ -210,7 +210,7 @@ def test_no_angle_exceeds_the_bound(size, max_angle):
         torch.randn(24 // size, n, generator=rng, dtype=F64),
     ):
         for c in (1.0, -1.0, 0.3):
-            r = np.eye(size) + method.turn(at_strength({"T_v": t}, c), "T_v").numpy()
+            r = np.eye(size) + method.turns(t, at_strength({}, c)).numpy()
             np.testing.assert_allclose(
                 r @ r.swapaxes(1, 2), np.eye(size)[None].repeat(len(r), 0), atol=1e-12
             )

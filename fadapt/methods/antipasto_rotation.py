@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..linalg import cayley_minus_identity, skew
+from ..linalg import block_diagonal, cayley_minus_identity, full_precision, skew
 from ..method import Leaves, require
 from ._svd_core import SpectralMethod, coefficient, singular_leaves
 
@@ -82,24 +82,32 @@ class AntiPaSTORotation(SpectralMethod):
         return train, singular_leaves(site, self.r)
 
     def delta(self, p: Mapping[str, Tensor], x: Tensor, y: Tensor, base: LinearMap) -> Tensor:
-        z, shift = x @ p["V"], coefficient(self, p, p["d"]) * p["d"]
-        scale = p["S"] + shift
-        core, turned = shift * z, scale * z
-        if "T_v" in p:
-            change = scale * _blocks(z, self.turn(p, "T_v").mT)
-            core, turned = core + change, turned + change
-        if "T_u" in p:
-            core = core + _blocks(turned, self.turn(p, "T_u"))
-        return core @ p["U"].mT
+        return x @ p["V"] @ self.core(p).to(x.dtype).mT @ p["U"].mT
 
-    def turn(self, p: Mapping[str, Tensor], name: str) -> Tensor:
-        """R - I of one basis: (r / bs, bs, bs)."""
-        t, size = p[name], self.block_size
+    def core(self, p: Mapping[str, Tensor]) -> Tensor:
+        """K (r, r) in float32 or better.
+
+        Formed whole: one product with it costs less than its terms on every token.
+        """
+        wide = torch.promote_types(p["d"].dtype, torch.float32)
+        p = {k: t.to(wide) for k, t in p.items() if k not in ("U", "V")}
+        size = self.block_size
+        shift = (coefficient(self, p, p["d"]) * p["d"]).unflatten(-1, (-1, size))
+        scale = p["S"].unflatten(-1, (-1, size)) + shift
+        core, turned = torch.diag_embed(shift), torch.diag_embed(scale)
+        names = [name for name in ("T_v", "T_u") if name in p]
+        turns = dict(zip(names, self.turns(torch.stack([p[k] for k in names]), p), strict=True))
+        with full_precision(shift):
+            if "T_v" in turns:
+                change = scale.unsqueeze(-1) * turns["T_v"]
+                core, turned = core + change, turned + change
+            if "T_u" in turns:
+                core = core + turns["T_u"].mT @ turned
+        return block_diagonal(core)
+
+    def turns(self, t: Tensor, p: Mapping[str, Tensor]) -> Tensor:
+        """R - I: (..., bs, bs) of the triangles t."""
+        size = self.block_size
         limit = 2 * math.tan(self.max_angle / 2) * math.tan(math.pi / (2 * size))
         x = skew(limit / 2 * torch.tanh(t / (2 * limit)), size)
         return cayley_minus_identity(coefficient(self, p, x) * x)
-
-
-def _blocks(z: Tensor, e: Tensor) -> Tensor:
-    """The product z @ blockdiag(e): (tokens, r) and (blocks, bs, bs) -> (tokens, r)."""
-    return torch.einsum("tbi,bij->tbj", z.unflatten(-1, e.shape[:2]), e).flatten(-2)

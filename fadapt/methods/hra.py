@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..linalg import full_precision, lengths_after_step
+from ..linalg import block_diagonal, full_precision, lengths_after_step
 from ..method import Leaves, Method, require
 
 if TYPE_CHECKING:
@@ -59,9 +59,7 @@ class HRA(Method):
     def shift(self, p: Mapping[str, Tensor], x: Tensor) -> Tensor:
         z, w2 = self._pairs(p["U0"], p["dU"])
         one = torch.ones_like(w2)
-        # m[p, q, k] is entry (p, q) of M_k and goes to [2 k + p, 2 k + q].
-        m = -2 * torch.stack([one, one, w2 - 1, w2]).unflatten(0, (2, 2))
-        m = torch.diag_embed(m).permute(2, 0, 3, 1).reshape(self.r, self.r)
+        m = block_diagonal(-2 * torch.stack([one, one, w2 - 1, w2], -1).unflatten(-1, (2, 2)))
         pair = torch.arange(self.r, device=z.device) // 2
         with full_precision(z):
             g = torch.where(pair[:, None] < pair, z @ z.mT, 0)
