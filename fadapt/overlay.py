@@ -281,7 +281,15 @@ def materialise(weight: Overlay) -> Tensor:
     """The adapted weight as an ordinary tensor, differentiable in the adapter's leaves."""
     # Without the bias, whose rounding would keep an untrained adapter from being the identity.
     new, _ = experts.dense(weight.adapter, _wide(weight.frozen))
-    return (new.mT if weight.flipped else new).to(weight.frozen.dtype)
+    new = _strided_like(new.to(weight.frozen.dtype), weight.frozen)
+    return new.mT if weight.flipped else new
+
+
+def _strided_like(tensor: Tensor, other: Tensor) -> Tensor:
+    """The tensor in the other's memory layout, on which the kernel and so the last bit depend."""
+    order = sorted(range(other.dim()), key=other.stride, reverse=True)
+    inverse = sorted(range(other.dim()), key=order.__getitem__)
+    return tensor.permute(order).contiguous().permute(inverse)
 
 
 def _adapt_biases(func: Callable, args: tuple) -> tuple[tuple, set[int]]:
