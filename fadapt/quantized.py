@@ -265,6 +265,11 @@ def quantized_map(module: nn.Module) -> QuantizedMap | None:
     return None
 
 
+def has_quantized(model: nn.Module) -> bool:
+    """Whether any layer of the model is one of a :func:`quantized_map`."""
+    return any(quantized_map(module) is not None for module in model.modules())
+
+
 class _Traced(torch.autograd.Function):
     """A product with a frozen matrix, as torch.compile can trace it: first derivatives only."""
 

@@ -18,10 +18,13 @@ from .errors import ConfigError, FadaptError, TargetError
 from .guard import bound_params, exclusive
 from .losses import FrozenHead, frozen_head, hugging_face_loss
 from .overlay import Adapted, Call, Overlay, SwappedForward, overlay
-from .quantized import QuantizedMap, quantized_map
+from .quantized import QuantizedMap, has_quantized, quantized_map
 from .slots import check_model, check_module, check_weight
 from .stack import Stack
 from .tree import Params
+
+# Dynamo traces the removal of a module's attribute, which _forwards_swapped needs, since 2.13.
+_COMPILES_QUANTIZED = torch.__version__ >= (2, 13)
 
 Batch = Mapping[str, Any] | tuple[Any, ...] | Tensor
 LossFn = Callable[[Any, Any], Tensor]
@@ -297,6 +300,8 @@ def _call(
 ) -> Any:
     if not torch.compiler.is_compiling() and params is not None and bound_params(model) is params:
         return _method(model, method)(*args, **kwargs)
+    if torch.compiler.is_compiling() and not _COMPILES_QUANTIZED and has_quantized(model):
+        return _call_uncompiled(model, params, rows, method, args, kwargs, head)
     sites = _adapted_sites(model, params, rows)
     if head is not None:
         sites = {**sites, head.site.name: head}
@@ -317,6 +322,13 @@ def _call(
                     "gradient checkpointing does not work under torch.func transforms; call "
                     "model.gradient_checkpointing_disable(), or use loss.backward()"
                 ) from error
+
+
+_call_uncompiled = torch.compiler.disable(
+    _call,
+    reason="fadapt compiles a step over bitsandbytes layers with torch 2.13 or later; with an "
+    "older one leave out fullgraph=True, and the step runs as it is",
+)
 
 
 def _functional(model: nn.Module, mount: _Mount, method: str, args: tuple, kwargs: dict) -> Any:
