@@ -90,7 +90,7 @@ def cayley_minus_identity(q: Tensor) -> Tensor:
     wide = q.to(torch.promote_types(q.dtype, torch.float32))
     eye = torch.eye(q.shape[-1], dtype=wide.dtype, device=q.device)
     # I - Q has no singular value below 1, so its inverse is safe; its derivative is two products,
-    # where that of a solve is another solve. inv_ex does not wait for the device to look for errors.
+    # where that of a solve is another solve. inv_ex does not make the host wait for the device.
     with full_precision(q):
         return (torch.linalg.inv_ex(eye - wide).inverse @ (2 * wide)).to(q.dtype)
 

@@ -120,9 +120,7 @@ class _LinearNLL(torch.autograd.Function):
             total = logits.logsumexp(-1, keepdim=True)
             losses.append(torch.where(counts, (total - logits.gather(1, index))[:, 0], 0))
             if keep:
-                slope = (logits - total).exp_()
-                slope.scatter_add_(1, index, slope.new_full((), -1.0).expand_as(index))
-                slope.mul_(counts[:, None])
+                slope = _softmax_minus_target(logits, total, index) * counts[:, None]
                 grads.append(slope.to(x.dtype) @ weight.to(x.dtype))
         return torch.cat(losses), torch.cat(grads) if keep else rows.new_empty(0)
 
@@ -137,6 +135,16 @@ class _LinearNLL(torch.autograd.Function):
         (slopes,) = ctx.saved_tensors
         scaled = slopes.to(grads[0].dtype) * grads[0][:, None]
         return scaled.to(slopes.dtype), None, None, None, None, None, None
+
+
+def _softmax_minus_target(logits: Tensor, total: Tensor, index: Tensor) -> Tensor:
+    """exp(logits - total) - onehot(index)."""
+    if torch.compiler.is_compiling():
+        # Fuses with what comes before and after it, where a scatter would be written in full.
+        place = torch.arange(logits.shape[1], device=logits.device)
+        return (logits - total).exp() - (place == index).to(logits.dtype)
+    slope = (logits - total).exp_()
+    return slope.scatter_add_(1, index, slope.new_full((), -1.0).expand_as(index))
 
 
 class FrozenHead:

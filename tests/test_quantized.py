@@ -402,7 +402,7 @@ def test_compiled_step_equals_eager(kind: str) -> None:
     torch.compiler.reset()
     whole = torch.__version__ >= (2, 13)
     if not whole:
-        with pytest.raises(Exception, match="torch 2.13 or later"):
+        with pytest.raises(Exception, match=r"torch 2\.13 or later"):
             torch.compile(step, fullgraph=True, backend="aot_eager")(params, x)
     out = torch.compile(step, fullgraph=whole, backend="aot_eager")(params, x)
     ref = step(params, x)
