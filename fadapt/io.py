@@ -185,7 +185,7 @@ def write_tensors(
     target = Path(os.path.realpath(path))
     if not os.fspath(path) or target.is_dir():
         raise CheckpointError(f"{os.fspath(path)!r} is not a file name")
-    temporary = target.parent / f".fadapt-{uuid.uuid4().hex}.tmp"
+    temporary = target.parent / f".{target.name[:40]}.{uuid.uuid4().hex}.tmp"
     data = tensors_to_bytes(host, {"fadapt": text, "sha256": _digest(text, host)})
     try:
         # Not safetensors' save_file, which makes files that only their owner can read.

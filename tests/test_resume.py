@@ -109,13 +109,23 @@ from tests.test_resume import full_sweep, Path
 
 torch.set_num_threads(1)
 directory, seed = Path(sys.argv[1]), int(sys.argv[2])
-chance, kills = random.Random(seed), 0
-while True:
+
+def begin(path):
     child = os.fork()
     if child == 0:
-        full_sweep(directory)
+        full_sweep(path)
         os._exit(0)
-    time.sleep(chance.uniform(0.02, 0.5))
+    return child
+
+# How long this machine takes without a kill: every kill comes within a quarter of that, so that
+# several come before the end, on a fast machine as on a slow one.
+start = time.monotonic()
+os.waitpid(begin(directory.with_name("timed")), 0)
+whole = time.monotonic() - start
+chance, kills = random.Random(seed), 0
+while True:
+    child = begin(directory)
+    time.sleep(chance.uniform(0, whole / 4))
     done, status = os.waitpid(child, os.WNOHANG)
     if not done and kills < 25:
         os.kill(child, signal.SIGKILL)

@@ -223,6 +223,7 @@ class Loop:
 
     def _save(self) -> None:
         if self.settings.path is not None:
+            self.record.write()
             snapshot.write(self, self.settings.path)
             self._saved = time.monotonic()
 

@@ -80,7 +80,7 @@ class Record:
             self._line(step, loss=self._named(row), lr={self.names[t]: r for t, r in rates.items()})
             self._scalars("loss", step, row)
         self._pending.clear()
-        self._write()
+        self.write()
         return list(down.values())
 
     def score(self, step: int, scores: Mapping[str, Tensor]) -> None:
@@ -96,7 +96,7 @@ class Record:
 
     def close(self) -> None:
         """Writes what is left."""
-        self._write()
+        self.write()
         if self._writer is not None:
             self._writer.close()
 
@@ -126,7 +126,8 @@ class Record:
         if self.path is not None:
             self._lines.append({"step": step, **content})
 
-    def _write(self) -> None:
+    def write(self) -> None:
+        """Appends the lines so far to the file: a checkpoint's log must not end before it."""
         if self.path is None or not self._lines:
             return
         text = "".join(json.dumps(line) + "\n" for line in self._lines)
