@@ -94,7 +94,7 @@ def _forward(
     batch: Batch,
     head: FrozenHead | None = None,
 ) -> Any:
-    args, kwargs = _arguments(batch)
+    args, kwargs = arguments(batch)
     # A key-value cache costs memory, and torch.func cannot return one.
     if "use_cache" not in kwargs and getattr(getattr(model, "config", None), "use_cache", False):
         kwargs["use_cache"] = False
@@ -393,7 +393,8 @@ def _recompute_adapted(model: nn.Module, params: Any, mount: _Mount) -> Iterator
             setattr(module, key, func)
 
 
-def _arguments(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def arguments(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The positional and keyword arguments that a batch stands for."""
     if isinstance(batch, Mapping):
         return (), dict(batch)
     if isinstance(batch, tuple):

@@ -377,6 +377,34 @@ def test_out_of_memory_halves_without_losing_a_step(where):
     assert "1 adapter(s)" in caught.value.__notes__[0]
 
 
+def test_on_a_cpu_auto_runs_what_is_fast(monkeypatch):
+    """The width follows from what one adapter keeps for its gradient, and changes no result."""
+    model, batches = net(), make_batches()
+    options = dict(steps=12, loss_fn=loss_fn)
+    trials = [Trial(fadapt.LoRA(r=2), lr=1e-2, seed=s) for s in range(6)]
+    each = kept_bytes(model, batches[0])
+    whole = sweep(model, trials, batches, **options)
+    assert whole.chunk == 6
+    for budget, width in ((each - 1, 1), (2 * each, 2), (3 * each, 3), (6 * each, 6)):
+        monkeypatch.setattr("fadapt.training.passes.CPU_BYTES", budget)
+        model.calls.clear()
+        parts = sweep(model, trials, batches, **options)
+        assert parts.chunk == max(model.calls) // ROWS == width
+        for name in whole.params:
+            assert_close(whole.params[name], parts.params[name])
+    monkeypatch.setattr("fadapt.training.passes.CPU_BYTES", 1)
+    for asked in (3, None):
+        assert sweep(model, trials, batches, max_adapters=asked, **options).chunk == (asked or 6)
+
+
+def kept_bytes(model, batch):
+    """What a LoRA of rank 2 keeps there: the inputs of its layers and their low-rank images."""
+    rows, size = batch["x"].shape[0], batch["x"].element_size()
+    layers = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    inputs = [m.in_features for m in layers]
+    return rows * size * (sum(inputs) + 2 * len(layers))
+
+
 def test_max_adapters_bounds_the_pass():
     model, batches = net(), make_batches()
     report = sweep(model, TRIALS, batches, steps=12, loss_fn=loss_fn, max_adapters=2)
@@ -391,7 +419,8 @@ def test_halving_stops_the_worse_and_runs_smaller_passes():
     whole = sweep(model, trials, batches, eval_every=10, **options)
     model.calls.clear()
     halved = sweep(model, trials, batches, halving=Halving(first=10), **options)
-    train_calls = [n // ROWS for n in model.calls]
+    first, *train_calls = [n // ROWS for n in model.calls]
+    assert first == 1  # asks how much memory one adapter needs
     assert sorted(set(train_calls), reverse=True) == [8, 4, 2]
     assert [r.status for r in halved.results] == ["finished"] * 2 + ["stopped"] * 6
     assert sorted(r.step for r in halved.results) == [10] * 4 + [20] * 2 + [40] * 2

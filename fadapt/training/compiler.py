@@ -1,4 +1,4 @@
-"""Compiler: torch.compile of the passes of a sweep."""
+"""Compiler: torch.compile and CUDA graphs for the passes of a sweep."""
 
 from __future__ import annotations
 
@@ -13,30 +13,44 @@ from torch import Tensor
 from ..run import run
 from ..stack import Stack
 from ..tree import Params
+from .graphs import Recorded
 
 
 class Compiler:
     """torch.compile of ``run`` in one graph, once per structure of what it runs.
 
     Args:
-        options: for torch.compile, such as {"mode": "reduce-overhead"}.
+        options: for torch.compile, such as {"mode": "max-autotune"}; True for its defaults, False
+            to leave everything as it is. With {"mode": "reduce-overhead"} on a CUDA device each
+            pass, its gradient included, is recorded as one CUDA graph. torch's own mode records
+            forward and backward apart, and checks its guards between them at every step.
+        device: of the model.
     """
 
-    def __init__(self, options: Mapping[str, Any]):
-        self.options = {"fullgraph": True, **options}
+    def __init__(self, options: bool | Mapping[str, Any], device: torch.device):
+        self.compiles = options is not False
+        self.options: dict[str, Any] = {"fullgraph": True}
+        if isinstance(options, Mapping):
+            self.options |= options
+        self.device = device
+        self.records = device.type == "cuda" and self.options.get("mode") == "reduce-overhead"
+        if self.records:
+            del self.options["mode"]
         # Otherwise the chunks of all sweeps of a process would share torch's small limit.
         if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
             self.options.setdefault("isolate_recompiles", True)
         self._made: dict[Any, Callable[..., Tensor]] = {}
 
-    def __call__(self, params: Stack | Params) -> Callable[..., Tensor]:
+    def run(self, params: Stack | Params) -> Callable[..., Tensor]:
+        """:func:`fadapt.run`, compiled for params of this structure."""
+        if not self.compiles:
+            return run
         leaves, spec = pytree.tree_flatten(params)
         key = spec, tuple((t.shape, t.dtype, t.device) for t in leaves)
         if key not in self._made:
             self._made[key] = torch.compile(run, **self.options)
         return self._made[key]
 
-
-def eager(params: Stack | Params) -> Callable[..., Tensor]:
-    """The passes of a sweep that is not compiled."""
-    return run
+    def recorded(self, function: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
+        """A pass with its gradient, recorded where that was asked for; see :class:`Recorded`."""
+        return Recorded(function, self.device) if self.records else function

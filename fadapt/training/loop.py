@@ -19,7 +19,7 @@ from . import snapshot
 from .arena import Arena
 from .board import Board, on_all
 from .checkpoint import Generators, start_digest
-from .compiler import Compiler, eager
+from .compiler import Compiler
 from .feed import Feed, to_device
 from .optimise import Updater
 from .passes import Passes, evaluating
@@ -49,10 +49,9 @@ class Loop:
         self.digests = {n: start_digest(p) for n, p in zip(trials, starts, strict=True)}
         self.board = Board(trials, starts, s.goal)
         self.arena = Arena(stack(starts), range(len(starts)))
-        options = s.compile if isinstance(s.compile, Mapping) else {}
-        self.compiler = eager if s.compile is False else Compiler(options)
+        self.compiler = Compiler(s.compile, self.device)
         self.updater = self._make_updater()
-        self.passes = self._make_passes(s.max_adapters)
+        self.passes = self._make_passes()
         self.chunk, self.step, self.seconds = 0, 0, 0.0
         self.rungs = s.halving.rungs(self.steps, len(trials)) if s.halving else {}
         self.generators = Generators(self.device)
@@ -90,9 +89,12 @@ class Loop:
         s = self.settings
         return Updater(self.arena, self.trials, s.optimizer, s.optimizer_args, self.steps)
 
-    def _make_passes(self, most: int | str | None) -> Passes:
-        s, per_adapter = self.settings, self.feed.per_adapter
-        return Passes(self.model, self.arena, s.loss_fn, per_adapter, most, self.compiler)
+    def _make_passes(self, chosen: int | None = None) -> Passes:
+        s = self.settings
+        return Passes(
+            self.model, self.arena, s.loss_fn, self.feed.per_adapter, s.max_adapters,
+            self.compiler, chosen,
+        )  # fmt: skip
 
     def _resume(self) -> None:
         path = self.settings.path
@@ -195,7 +197,7 @@ class Loop:
         assert halving is not None
         for trial, reason in self.board.losers(self.rungs[self.step], scores):
             self._leave(trial, "stopped", reason, self.step)
-        if self.compiler is eager if halving.shrink is None else halving.shrink:
+        if not self.compiler.compiles if halving.shrink is None else halving.shrink:
             self.shrink(self.board.running())
         self.quieten()
 
@@ -207,11 +209,15 @@ class Loop:
         for trial, block, row in self.arena.rows():
             if trial not in members:
                 self.board.left[trial] = block.train(row)
-        states, most = self.updater.states(), self.settings.max_adapters
+        states = self.updater.states()
         self.arena = self.arena.keep(positions)
         self.updater = self._make_updater()
         self.updater.load_states(states)
-        self.passes = self._make_passes(most and min(self.passes.width, len(positions)))
+        self.rechunk(self.passes.chosen)
+
+    def rechunk(self, chosen: int | None) -> None:
+        """Makes the passes anew, at a width that was settled before."""
+        self.passes = self._make_passes(chosen and min(chosen, len(self.arena)))
 
     def _checkpoint_due(self) -> bool:
         s, minutes = self.settings, self.settings.checkpoint_minutes

@@ -13,13 +13,18 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..run import LossFn, run
+from ..run import LossFn, apply, arguments, run
 from ..stack import Stack
 from ..tree import Params
 from .arena import Arena, alone
+from .compiler import Compiler
 from .feed import rows_of
 
 T = TypeVar("T")
+
+CPU_BYTES = 2**28
+"""What one pass may keep for its gradient on a CPU. More is slower: the memory of every step is
+given back and asked for again, and nothing stays in the caches."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,7 @@ class Chunk:
         params: what is trained: the stack, or its only member.
         leaves: the trainable leaves of ``params``.
         grads: where the arena keeps the gradients of ``leaves``.
+        step: (batch, weights) -> losses; adds the weighted gradients to ``grads``.
     """
 
     low: int
@@ -41,6 +47,7 @@ class Chunk:
     params: Stack | Params
     leaves: list[Tensor]
     grads: list[Tensor]
+    step: Callable[[Any], Tensor]
 
 
 class Passes:
@@ -51,9 +58,13 @@ class Passes:
         arena: the adapters.
         loss_fn: as for :func:`fadapt.run`.
         per_adapter: whether batches are (N, B, ...), with N all trials of the sweep.
-        max_adapters: "auto" starts with all in one chunk; an int is the largest chunk; None is one
-            chunk that is never halved.
-        compiler: a :class:`Compiler`, or ``eager``.
+        max_adapters: "auto" starts with all in one chunk, on a CPU with what is fast; an int is
+            the largest chunk; None is one chunk that is never halved.
+        compiler: a :class:`Compiler`.
+        chosen: the width that an earlier object of the same sweep had come to, or None.
+
+    Attributes:
+        chosen: the width to hand on to a later object; None before the first pass of "auto".
     """
 
     def __init__(
@@ -63,16 +74,15 @@ class Passes:
         loss_fn: LossFn | None,
         per_adapter: bool,
         max_adapters: int | str | None,
-        compiler: Callable[[Stack | Params], Callable[..., Tensor]],
+        compiler: Compiler,
+        chosen: int | None = None,
     ):
         self.model, self.arena, self.loss_fn = model, arena, loss_fn
-        self.per_adapter, self.halves, self.compiler = (
-            per_adapter,
-            max_adapters is not None,
-            compiler,
-        )
-        width = max_adapters if isinstance(max_adapters, int) else len(arena)
-        self.chunks = [self._chunk(*b) for b in _bounds(0, len(arena), width)]
+        self.per_adapter, self.compiler = per_adapter, compiler
+        self.halves = max_adapters is not None
+        self._auto = max_adapters == "auto"
+        self.chosen = chosen or (max_adapters if isinstance(max_adapters, int) else None)
+        self._split(self.chosen or len(arena))
         self.idle: frozenset[int] = frozenset()
 
     @property
@@ -82,27 +92,71 @@ class Passes:
 
     def gradients(self, batch: Any, weights: Sequence[float]) -> Tensor:
         """Adds each trial's gradient, times its weight, to the arena; returns the (N,) losses."""
+        if self._auto and self.chosen is None:
+            self._choose(batch)
+
+        device = self.compiler.device
+        wide = torch.float32 if device.type == "mps" else torch.float64
 
         def work(chunk: Chunk) -> Tensor:
-            losses = self.compiler(chunk.params)(
-                self.model, chunk.params, self._part(batch, chunk), self.loss_fn,
-                per_adapter=self.per_adapter,
-            ).reshape(-1)  # fmt: skip
+            # Made before the pass, which is not to wait for the device.
+            seeds = torch.tensor(weights[chunk.low : chunk.high], dtype=wide, device=device)
+            return chunk.step((self._part(batch, chunk), seeds))
+
+        return self._join(self._each(work))
+
+    def _step(self, params: Stack | Params, leaves: list[Tensor], grads: list[Tensor]) -> Any:
+        """See :class:`Chunk`."""
+
+        def step(given: tuple[Any, Tensor]) -> Tensor:
+            batch, weights = given
+            losses = self.compiler.run(params)(
+                self.model, params, batch, self.loss_fn, per_adapter=self.per_adapter
+            ).reshape(-1)
             if not losses.requires_grad:
                 raise ConfigError(
                     "the loss does not depend on any adapter: loss_fn detaches it, or no adapted "
                     "layer takes part"
                 )
-            seeds = losses.new_tensor(weights[chunk.low : chunk.high])
-            found = torch.autograd.grad(losses, chunk.leaves, seeds, allow_unused=True)
+            found = torch.autograd.grad(losses, leaves, weights.to(losses), allow_unused=True)
             # After the whole backward: a chunk counts entirely or, out of memory, not at all.
-            for total, new in zip(chunk.grads, found, strict=True):
+            for total, new in zip(grads, found, strict=True):
                 if new is not None:
                     total.add_(new)
-            # A copy: CUDA graphs use the same memory again in the next step.
-            return losses.detach().clone()
+            return losses.detach()
 
-        return self._join(self._each(work))
+        return self.compiler.recorded(step)
+
+    def _choose(self, batch: Any) -> None:
+        """Settles the width before the first pass."""
+        self.chosen = len(self.arena)
+        if self.compiler.device.type == "cpu" and self.chosen > 1:
+            _, each = self._attempt(lambda first: self._kept_bytes(first, batch), self._chunk(0, 1))
+            assert each is not None
+            while self.chosen > 1 and self.chosen * each > CPU_BYTES:
+                self.chosen = -(-self.chosen // 2)
+            self._split(self.chosen)
+
+    def _kept_bytes(self, chunk: Chunk, batch: Any) -> int:
+        """Bytes that a forward keeps for its gradient."""
+        tensors = [*self.model.parameters(), *pytree.tree_leaves(chunk.params)]
+        known = {t.untyped_storage().data_ptr() for t in tensors}
+        kept: dict[int, int] = {}
+
+        def note(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in known:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        args, kwargs = arguments(self._part(batch, chunk))
+        with (
+            torch.random.fork_rng(devices=[]),
+            torch.autograd.graph.saved_tensors_hooks(note, lambda t: t),
+        ):
+            # The output keeps the graph, and so the storages, until all are counted.
+            _ = apply(self.model, chunk.params, *args, **kwargs)
+        return sum(kept.values())
 
     @torch.no_grad()
     def losses(self, batch: Any) -> Tensor:
@@ -142,13 +196,17 @@ class Passes:
             return batch
         return pytree.tree_map_only(Tensor, lambda t: t[0], batch)
 
+    def _split(self, width: int) -> None:
+        self.chunks = [self._chunk(*b) for b in _bounds(0, len(self.arena), width)]
+
     def _chunk(self, low: int, high: int) -> Chunk:
         stack, grads = self.arena.part(low, high)
-        trials = self.arena.order[low:high]
-        if high - low > 1:
-            return Chunk(low, high, trials, stack, stack, stack.trainable(), grads)
-        params = alone(stack)
-        return Chunk(low, high, trials, stack, params, params.trainable(), [g[0] for g in grads])
+        params: Stack | Params = stack
+        if high - low == 1:
+            params, grads = alone(stack), [g[0] for g in grads]
+        leaves = params.trainable()
+        step = self._step(params, leaves, grads)
+        return Chunk(low, high, self.arena.order[low:high], stack, params, leaves, grads, step)
 
     def _each(self, work: Callable[[Chunk], T]) -> list[T | None]:
         """``work`` on every chunk, None for chunks of idle trials only."""
@@ -186,6 +244,7 @@ class Passes:
     def _halve(self, first: int) -> None:
         """Splits this chunk and those after it; the ones before have done this step's work."""
         width = -(-(self.chunks[first].high - self.chunks[first].low) // 2)
+        self.chosen = width
         later = self.chunks[first:]
         self.chunks = self.chunks[:first] + [
             self._chunk(*bounds) for c in later for bounds in _bounds(c.low, c.high, width)

@@ -38,6 +38,7 @@ def write(loop: Loop, directory: Path) -> None:
         "step": loop.step,
         "seconds": loop.elapsed(),
         "chunk": loop.chunk,
+        "chosen": loop.passes.chosen,
         "members": loop.arena.order,
         "metric": loop.board.metric,
         "standings": [dataclasses.asdict(x) for x in loop.board.standings],
@@ -75,6 +76,7 @@ def restore(loop: Loop, directory: Path) -> None:
             "than in the checkpoint: another base model, or other calibration data"
         )
     loop.shrink(meta["members"])
+    loop.rechunk(meta.get("chosen"))
     loop.board.left = _unflatten(parts.get("left", {}))
     loop.board.best = _unflatten(parts.get("best", {}))
     loop.board.metric = meta["metric"]
