@@ -5,7 +5,8 @@ from __future__ import annotations
 import statistics
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -83,6 +84,30 @@ def alternate(
             if i >= warmup:
                 times[name].append(1e3 * (time.perf_counter() - start))
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+class Ticks(Sequence):
+    """The same batch for every step, which notes when each step begins."""
+
+    def __init__(self, batch: Any):
+        self.batch = batch
+        self.times: list[float] = []
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> Any:
+        _wait()
+        self.times.append(time.perf_counter())
+        return self.batch
+
+    def median(self, last: int) -> float:
+        """Milliseconds a step, of the last few steps."""
+        return 1e3 * statistics.median(b - a for a, b in pairwise(self.times[-last - 1 :]))
+
+    def first(self) -> float:
+        """Seconds of the first steps, with compilation and recording."""
+        return self.times[3] - self.times[0]
 
 
 def peak_bytes(step: Callable[[], Any]) -> int:

@@ -3,7 +3,8 @@
 B0 is PEFT as its users run it (eager; fp32 adapters and autocast over a bf16 base). B1 is PEFT at
 its best (adapters in the base's dtype, torch.compile). Alternating in one process. A run of one
 adapter at a time is N times as long as its step; the peak is what a process with one run alone
-would hold.
+would hold. "run" is fadapt.run in a plain loop like PEFT's; "fit" is fadapt.fit, with its clipping,
+guards and records, right after the others.
 
     python examples/benchmarks/sweeps.py                            C1 on the CPU
     python examples/benchmarks/sweeps.py --hidden 512 --tokens 512 --adapters 16      C2
@@ -21,7 +22,16 @@ from typing import Any
 
 import peft
 import torch
-from common import TARGETS, alternate, gradient_norm, peak_bytes, qwen3, tokens, training_step
+from common import (
+    TARGETS,
+    Ticks,
+    alternate,
+    gradient_norm,
+    peak_bytes,
+    qwen3,
+    tokens,
+    training_step,
+)
 
 import fadapt
 
@@ -33,26 +43,64 @@ def mixed(n: int) -> list[fadapt.Method]:
     return sorted((kinds[i % len(kinds)] for i in range(n)), key=lambda m: type(m).__name__)
 
 
-def folded(
+def start(
     model: torch.nn.Module, methods: list[fadapt.Method], batch: dict, args: argparse.Namespace
-) -> tuple[Callable[[], torch.Tensor], list[torch.Tensor]]:
-    """A step of all adapters; each has its own rows."""
+) -> tuple[fadapt.Params | fadapt.Stack, dict]:
+    """Fresh adapters, and the batch with rows for each."""
     members = [
         fadapt.init(model, fadapt.Config({TARGETS: m}, seed=i, dtype=args.adapter_dtype))
         for i, m in enumerate(methods)
     ]
-    alone = len(members) == 1
-    params = members[0] if alone else fadapt.stack(members)
-    parts = batch if alone else {k: torch.stack([v] * len(methods)) for k, v in batch.items()}
+    if len(members) == 1:
+        return members[0], batch
+    return fadapt.stack(members), {k: torch.stack([v] * len(methods)) for k, v in batch.items()}
+
+
+def folded(
+    model: torch.nn.Module, methods: list[fadapt.Method], batch: dict, args: argparse.Namespace
+) -> tuple[Callable[[], torch.Tensor], list[torch.Tensor]]:
+    """A step of all adapters in a plain loop; each has its own rows."""
+    params, parts = start(model, methods, batch, args)
 
     def losses(params: fadapt.Params | fadapt.Stack) -> torch.Tensor:
-        return fadapt.run(model, params, parts, per_adapter=not alone)
+        return fadapt.run(model, params, parts, per_adapter=len(methods) > 1)
 
     if args.compile:
-        mode = "reduce-overhead" if args.graphs else None
-        losses = torch.compile(losses, fullgraph=True, mode=mode)
+        losses = torch.compile(losses, fullgraph=True)
     leaves = fadapt.trainable(params)
     return training_step(lambda: losses(params), leaves), leaves
+
+
+def fitted(
+    model: torch.nn.Module, methods: list[fadapt.Method], batch: dict, args: argparse.Namespace
+) -> dict[str, float]:
+    """The same by fadapt.fit: milliseconds a step, first and last loss, gradient norm, peak."""
+    params, parts = start(model, methods, batch, args)
+    ticks, several = Ticks(parts), len(methods) > 1
+    options: dict[str, Any] = {"per_adapter": True} if several else {}
+    if args.compile:
+        options["compile"] = {"mode": "reduce-overhead"} if args.device == "cuda" else True
+    cuda = args.device == "cuda"
+    before = torch.cuda.memory_allocated() if cuda else 0
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    steps = args.rounds + 5
+    trained = fadapt.fit(model, params, ticks, steps=steps, log_every=steps, **options)
+    peak = torch.cuda.max_memory_allocated() - before if cuda else None
+    loss = [fadapt.run(model, p, parts, per_adapter=several) for p in (params, trained)]
+    loss[1].sum().backward()
+    return {
+        "ms": ticks.median(args.rounds),
+        "compile": ticks.first(),
+        "first": float(loss[0].mean()),
+        "last": float(loss[1].mean()),
+        "norm": gradient_norm(fadapt.trainable(trained)),
+        "peak": float("nan") if peak is None else peak + bytes_of(model.parameters()),
+    }
+
+
+def bytes_of(tensors: Any) -> int:
+    return sum(t.nbytes for t in tensors)
 
 
 def peft_step(args: argparse.Namespace, batch: dict, best: bool) -> tuple[Callable, list]:
@@ -82,7 +130,7 @@ def main() -> None:
         adapters=16,
         rounds=7,
         peers=1,
-        single=1,
+        plain=1,
     )
     for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default)
@@ -90,56 +138,63 @@ def main() -> None:
     parser.add_argument("--dtype", type=lambda s: getattr(torch, s), default=torch.float32)
     parser.add_argument("--adapter-dtype", type=lambda s: getattr(torch, s), default=None)
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--graphs", action="store_true", help="CUDA graphs for ours")
-    parser.add_argument("--mixed", action="store_true", help="also a stack of ranks and methods")
+    parser.add_argument("--also", default="x 1", help="other stacks: 'x 1', 'x 16 mixed'")
     args = parser.parse_args()
     n, per_adapter = args.adapters, args.rows * args.tokens
     batch = tokens(args.rows, args.tokens, args.vocab, args.device)
     model = qwen3(args.hidden, args.layers, args.vocab, args.device, args.dtype)
+    lora = fadapt.LoRA(r=args.r)
+    asked = {"x 1": [lora], f"x {n}": [lora] * n, f"x {n} mixed": mixed(n)}
+    asked = {k: v for k, v in asked.items() if k in (f"x {n}", *args.also.split(","))}
     runs: dict[str, tuple[int, Callable, list]] = {}
     if args.peers:
         runs["B0 PEFT"] = (1, *peft_step(args, batch, best=False))
         runs["B1 PEFT best"] = (1, *peft_step(args, batch, best=True))
-    if args.single:
-        runs["fadapt x 1"] = (1, *folded(model, [fadapt.LoRA(r=args.r)], batch, args))
-    runs[f"fadapt x {n}"] = (n, *folded(model, [fadapt.LoRA(r=args.r)] * n, batch, args))
-    if args.mixed:
-        runs[f"fadapt x {n} mixed"] = (n, *folded(model, mixed(n), batch, args))
+    if args.plain:
+        for name, methods in asked.items():
+            runs[f"run {name}"] = (len(methods), *folded(model, methods, batch, args))
     first = {}
     for name, (_, step, _) in runs.items():
-        start = time.perf_counter()
+        begin = time.perf_counter()
         first[name] = float(step().mean())
-        print(f"first step of {name}: {time.perf_counter() - start:.0f} s", flush=True)
+        print(f"first step of {name}: {time.perf_counter() - begin:.0f} s", flush=True)
     ms = alternate({name: step for name, (_, step, _) in runs.items()}, args.rounds)
     print(
         f"{args.hidden} wide, {args.layers} layers, r={args.r}, {args.device}, base {args.dtype}, "
         f"adapters {args.adapter_dtype or 'float32'}, compiled {args.compile}, "
-        f"graphs {args.graphs}, torch {torch.__version__}, peft {peft.__version__}"
+        f"torch {torch.__version__}, peft {peft.__version__}"
     )
     print(
         f"{'run':20}{'tokens/adapter':>15}{'ms/step':>9}{'ms/adapter':>11}{'k tok/s':>9}"
         f"{'x B0':>7}{'x B1':>7}{'peak MiB':>10}{'/ adapter':>11}{'loss first':>12}{'last':>8}"
         f"{'grad norm':>11}"
     )
-    base = sum(t.nbytes for t in model.parameters())
-    each = {name: ms[name] / count for name, (count, _, _) in runs.items()}
-    for name, (_, step, leaves) in runs.items():
-        last = float(step().mean())
+    each: dict[str, float] = {}
+
+    def row(name: str, count: int, ms: float, peak: float, *numbers: float) -> None:
+        each[name] = ms / count
         ratios = "".join(
             f"{each[b] / each[name]:7.2f}" if b in each else f"{'-':>7}"
             for b in ("B0 PEFT", "B1 PEFT best")
         )
-        # The base, the adapters with both moments of AdamW, and what a step needs beside them; a
-        # captured graph keeps the last for good, so that no call shows it.
-        peaks = ("-", "-")
-        if not (args.compile if args.device == "cpu" else args.graphs and "fadapt" in name):
-            peak = base + 3 * sum(t.nbytes for t in leaves) + peak_bytes(step)
-            peaks = (f"{peak / 2**20:.1f}", f"{peak / 2**20 / runs[name][0]:.1f}")
         print(
-            f"{name:20}{per_adapter:15}{ms[name]:9.1f}{each[name]:11.2f}"
-            f"{per_adapter / each[name]:9.1f}{ratios}{peaks[0]:>10}{peaks[1]:>11}"
-            f"{first[name]:12.4f}{last:8.4f}{gradient_norm(leaves):11.3g}"
+            f"{name:20}{per_adapter:15}{ms:9.1f}{each[name]:11.2f}{per_adapter / each[name]:9.1f}"
+            f"{ratios}{peak / 2**20:10.1f}{peak / 2**20 / count:11.1f}"
+            + "".join(f"{x:{w}.4g}" for x, w in zip(numbers, (12, 8, 11), strict=True)),
+            flush=True,
         )
+
+    for name, (count, step, leaves) in runs.items():
+        last, peak = float(step().mean()), float("nan")
+        if args.device == "cuda" or not args.compile:  # whose frames a CPU's count would stop
+            # The base, the adapters with both moments of AdamW, and what a step needs beside them.
+            peak = bytes_of(model.parameters()) + 3 * bytes_of(leaves) + peak_bytes(step)
+        row(name, count, ms[name], peak, first[name], last, gradient_norm(leaves))
+    for name, methods in asked.items():
+        found = fitted(model, methods, batch, args)
+        numbers = (found[k] for k in ("ms", "peak", "first", "last", "norm"))
+        row(f"fit {name}", len(methods), *numbers)
+        print(f"{'':20}compiled and recorded in {found['compile']:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -72,9 +73,10 @@ class Updater:
         self.optimizer = _build(factory, groups, dict(kwargs))
         _check_knobs(self.optimizer, [trials[t] for t in arena.order])
         self.alive = [torch.ones(b.size, dtype=torch.bool, device=b.device) for b in arena.blocks]
+        limits = [[trials[t].clip or math.inf for t in arena.order[s]] for _, s in arena.spans()]
         self._clip = [
-            block_norms(b).new_tensor([trials[t].clip or float("inf") for t in arena.order[span]])
-            for b, span in arena.spans()
+            block_norms(b).new_tensor(limit) if min(limit) < math.inf else None
+            for b, limit in zip(arena.blocks, limits, strict=True)
         ]
 
     def rates(self, step: int) -> dict[int, float]:
@@ -130,14 +132,15 @@ class Updater:
         norm = block_norms(block)
         alive = self.alive[i]
         alive &= torch.isfinite(norm)
+        limit = self._clip[i]
+        if limit is None:
+            return
         # As torch.nn.utils.clip_grad_norm_, for each row by itself.
-        scale = (self._clip[i] / (norm + 1e-6)).clamp(max=1.0)
+        scale = (limit / (norm + 1e-6)).clamp(max=1.0)
         if due is not None:
             scale = torch.where(due, scale, 1.0)
         for grad in block.grads:
-            rows = alive.to(grad.device)[:, None]
-            clipped = grad * scale.to(grad.device, grad.dtype)[:, None]
-            grad.copy_(torch.where(rows, clipped, 0.0))
+            grad.mul_(scale.to(grad.device, grad.dtype)[:, None])
 
     def _guard(self, i: int, block: Block, before: list[Tensor], due: Tensor | None) -> None:
         alive = self.alive[i]
@@ -146,7 +149,8 @@ class Updater:
             alive &= torch.isfinite(largest).to(alive.device)
         changed = alive if due is None else alive & due
         for flat, old, grad in zip(block.flats, before, block.grads, strict=True):
-            flat.copy_(torch.where(changed.to(flat.device)[:, None], flat, old))
+            # In one pass over the memory; both are read before the result is written.
+            torch.where(changed.to(flat.device)[:, None], flat, old, out=flat)
             if due is None:
                 grad.zero_()
             else:
