@@ -278,3 +278,102 @@ def test_generators_do_not_depend_on_the_device() -> None:
     a, b = (p["0.weight"] for p in (on_cpu, on_gpu))
     assert a.site == b.site
     assert torch.equal(a.train["A"], b.train["A"].cpu())
+
+
+def language_batches(count: int, length: int = 12, rows: int = 4) -> list[dict[str, Tensor]]:
+    rng = torch.Generator().manual_seed(4)
+    ids = torch.randint(0, 64, (count, rows, length), generator=rng)
+    return [{"input_ids": x, "labels": x} for x in ids]
+
+
+RECORDED = [
+    fadapt.Trial(LoRA(r=2), lr=1e-2, seed=1, schedule="cosine"),
+    fadapt.Trial(LoRA(r=4), lr=2e-2, clip=0.1, accumulate=2),
+    fadapt.Trial(DoRA(r=2), lr=1e-2, weight_decay=0.1),
+    fadapt.Trial(LoRA(r=2), lr=3e38, name="wild"),
+]
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_recorded_sweep_equals_an_ordinary_one(count: int, monkeypatch: Any) -> None:
+    """CUDA graphs, over two forms of batches, give the losses and weights of the plain passes."""
+    from fadapt.training import graphs
+
+    pytest.importorskip("transformers", minversion="5")
+    made: list[Any] = []
+    record = graphs.Recorded._record
+    monkeypatch.setattr(graphs.Recorded, "_record", lambda *args: made.append(1) or record(*args))
+    from tests.models import qwen3
+
+    model = qwen3().to(DEVICE).requires_grad_(False)
+    batches = [
+        b for pair in zip(language_batches(3), language_batches(3, 16), strict=True) for b in pair
+    ]
+    options: dict[str, Any] = dict(steps=16, log_every=4)
+    plain = fadapt.sweep(model, RECORDED[:count], batches, **options)
+    assert not made
+    recorded = fadapt.sweep(
+        model, RECORDED[:count], batches, compile={"mode": "reduce-overhead"}, **options
+    )
+    assert len(made) == 2
+    assert [r.status for r in recorded.results] == [r.status for r in plain.results]
+    for step, losses in plain.losses.items():
+        torch.testing.assert_close(
+            recorded.losses[step], losses, rtol=1e-3, atol=1e-3, equal_nan=True
+        )
+    for name, params in plain.params.items():
+        a, b = (
+            torch.cat([t.flatten() for t in fadapt.trainable(p)])
+            for p in (recorded.params[name], params)
+        )
+        assert (a - b).norm() < 1e-2 * b.norm(), name
+
+
+def test_recorded_dropout_is_drawn_anew() -> None:
+    model = seeded(nn.Sequential(nn.Linear(8, 64), nn.Dropout(0.5), nn.Linear(64, 8))).to(DEVICE)
+    report = fadapt.sweep(
+        model.train(), [fadapt.Trial(LoRA(r=2), lr=1e-12, seed=s) for s in range(2)],
+        [inputs(4, 8)], steps=10, loss_fn=loss, compile={"mode": "reduce-overhead"},
+    )  # fmt: skip
+    assert len({float(x[0]) for x in report.losses.values()}) == 10
+
+
+def test_what_cannot_be_recorded_says_so_and_leaves_the_device_usable() -> None:
+    from fadapt.training.graphs import Recorded
+
+    function = Recorded(lambda x: x * x.sum().item(), torch.device(DEVICE))
+    x = torch.ones(2, device=DEVICE)
+    assert [function(x).tolist() for _ in range(2)] == [[2, 2]] * 2
+    with pytest.raises(RuntimeError, match="captur"):
+        function(x)
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    assert x.sum().item() == 2
+
+
+def test_a_sweep_halves_when_memory_runs_out() -> None:
+    """Really out of memory: the process may use only so much."""
+    rows = 2**14
+    model = seeded(nn.Sequential(*(nn.Linear(512, 512) for _ in range(4)))).to(DEVICE)
+    x = inputs(rows, 512)
+    trials = [fadapt.Trial(LoRA(r=2), lr=1e-3, seed=s) for s in range(8)]
+
+    def mean(out: Tensor, _: Any) -> Tensor:
+        return out.square().mean()
+
+    free = fadapt.sweep(model, trials, [x], steps=3, loss_fn=mean)
+    assert free.chunk == 8
+    torch.cuda.empty_cache()
+    each = rows * 512 * 4
+    total = torch.cuda.get_device_properties(0).total_memory
+    allowed = torch.cuda.memory_reserved() + 28 * each + 2**28
+    torch.cuda.set_per_process_memory_fraction(allowed / total)
+    try:
+        tight = fadapt.sweep(model, trials, [x], steps=3, loss_fn=mean)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert tight.chunk < 8
+    for name, params in free.params.items():
+        for a, b in zip(
+            fadapt.trainable(tight.params[name]), fadapt.trainable(params), strict=True
+        ):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)

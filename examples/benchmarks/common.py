@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import statistics
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -86,11 +90,20 @@ def alternate(
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-class Ticks(Sequence):
-    """The same batch for every step, which notes when each step begins."""
+READY = 5
+"""Steps by which a fit has compiled, recorded and warmed up."""
 
-    def __init__(self, batch: Any):
-        self.batch = batch
+
+class Ticks(Sequence):
+    """The same batch for every step, which notes when each step begins.
+
+    Args:
+        batch: the batch.
+        when_ready: called between two steps, when the fit is ready to be measured.
+    """
+
+    def __init__(self, batch: Any, when_ready: Callable[[], None]):
+        self.batch, self.when_ready = batch, when_ready
         self.times: list[float] = []
 
     def __len__(self) -> int:
@@ -98,16 +111,30 @@ class Ticks(Sequence):
 
     def __getitem__(self, index: int) -> Any:
         _wait()
+        if len(self.times) == READY:
+            self.preparation = time.perf_counter() - self.times[0]
+            self.when_ready()
         self.times.append(time.perf_counter())
         return self.batch
 
-    def median(self, last: int) -> float:
-        """Milliseconds a step, of the last few steps."""
-        return 1e3 * statistics.median(b - a for a, b in pairwise(self.times[-last - 1 :]))
+    def median(self) -> float:
+        """Milliseconds a step, from when it was ready."""
+        return 1e3 * statistics.median(b - a for a, b in pairwise(self.times[READY:]))
 
-    def first(self) -> float:
-        """Seconds of the first steps, with compilation and recording."""
-        return self.times[3] - self.times[0]
+
+@contextmanager
+def turn(directory: Path, processes: int) -> Iterator[None]:
+    """Waits for that many benchmarks to have compiled, side by side; then they measure in turn."""
+    if processes == 1:
+        yield
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / f"{os.getpid()}.ready").touch()
+    while len(list(directory.glob("*.ready"))) < processes:
+        time.sleep(0.1)
+    with open(directory / "turn", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def peak_bytes(step: Callable[[], Any]) -> int:

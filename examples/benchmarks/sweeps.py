@@ -4,7 +4,8 @@ B0 is PEFT as its users run it (eager; fp32 adapters and autocast over a bf16 ba
 its best (adapters in the base's dtype, torch.compile). Alternating in one process. A run of one
 adapter at a time is N times as long as its step; the peak is what a process with one run alone
 would hold. "run" is fadapt.run in a plain loop like PEFT's; "fit" is fadapt.fit, with its clipping,
-guards and records, right after the others.
+guards and records, right after the others. All is compiled before anything is measured, and
+several of these benchmarks can compile side by side (--processes) and then measure in turn.
 
     python examples/benchmarks/sweeps.py                            C1 on the CPU
     python examples/benchmarks/sweeps.py --hidden 512 --tokens 512 --adapters 16      C2
@@ -18,11 +19,13 @@ import argparse
 import contextlib
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import peft
 import torch
 from common import (
+    READY,
     TARGETS,
     Ticks,
     alternate,
@@ -31,6 +34,7 @@ from common import (
     qwen3,
     tokens,
     training_step,
+    turn,
 )
 
 import fadapt
@@ -72,31 +76,54 @@ def folded(
 
 
 def fitted(
-    model: torch.nn.Module, methods: list[fadapt.Method], batch: dict, args: argparse.Namespace
+    model: torch.nn.Module,
+    methods: list[fadapt.Method],
+    batch: dict,
+    args: argparse.Namespace,
+    when_ready: Callable[[], None],
 ) -> dict[str, float]:
     """The same by fadapt.fit: milliseconds a step, first and last loss, gradient norm, peak."""
     params, parts = start(model, methods, batch, args)
-    ticks, several = Ticks(parts), len(methods) > 1
+    several, cuda = len(methods) > 1, args.device == "cuda"
     options: dict[str, Any] = {"per_adapter": True} if several else {}
     if args.compile:
-        options["compile"] = {"mode": "reduce-overhead"} if args.device == "cuda" else True
-    cuda = args.device == "cuda"
+        options["compile"] = {"mode": "reduce-overhead"} if cuda else True
     before = torch.cuda.memory_allocated() if cuda else 0
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    steps = args.rounds + 5
+    peak = float("nan")
+
+    def ready() -> None:
+        nonlocal peak
+        if cuda:
+            peak = torch.cuda.max_memory_allocated() - before + bytes_of(model.parameters())
+        when_ready()
+
+    ticks, steps = Ticks(parts, ready), args.rounds + READY + 1
     trained = fadapt.fit(model, params, ticks, steps=steps, log_every=steps, **options)
-    peak = torch.cuda.max_memory_allocated() - before if cuda else None
-    loss = [fadapt.run(model, p, parts, per_adapter=several) for p in (params, trained)]
-    loss[1].sum().backward()
+    losses = [fadapt.run(model, p, parts, per_adapter=several) for p in (params, trained)]
+    losses[1].sum().backward()
     return {
-        "ms": ticks.median(args.rounds),
-        "compile": ticks.first(),
-        "first": float(loss[0].mean()),
-        "last": float(loss[1].mean()),
+        "ms": ticks.median(),
+        "preparation": ticks.preparation,
+        "first": float(losses[0].mean()),
+        "last": float(losses[1].mean()),
         "norm": gradient_norm(fadapt.trainable(trained)),
-        "peak": float("nan") if peak is None else peak + bytes_of(model.parameters()),
+        "peak": peak,
     }
+
+
+def print_head(args: argparse.Namespace) -> None:
+    print(
+        f"{args.hidden} wide, {args.layers} layers, r={args.r}, {args.device}, base {args.dtype}, "
+        f"adapters {args.adapter_dtype or 'float32'}, compiled {args.compile}, "
+        f"torch {torch.__version__}, peft {peft.__version__}"
+    )
+    print(
+        f"{'run':20}{'tokens/adapter':>15}{'ms/step':>9}{'ms/adapter':>11}{'k tok/s':>9}"
+        f"{'x B0':>7}{'x B1':>7}{'peak MiB':>10}{'/ adapter':>11}{'loss first':>12}{'last':>8}"
+        f"{'grad norm':>11}"
+    )
 
 
 def bytes_of(tensors: Any) -> int:
@@ -138,14 +165,20 @@ def main() -> None:
     parser.add_argument("--dtype", type=lambda s: getattr(torch, s), default=torch.float32)
     parser.add_argument("--adapter-dtype", type=lambda s: getattr(torch, s), default=None)
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--also", default="x 1", help="other stacks: 'x 1', 'x 16 mixed'")
+    parser.add_argument("--stacks", default="1,n", help="which: 1, n, mixed")
+    parser.add_argument("--processes", type=int, default=1, help="that compile side by side")
+    parser.add_argument("--meet", type=Path, default=Path("/tmp/fadapt-benchmarks"))
     args = parser.parse_args()
     n, per_adapter = args.adapters, args.rows * args.tokens
     batch = tokens(args.rows, args.tokens, args.vocab, args.device)
     model = qwen3(args.hidden, args.layers, args.vocab, args.device, args.dtype)
     lora = fadapt.LoRA(r=args.r)
-    asked = {"x 1": [lora], f"x {n}": [lora] * n, f"x {n} mixed": mixed(n)}
-    asked = {k: v for k, v in asked.items() if k in (f"x {n}", *args.also.split(","))}
+    known = {
+        "1": ("x 1", [lora]),
+        "n": (f"x {n}", [lora] * n),
+        "mixed": (f"x {n} mixed", mixed(n)),
+    }
+    asked = dict(known[k] for k in args.stacks.split(","))
     runs: dict[str, tuple[int, Callable, list]] = {}
     if args.peers:
         runs["B0 PEFT"] = (1, *peft_step(args, batch, best=False))
@@ -158,17 +191,6 @@ def main() -> None:
         begin = time.perf_counter()
         first[name] = float(step().mean())
         print(f"first step of {name}: {time.perf_counter() - begin:.0f} s", flush=True)
-    ms = alternate({name: step for name, (_, step, _) in runs.items()}, args.rounds)
-    print(
-        f"{args.hidden} wide, {args.layers} layers, r={args.r}, {args.device}, base {args.dtype}, "
-        f"adapters {args.adapter_dtype or 'float32'}, compiled {args.compile}, "
-        f"torch {torch.__version__}, peft {peft.__version__}"
-    )
-    print(
-        f"{'run':20}{'tokens/adapter':>15}{'ms/step':>9}{'ms/adapter':>11}{'k tok/s':>9}"
-        f"{'x B0':>7}{'x B1':>7}{'peak MiB':>10}{'/ adapter':>11}{'loss first':>12}{'last':>8}"
-        f"{'grad norm':>11}"
-    )
     each: dict[str, float] = {}
 
     def row(name: str, count: int, ms: float, peak: float, *numbers: float) -> None:
@@ -184,17 +206,30 @@ def main() -> None:
             flush=True,
         )
 
-    for name, (count, step, leaves) in runs.items():
-        last, peak = float(step().mean()), float("nan")
-        if args.device == "cuda" or not args.compile:  # whose frames a CPU's count would stop
-            # The base, the adapters with both moments of AdamW, and what a step needs beside them.
-            peak = bytes_of(model.parameters()) + 3 * bytes_of(leaves) + peak_bytes(step)
-        row(name, count, ms[name], peak, first[name], last, gradient_norm(leaves))
-    for name, methods in asked.items():
-        found = fitted(model, methods, batch, args)
+    def measure_steps() -> None:
+        ms = alternate({name: step for name, (_, step, _) in runs.items()}, args.rounds)
+        for name, (count, step, leaves) in runs.items():
+            last, peak = float(step().mean()), float("nan")
+            if args.device == "cuda" or not args.compile:  # whose frames a CPU's count would stop
+                # The base, the adapters with both moments of AdamW, and what a step needs.
+                peak = bytes_of(model.parameters()) + 3 * bytes_of(leaves) + peak_bytes(step)
+            row(name, count, ms[name], peak, first[name], last, gradient_norm(leaves))
+
+    def measure(fits: list[tuple[str, list[fadapt.Method]]]) -> None:
+        """Prepares the fits one inside the other; the innermost is measured first."""
+        if not fits:
+            stack.enter_context(turn(args.meet, args.processes))
+            print_head(args)
+            measure_steps()
+            return
+        (name, methods), *others = fits
+        found = fitted(model, methods, batch, args, lambda: measure(others))
         numbers = (found[k] for k in ("ms", "peak", "first", "last", "norm"))
         row(f"fit {name}", len(methods), *numbers)
-        print(f"{'':20}compiled and recorded in {found['compile']:.0f} s", flush=True)
+        print(f"{'':20}prepared in {found['preparation']:.0f} s", flush=True)
+
+    with contextlib.ExitStack() as stack:
+        measure(list(asked.items()))
 
 
 if __name__ == "__main__":
