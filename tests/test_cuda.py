@@ -338,6 +338,22 @@ def test_recorded_dropout_is_drawn_anew() -> None:
     assert len({float(x[0]) for x in report.losses.values()}) == 10
 
 
+def test_one_tensor_in_two_places_of_a_recorded_batch() -> None:
+    """Compiled code relies on it; a copy of each would compile anew, in the midst of recording."""
+    pytest.importorskip("transformers", minversion="5")
+    from tests.models import qwen3
+
+    ids = language_batches(1)[0]["input_ids"].to(DEVICE)
+    model = qwen3().to(DEVICE).requires_grad_(False)
+    options: dict[str, Any] = dict(steps=8, lr=1e-2)
+    for batch in ({"input_ids": ids, "labels": ids}, {"input_ids": ids, "labels": ids.clone()}):
+        params = fadapt.init(model, LoRA(r=2))
+        a = fadapt.fit(model, params, [batch], compile={"mode": "reduce-overhead"}, **options)
+        b = fadapt.fit(model, params, [batch], **options)
+        for x, y in zip(fadapt.trainable(a), fadapt.trainable(b), strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-2, atol=1e-3)
+
+
 def test_what_cannot_be_recorded_says_so_and_leaves_the_device_usable() -> None:
     from fadapt.training.graphs import Recorded
 

@@ -122,14 +122,22 @@ class Ticks(Sequence):
         return 1e3 * statistics.median(b - a for a, b in pairwise(self.times[READY:]))
 
 
+def announce(directory: Path) -> None:
+    """Tells the others at :func:`turn` not to wait for this process."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / f"{os.getpid()}.ready").touch()
+
+
 @contextmanager
 def turn(directory: Path, processes: int) -> Iterator[None]:
-    """Waits for that many benchmarks to have compiled, side by side; then they measure in turn."""
+    """Waits for that many benchmarks to have compiled, side by side; then they measure in turn.
+
+    Whichever ends earlier, by an error too, is not waited for if it calls :func:`announce`.
+    """
     if processes == 1:
         yield
         return
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / f"{os.getpid()}.ready").touch()
+    announce(directory)
     while len(list(directory.glob("*.ready"))) < processes:
         time.sleep(0.1)
     with open(directory / "turn", "w") as file:

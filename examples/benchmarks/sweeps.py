@@ -29,6 +29,7 @@ from common import (
     TARGETS,
     Ticks,
     alternate,
+    announce,
     gradient_norm,
     peak_bytes,
     qwen3,
@@ -229,6 +230,8 @@ def main() -> None:
         print(f"{'':20}prepared in {found['preparation']:.0f} s", flush=True)
 
     with contextlib.ExitStack() as stack:
+        if args.processes > 1:
+            stack.callback(announce, args.meet)
         measure(list(asked.items()))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -30,26 +29,29 @@ class Recorded:
         # One stream for all, so that the libraries' workspaces are those of the first calls.
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
-        self._calls: Counter[Any] = Counter()
-        self._recordings: dict[Any, tuple[torch.cuda.CUDAGraph, list[Any], Tensor]] = {}
+        self._recordings: dict[Any, _Recording] = {}
 
     def __call__(self, argument: Any) -> Tensor:
         """The function's result, in memory of its own."""
         leaves, spec = pytree.tree_flatten(argument)
-        form = spec, tuple(_form(leaf) for leaf in leaves)
+        form = spec, tuple(_form(leaf) for leaf in leaves), _aliases(leaves)
         if form not in self._recordings:
-            self._calls[form] += 1
-            if self._calls[form] <= WARMUP or len(self._recordings) == MOST:
-                return self._call(argument)
-            self._recordings[form] = self._record(leaves, spec)
-        graph, static, result = self._recordings[form]
-        for held, leaf in zip(static, leaves, strict=True):
-            if isinstance(held, Tensor):
-                held.copy_(leaf)
-        graph.replay()
-        return result.clone()
+            if len(self._recordings) == MOST:
+                return self._beside(argument)
+            self._recordings[form] = _Recording(leaves, spec)
+        recording = self._recordings[form]
+        recording.fill(leaves)
+        if recording.calls < WARMUP:
+            # On the recording's own tensors, so that nothing compiles anew while it is made.
+            recording.calls += 1
+            return self._beside(recording.argument)
+        if recording.graph is None:
+            self._record(recording)
+        assert recording.graph is not None
+        recording.graph.replay()
+        return recording.result.clone()
 
-    def _call(self, argument: Any) -> Tensor:
+    def _beside(self, argument: Any) -> Tensor:
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
@@ -57,8 +59,7 @@ class Recorded:
         current.wait_stream(self._stream)
         return result.clone()
 
-    def _record(self, leaves: list[Any], spec: Any) -> tuple[torch.cuda.CUDAGraph, list, Tensor]:
-        static = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    def _record(self, recording: _Recording) -> None:
         graph = torch.cuda.CUDAGraph()
         try:
             with (
@@ -69,13 +70,47 @@ class Recorded:
                     graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
                 ),
             ):
-                result = self._function(pytree.tree_unflatten(static, spec))
+                recording.result = self._function(recording.argument)
         except RuntimeError as error:
             # What breaks a capture is raised first, that it broke second.
             if isinstance(error.__context__, torch.OutOfMemoryError):
                 raise error.__context__ from None
             raise
-        return graph, static, result
+        recording.graph = graph
+
+
+class _Recording:
+    """One form of the argument: tensors that stay where they are, and what is made of them.
+
+    Attributes:
+        argument: the tree that the function is called with.
+        calls: so far, before it was recorded.
+        graph, result: once recorded.
+    """
+
+    result: Tensor
+
+    def __init__(self, leaves: list[Any], spec: Any):
+        # A tensor that stands in two places stays one, which compiled code relies on.
+        own = {id(leaf): leaf.clone() for leaf in leaves if isinstance(leaf, Tensor)}
+        self._leaves = [own.get(id(leaf), leaf) for leaf in leaves]
+        self.argument = pytree.tree_unflatten(self._leaves, spec)
+        self.calls = 0
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def fill(self, leaves: list[Any]) -> None:
+        """Takes over the values of an argument of the same form."""
+        for held, leaf in zip(self._leaves, leaves, strict=True):
+            if isinstance(held, Tensor):
+                held.copy_(leaf)
+
+
+def _aliases(leaves: list[Any]) -> tuple[int, ...]:
+    """Where each tensor stands first."""
+    first: dict[int, int] = {}
+    return tuple(
+        first.setdefault(id(leaf), i) for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)
+    )
 
 
 def _form(leaf: Any) -> Any:
