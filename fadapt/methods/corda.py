@@ -20,26 +20,23 @@ Task-Aware Parameter-Efficient Fine-tuning", arXiv 2406.05223, eq. 1 to 4.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
 
 from ..calibration.moments import Gram
 from ..calibration.reductions import Statistic
 from ..method import Leaves, require
+from ._moved_factors import MovedFactors
 from ._svd_core import calibrated
-from .lora import LoRA
 
 if TYPE_CHECKING:
-    from ..linear_map import LinearMap
-    from ..sites import Site, SiteView
+    from ..sites import SiteView
 
 
 @dataclass(frozen=True)
-class CorDA(LoRA):
+class CorDA(MovedFactors):
     """LoRA started from singular triplets of W C, C the second moment of the layer's input.
 
     Args:
@@ -53,22 +50,12 @@ class CorDA(LoRA):
     mode: Literal["ipm", "kpm"] = "ipm"
     damping: float = 0.01
 
-    rank_axes: ClassVar[Mapping[str, int]] = {"dA": 0, "A0": 0, "dB": 1, "B0": 1}
     statistic: ClassVar[Statistic] = Statistic(Gram())
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.alpha > 0, f"alpha must be positive, got {self.alpha}")
         require(self.mode in ("ipm", "kpm"), f'mode must be "ipm" or "kpm", got {self.mode!r}')
         require(self.damping > 0, f"damping must be positive, got {self.damping}")
-
-    def check(self, site: Site) -> None:
-        full = min(site.out_features, site.in_features)
-        require(
-            self.r <= full,
-            f"the weight has {full} singular values, fewer than r={self.r}; "
-            f"write CorDA(r={full}) or smaller",
-        )
 
     def init(self, site: SiteView, rng: torch.Generator, stat: Any = None) -> tuple[Leaves, Leaves]:
         c = calibrated(site, self, stat, (site.in_features, site.in_features))
@@ -81,18 +68,4 @@ class CorDA(LoRA):
         tiny = torch.finfo(s.dtype).eps * len(s) * s[0]
         inverse = torch.where(s[pick] > tiny, sigma, torch.inf).rsqrt()
         a0 = inverse.unsqueeze(1) * (u.mT @ w) / self.scaling
-        return (
-            {
-                "dA": site.zeros(self.r, site.in_features),
-                "dB": site.zeros(site.out_features, self.r),
-            },
-            {"A0": a0.to(site.dtype), "B0": (u * sigma.sqrt()).to(site.dtype)},
-        )
-
-    def delta(self, p: Mapping[str, Tensor], x: Tensor, y: Tensor, base: LinearMap) -> Tensor:
-        moved = (x @ p["dA"].mT) @ (p["B0"] + p["dB"]).mT
-        return self.scale(p) * (moved + (x @ p["A0"].mT) @ p["dB"].mT)
-
-    def widened(self, r: int) -> CorDA:
-        # The mode and the damping only chose A0 and B0.
-        return CorDA(r=r, alpha=float(r))
+        return self.leaves(site, a0, u * sigma.sqrt())

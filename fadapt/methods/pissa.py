@@ -16,24 +16,21 @@ Large Language Models", arXiv 2404.02948.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from ..linalg import random_svd, top_svd
 from ..method import Leaves, require
-from .lora import LoRA
+from ._moved_factors import MovedFactors
 
 if TYPE_CHECKING:
-    from ..linear_map import LinearMap
-    from ..sites import Site, SiteView
+    from ..sites import SiteView
 
 
 @dataclass(frozen=True)
-class PiSSA(LoRA):
+class PiSSA(MovedFactors):
     """LoRA that starts from the principal singular triplets of the weight.
 
     Args:
@@ -45,27 +42,11 @@ class PiSSA(LoRA):
 
     niter: int | None = None
 
-    broadcasts: ClassVar[bool] = False
-    rank_axes: ClassVar[Mapping[str, int]] = {"dA": 0, "dB": 1, "A0": 0, "B0": 1}
-
     def __post_init__(self) -> None:
         super().__post_init__()
         require(
-            self.alpha > 0,
-            f"alpha must be positive, because the singular values are divided by alpha / r; "
-            f"got {self.alpha}",
-        )
-        require(
             self.niter is None or self.niter >= 0,
             f"niter must be None (exact SVD) or at least 0, got {self.niter}",
-        )
-
-    def check(self, site: Site) -> None:
-        full = min(site.out_features, site.in_features)
-        require(
-            self.r <= full,
-            f"the weight has {full} singular values, fewer than r={self.r}; "
-            f"write PiSSA(r={full}) or smaller",
         )
 
     def init(self, site: SiteView, rng: torch.Generator, stat: Any = None) -> tuple[Leaves, Leaves]:
@@ -75,14 +56,4 @@ class PiSSA(LoRA):
         else:
             u, s, v = random_svd(w, self.r, rng, self.niter)
         root = (s / self.scaling).sqrt()
-        return (
-            {
-                "dA": site.zeros(self.r, site.in_features),
-                "dB": site.zeros(site.out_features, self.r),
-            },
-            {"A0": (v * root).mT, "B0": u * root},
-        )
-
-    def delta(self, p: Mapping[str, Tensor], x: Tensor, y: Tensor, base: LinearMap) -> Tensor:
-        inner = self.scale(p) * (x @ torch.cat([p["dA"], p["A0"]]).mT)
-        return inner @ torch.cat([p["B0"] + p["dB"], p["dB"]], 1).mT
+        return self.leaves(site, (v * root).mT, u * root)

@@ -1,0 +1,61 @@
+"""y' = y + s [(x dAᵀ) (B0 + dB)ᵀ + (x A0ᵀ) dBᵀ]: what PiSSA and CorDA share.
+
+LoRA whose factors A = A0 + dA and B = B0 + dB start from a part of the frozen weight. As both are
+stored as their moves from there, s (B A - B0 A0) is added to W itself and no residual is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..method import Leaves, require
+from .lora import LoRA
+
+if TYPE_CHECKING:
+    from ..linear_map import LinearMap
+    from ..sites import Site, SiteView
+
+
+@dataclass(frozen=True)
+class MovedFactors(LoRA):
+    """LoRA with trainable moves dA (r, in), dB (out, r) of fixed factors A0 and B0."""
+
+    rank_axes: ClassVar[Mapping[str, int]] = {"dA": 0, "dB": 1, "A0": 0, "B0": 1}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            self.alpha > 0,
+            f"alpha must be positive, because the singular values are divided by alpha / r; "
+            f"got {self.alpha}",
+        )
+
+    def check(self, site: Site) -> None:
+        full = min(site.out_features, site.in_features)
+        require(
+            self.r <= full,
+            f"the weight has {full} singular values, fewer than r={self.r}; "
+            f"write {type(self).__name__}(r={full}) or smaller",
+        )
+
+    def leaves(self, site: SiteView, a0: Tensor, b0: Tensor) -> tuple[Leaves, Leaves]:
+        """What ``init`` returns for the factors A0 (r, in) and B0 (out, r)."""
+        moves = {
+            "dA": site.zeros(self.r, site.in_features),
+            "dB": site.zeros(site.out_features, self.r),
+        }
+        return moves, {"A0": a0.to(site.dtype), "B0": b0.to(site.dtype)}
+
+    def delta(self, p: Mapping[str, Tensor], x: Tensor, y: Tensor, base: LinearMap) -> Tensor:
+        down = torch.cat([p["dA"], p["A0"].expand_as(p["dA"])], -2)
+        up = torch.cat([p["B0"] + p["dB"], p["dB"]], -1)
+        return self.scale(p) * (x @ down.mT) @ up.mT
+
+    def widened(self, r: int) -> MovedFactors:
+        # What else a subclass has only chose A0 and B0.
+        return MovedFactors(r=r, alpha=float(r))
