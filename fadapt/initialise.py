@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -18,6 +17,7 @@ from .fingerprint import fingerprint
 from .guard import exclusive
 from .linear_map import DenseMap, LinearMap
 from .method import STRENGTH, Leaves, Method
+from .seeds import generator
 from .sites import Site, SiteView, resolve
 from .slots import Slot, check_model
 from .tree import Adapter, Params, trainable_leaves
@@ -47,21 +47,16 @@ def init(
     config = as_config(cfg)
     check_model(model)
     with torch.no_grad(), exclusive(model):
-        _check_finite([slot for slot, _, _ in resolve(model, config)])
-    stats = as_stats(model, config, calib)
+        found = resolve(model, config)
+        _check_finite([slot for slot, _, _ in found])
+    stats = as_stats(model, config, found, calib)
     with torch.no_grad(), exclusive(model):
-        found, statistic = prepare(resolve(model, config), stats)
+        found, statistic = prepare(found, stats)
         adapters = {
             site.name: _init_one(slot, site, m, config, statistic(site, m))
             for slot, site, m in found
         }
     return trainable_leaves(Params(adapters, config))
-
-
-def site_generator(seed: int, name: str) -> torch.Generator:
-    """A CPU generator that depends on (seed, name) alone."""
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 def _init_one(slot: Slot, site: Site, method: Method, config: Config, stat: Any) -> Adapter:
@@ -70,7 +65,7 @@ def _init_one(slot: Slot, site: Site, method: Method, config: Config, stat: Any)
     parts = []
     for own, base in _matrices(slot, site):
         view = SiteView(own, base, weight.device, at_least)
-        parts.append(method.init(view, site_generator(config.seed, own.name), stat))
+        parts.append(method.init(view, generator(config.seed, own.name), stat))
         _check_leaves(method, own, *parts[-1])
     train, fixed = parts[0] if not site.experts else map(_stacked, zip(*parts, strict=True))
     dtype = config.dtype or at_least

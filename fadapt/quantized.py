@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from .errors import TargetError
 from .fingerprint import fingerprint
+from .frozen_product import KERNEL, LINEAR, TRANSPOSE, product
 
-KERNEL, LINEAR, TRANSPOSE = "kernel", "linear", "transpose"
 BLOCK_ROWS = 32  # of the layout that bitsandbytes uses on CPUs with AVX512-BF16
 
 
@@ -60,10 +60,10 @@ class QuantizedMap:
         return self.module.bias
 
     def __call__(self, x: Tensor) -> Tensor:
-        return _product(x, self, KERNEL)
+        return product(x, self, KERNEL)
 
     def linear(self, z: Tensor) -> Tensor:
-        return _product(z, self, LINEAR)
+        return product(z, self, LINEAR)
 
     def weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """A new dense matrix (out_features, in_features)."""
@@ -268,51 +268,3 @@ def quantized_map(module: nn.Module) -> QuantizedMap | None:
 def has_quantized(model: nn.Module) -> bool:
     """Whether any layer of the model is one of a :func:`quantized_map`."""
     return any(quantized_map(module) is not None for module in model.modules())
-
-
-class _Traced(torch.autograd.Function):
-    """A product with a frozen matrix, as torch.compile can trace it: first derivatives only."""
-
-    @staticmethod
-    def forward(x: Tensor, base: QuantizedMap, part: str) -> Tensor:
-        with torch.no_grad():
-            return base.part(x, part)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, ctx.base, ctx.part = inputs
-        ctx.dtypes = x.dtype, output.dtype
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, None, None]:  # type: ignore[override]
-        into = LINEAR if ctx.part == TRANSPOSE else TRANSPOSE
-        return ctx.base.part(grad.to(ctx.dtypes[0]), into), None, None
-
-
-class _Product(_Traced):
-    """The same under autograd and all torch.func transforms, to any order.
-
-    bitsandbytes' own autograd functions have no setup_context, vmap or jvp and are refused there.
-    """
-
-    generate_vmap_rule = False
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, None, None]:  # type: ignore[override]
-        into = LINEAR if ctx.part == TRANSPOSE else TRANSPOSE
-        return _Product.apply(grad.to(ctx.dtypes[0]), ctx.base, into), None, None
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Any:  # type: ignore[override]
-        along = TRANSPOSE if ctx.part == TRANSPOSE else LINEAR
-        return _Product.apply(tangent, ctx.base, along).to(ctx.dtypes[1])  # type: ignore[union-attr]
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple, *args: Any) -> Any:  # type: ignore[override]
-        x, base, part = args
-        return _Product.apply(x.movedim(in_dims[0], 0), base, part), 0
-
-
-def _product(x: Tensor, base: QuantizedMap, part: str) -> Any:
-    # Dynamo refuses a Function that has a jvp.
-    return (_Traced if torch.compiler.is_compiling() else _Product).apply(x, base, part)

@@ -5,26 +5,25 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
 from . import fold
-from .errors import ConfigError, FadaptError, TargetError
+from .errors import ConfigError, FadaptError
 from .guard import bound_params, exclusive
 from .losses import FrozenHead, frozen_head, hugging_face_loss
-from .overlay import Adapted, Call, Overlay, SwappedForward, overlay
-from .quantized import QuantizedMap, has_quantized, quantized_map
-from .slots import check_model, check_module, check_weight
+from .mount import Mount, forwards_swapped, mounted, prepare
+from .overlay import Adapted
+from .quantized import has_quantized
+from .slots import check_model
 from .stack import Stack
 from .tree import Params
 
 # Dynamo traces the removal of a module's attribute, which _forwards_swapped needs, since 2.13.
-_COMPILES_QUANTIZED = torch.__version__ >= (2, 13)
+_COMPILES_QUANTIZED = torch.__version__ >= "2.13"
 
 Batch = Mapping[str, Any] | tuple[Any, ...] | Tensor
 LossFn = Callable[[Any, Any], Tensor]
@@ -141,22 +140,9 @@ def bound(model: nn.Module, params: Params | Stack) -> Iterator[nn.Module]:
     """
     with (
         exclusive(model, bound=params),
-        _mounted(_prepare(model, _adapted_sites(model, params, None), lasting=True)),
+        mounted(prepare(model, _adapted_sites(model, params, None), lasting=True)),
     ):
         yield model
-
-
-@dataclass(frozen=True)
-class _Mount:
-    """Replacements for one call: by full name for functional_call, by place for bound.
-
-    Of a quantised layer, whose kernel takes no overlay, the ``forward`` is replaced.
-    """
-
-    by_name: dict[str, Tensor]
-    places: list[tuple[nn.Module, str, Tensor]]
-    forwards: list[tuple[nn.Module, str, SwappedForward]]
-    checkpointing: list[nn.Module]
 
 
 def _adapted_sites(
@@ -169,124 +155,6 @@ def _adapted_sites(
     if not isinstance(params, Params):
         raise ConfigError(f"params must come from fadapt.init, load or join; got {type(params)}")
     return params
-
-
-def _prepare(model: nn.Module, sites: Mapping[str, Adapted], lasting: bool) -> _Mount:
-    """An overlay for every site, and a detached alias for every other trainable base parameter."""
-    call = Call(lasting, torch.is_grad_enabled())
-    by_name: dict[str, Tensor] = {}
-    places: list[tuple[nn.Module, str, Tensor]] = []
-    forwards: list[tuple[nn.Module, str, SwappedForward]] = []
-    checkpointing: list[nn.Module] = []
-    found: set[str] = set()
-    for prefix, module in model.named_modules():
-        if module.__dict__.get("gradient_checkpointing") and module.training and call.grad:
-            checkpointing.append(module)
-        check_module(prefix, module)
-        # Not named_parameters, whose generators cost more than the rest of this loop.
-        for key, weight in module._parameters.items():
-            if weight is None:
-                continue
-            name = f"{prefix}.{key}" if prefix else key
-            found.add(name)
-            if isinstance(weight, UninitializedTensorMixin):
-                check_weight(name, module, weight)
-            if weight.is_meta:
-                raise TargetError(
-                    f"{name} is a meta tensor without values; load the weights to run the model"
-                )
-            if key == "weight" and (base := quantized_map(module)) is not None:
-                forwards.append(_swap(name, module, base, sites.get(name), call))
-                continue
-            if name in sites:
-                new = _overlay_site(name, module, weight, sites[name], call)
-            elif weight.requires_grad:
-                new = weight.detach()
-            else:
-                continue
-            by_name[name] = new
-            places.append((module, key, new))
-    if missing := [name for name in sites if name not in found]:
-        raise TargetError(
-            f"the params adapt {missing[0]} and {len(missing) - 1} more weights that this "
-            f"{type(model).__name__} does not have; they were made for another model"
-        )
-    return _Mount(by_name, places, forwards, checkpointing)
-
-
-def _swap(
-    name: str, module: nn.Module, base: QuantizedMap, adapter: Adapted | None, call: Call
-) -> tuple[nn.Module, str, SwappedForward]:
-    # accelerate's hooks keep the layer's own forward under this name, and call it.
-    key = "_old_forward" if "_old_forward" in module.__dict__ else "forward"
-    if adapter is not None:
-        if isinstance(module.__dict__.get(key), SwappedForward):
-            raise FadaptError(f"{name} is already adapted: the model is inside fadapt.bound")
-        base.check(name)
-        _check_site(name, base.shape, base.module.weight, adapter.site.matrix_shape, adapter)
-    return module, key, SwappedForward(base, adapter, call)
-
-
-def _overlay_site(
-    name: str, module: nn.Module, weight: Tensor, adapter: Adapted, call: Call
-) -> Overlay:
-    if isinstance(weight, Overlay):
-        raise FadaptError(f"{name} is already adapted: the model is inside fadapt.bound")
-    check_weight(name, module, weight)
-    _check_site(name, tuple(weight.shape), weight, adapter.site.stored_shape, adapter)
-    return overlay(weight.detach(), adapter, call)
-
-
-def _check_site(
-    name: str, found: tuple[int, ...], weight: Tensor, wanted: tuple[int, ...], adapter: Adapted
-) -> None:
-    if found != wanted:
-        raise TargetError(
-            f"{name} has shape {found}, but its adapter was made for {wanted}: another base model"
-        )
-    device = adapter.device or weight.device
-    if device.type == "meta" and not weight.is_meta:
-        raise TargetError(
-            f"the adapter of {name} was made on a meta model and has no values; call fadapt.init "
-            "or fadapt.load with this model"
-        )
-    if device != weight.device:
-        raise ConfigError(
-            f"{name} is on {weight.device}, its adapter on {device}; "
-            f"write params = params.to({str(weight.device)!r})"
-        )
-    if weight.is_meta:
-        raise TargetError(f"{name} is a meta tensor without values; load the weights to run it")
-
-
-@contextmanager
-def _mounted(mount: _Mount) -> Iterator[None]:
-    # nn.Module has no public way to put a non-Parameter where a Parameter is; functional_call
-    # does this too, but only for the duration of one forward.
-    before = [(module, key, module._parameters[key]) for module, key, _ in mount.places]
-    try:
-        for module, key, new in mount.places:
-            module._parameters[key] = new  # type: ignore[assignment]
-        with _forwards_swapped(mount):
-            yield
-    finally:
-        for module, key, old in reversed(before):
-            module._parameters[key] = old
-
-
-@contextmanager
-def _forwards_swapped(mount: _Mount) -> Iterator[None]:
-    before = [(m, key, m.__dict__.get(key)) for m, key, _ in mount.forwards]
-    try:
-        for module, key, new in mount.forwards:
-            setattr(module, key, new)
-        yield
-    finally:
-        for module, key, old in reversed(before):
-            if old is None:
-                module.__dict__.pop(key, None)
-            else:
-                setattr(module, key, old)
 
 
 def _call(
@@ -306,12 +174,12 @@ def _call(
     if head is not None:
         sites = {**sites, head.site.name: head}
     if torch.compiler.is_compiling():
-        return _functional(model, _prepare(model, sites, lasting=True), method, args, kwargs)
+        return _functional(model, prepare(model, sites, lasting=True), method, args, kwargs)
     with exclusive(model):
-        mount = _prepare(model, sites, lasting=False)
+        mount = prepare(model, sites, lasting=False)
         if not mount.checkpointing:
             return _functional(model, mount, method, args, kwargs)
-        mount = _prepare(model, sites, lasting=True)
+        mount = prepare(model, sites, lasting=True)
         with _recompute_adapted(model, params, mount):
             try:
                 return _functional(model, mount, method, args, kwargs)
@@ -324,15 +192,15 @@ def _call(
                 ) from error
 
 
-_call_uncompiled = torch.compiler.disable(
+_call_uncompiled: Any = torch.compiler.disable(
     _call,
     reason="fadapt compiles a step over bitsandbytes layers with torch 2.13 or later; with an "
     "older one leave out fullgraph=True, and the step runs as it is",
 )
 
 
-def _functional(model: nn.Module, mount: _Mount, method: str, args: tuple, kwargs: dict) -> Any:
-    with _forwards_swapped(mount) if mount.forwards else nullcontext():
+def _functional(model: nn.Module, mount: Mount, method: str, args: tuple, kwargs: dict) -> Any:
+    with forwards_swapped(mount) if mount.forwards else nullcontext():
         if method == "forward":
             return functional_call(model, mount.by_name, args, kwargs, tie_weights=False)
         wrapper = _MethodCall(model, method)
@@ -363,7 +231,7 @@ def _method(model: nn.Module, name: str) -> Callable[..., Any]:
 
 
 @contextmanager
-def _recompute_adapted(model: nn.Module, params: Any, mount: _Mount) -> Iterator[None]:
+def _recompute_adapted(model: nn.Module, params: Any, mount: Mount) -> Iterator[None]:
     """Makes the layers' checkpoint function recompute under the same overlays.
 
     Hugging Face layers keep theirs in ``_gradient_checkpointing_func``. For the duration of the
@@ -376,7 +244,7 @@ def _recompute_adapted(model: nn.Module, params: Any, mount: _Mount) -> Iterator
         if bound_params(model) is params:
             yield
             return
-        with exclusive(model), _mounted(mount):
+        with exclusive(model), mounted(mount):
             yield
 
     key = "_gradient_checkpointing_func"

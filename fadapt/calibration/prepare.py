@@ -12,7 +12,7 @@ from ..config import Config
 from ..errors import CalibrationError, FadaptWarning
 from ..guard import refuse_bound
 from ..method import Method
-from ..sites import Site, resolve
+from ..sites import Site
 from ..slots import Slot
 from .reductions import Statistic
 from .stats import Stats
@@ -29,10 +29,13 @@ def statistics_of(wanted: Any) -> Iterator[Statistic]:
             yield from statistics_of(part)
 
 
-def as_stats(model: nn.Module, config: Config, calib: Stats | Iterable[Any] | None) -> Stats | None:
+def as_stats(
+    model: nn.Module, config: Config, found: Found, calib: Stats | Iterable[Any] | None
+) -> Stats | None:
     """The statistics that the methods of ``config`` need; None if they need none.
 
     Args:
+        found: the sites that the config means.
         calib: batches, which are observed; or the Stats of an earlier pass over this model.
 
     Raises:
@@ -40,7 +43,7 @@ def as_stats(model: nn.Module, config: Config, calib: Stats | Iterable[Any] | No
         FadaptError: the model is inside ``bound``.
     """
     refuse_bound(model, "calibrating")
-    for _, site, method in (found := resolve(model, config)):
+    for _, site, method in found:
         if calib is None and any(True for _ in statistics_of(method.statistic)):
             raise CalibrationError(
                 f"{method} at {site.name} starts from data: pass batches, "

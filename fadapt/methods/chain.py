@@ -7,7 +7,6 @@ Identity at the start: every f_k is.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..method import STRENGTH, Leaves, Method, require
+from ..seeds import generator
 
 if TYPE_CHECKING:
     from ..linear_map import LinearMap
@@ -73,8 +73,7 @@ class Chain(Method):
         train: Leaves = {}
         fixed: Leaves = {}
         for i, method in enumerate(self.methods):
-            digest = hashlib.sha256(f"{rng.initial_seed()}:{i}".encode()).digest()
-            own = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+            own = generator(rng.initial_seed(), i)
             parts = method.init(site, own, None if stat is None else stat[i])
             for whole, part in zip((train, fixed), parts, strict=True):
                 whole.update({f"{i}.{k}": t for k, t in part.items()})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..method import require
+from ..seeds import generator
 
 Order = Literal["shared", "own"]
 
@@ -115,8 +115,8 @@ class Feed:
         self.step, self._index = numbers["step"], numbers["index"]
         if self.indexed or self.step == 0:
             return
-        for generator, (_, state) in zip(self._generators(), sorted(tensors.items()), strict=True):
-            generator.set_state(state)
+        for g, (_, state) in zip(self._generators(), sorted(tensors.items()), strict=True):
+            g.set_state(state)
         self._epoch_start = [state for _, state in sorted(tensors.items())]
         self._iterator = iter(self.batches)
         skipped = sum(1 for _ in itertools.islice(self._iterator, self._index))
@@ -192,6 +192,4 @@ def _check_alike(parts: list[Any], what: str) -> None:
 
 @functools.lru_cache(maxsize=4096)
 def _permutation(seed: int, epoch: int, length: int) -> list[int]:
-    digest = hashlib.sha256(f"order:{seed}:{epoch}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-    return torch.randperm(length, generator=generator).tolist()
+    return torch.randperm(length, generator=generator("order", seed, epoch)).tolist()

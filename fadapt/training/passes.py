@@ -129,13 +129,14 @@ class Passes:
 
     def _choose(self, batch: Any) -> None:
         """Settles the width before the first pass."""
-        self.chosen = len(self.arena)
-        if self.compiler.device.type == "cpu" and self.chosen > 1:
+        width = len(self.arena)
+        if self.compiler.device.type == "cpu" and width > 1:
             _, each = self._attempt(lambda first: self._kept_bytes(first, batch), self._chunk(0, 1))
             assert each is not None
-            while self.chosen > 1 and self.chosen * each > CPU_BYTES:
-                self.chosen = -(-self.chosen // 2)
-            self._split(self.chosen)
+            while width > 1 and width * each > CPU_BYTES:
+                width = -(-width // 2)
+            self._split(width)
+        self.chosen = width
 
     def _kept_bytes(self, chunk: Chunk, batch: Any) -> int:
         """Bytes that a forward keeps for its gradient."""
