@@ -13,24 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import FadaptError
 from .linear_map import DenseMap
 from .method import STRENGTH
 from .tree import Adapter
 
 
 def at(adapter: Any, index: Any, count: int = 0) -> Adapter:
-    """The adapter of one expert, or of the experts ``index`` (count,), repeated where it repeats.
-
-    Raises:
-        FadaptError: a fold, whose rows are mixed by the routing.
-    """
-    if not isinstance(adapter, Adapter):
-        raise FadaptError(
-            f"{adapter.site.name} holds expert weights: routing mixes the rows of a batch, so that "
-            "a stack of adapters cannot tell them apart. Run the adapters one by one, or with "
-            "torch.func.vmap over fadapt.run"
-        )
+    """The adapter of one expert, or of the experts ``index`` (count,) with repetitions."""
 
     def take(leaves: dict[str, Tensor]) -> dict[str, Tensor]:
         return {k: t if k == STRENGTH else t[index] for k, t in leaves.items()}

@@ -20,6 +20,8 @@ from .linear_map import LinearMap
 from .sites import Site
 from .stack import Stack, StackedAdapter
 
+APART = "Run the adapters one by one, or with torch.func.vmap over fadapt.run"
+
 
 class FoldedSite:
     """One site of a stack: every group's adapters applied to their own rows.
@@ -77,8 +79,7 @@ class FoldedSite:
     def dense(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         raise FadaptError(
             f"{self.site.name} is used by an operation without a rule, and {self.stack_size} "
-            "adapters in one pass have no common weight. Run them one by one, or with "
-            "torch.func.vmap over fadapt.run"
+            f"adapters in one pass have no common weight. {APART}"
         )
 
     def _parts(self, rows: Tensor) -> Sequence[Tensor]:
@@ -108,8 +109,7 @@ class FoldedSite:
             raise FadaptError(
                 f"{self.site.name} gets an input of shape {tuple(x.shape)}, where {self.stack_size}"
                 f" adapters x {self.rows or '?'} rows need a leading batch axis of {batch}: the "
-                "model moves or mixes its batch axis. Run the adapters one by one, or with "
-                "torch.func.vmap over fadapt.run"
+                f"model moves or mixes its batch axis. {APART}"
             )
 
 
@@ -125,8 +125,27 @@ def _take(rows: Tensor, index: tuple[int, ...]) -> Tensor:
 
 
 def folded_sites(stack: Stack, rows: int | None) -> dict[str, FoldedSite]:
-    """The overlays' contents for a stack, by site."""
-    return {name: FoldedSite(name, stack, rows) for name in stack.sites}
+    """The overlays' contents for a stack, by site.
+
+    Raises:
+        FadaptError: a site whose layer cannot tell the rows of the adapters apart.
+    """
+    sites = {name: FoldedSite(name, stack, rows) for name in stack.sites}
+    for name, folded in sites.items():
+        if why := cannot_fold(folded.site):
+            raise FadaptError(
+                f"{name} {why}: a stack of {stack.size} adapters cannot be folded there. {APART}"
+            )
+    return sites
+
+
+def cannot_fold(site: Site) -> str:
+    """Why a layer needs its adapters one by one; "" where it does not."""
+    if site.experts:
+        return "holds expert weights, and routing mixes the rows of a batch"
+    if site.kernel:
+        return "is the kernel of a convolution, which takes one weight for all rows"
+    return ""
 
 
 def check_batch_first(model: nn.Module) -> None:

@@ -52,7 +52,9 @@ class Method:
     statistic: ClassVar[Any] = None
     """What :meth:`init` needs as ``stat``: a ``fadapt.calibration.Statistic``, or None."""
     rank_axes: ClassVar[Mapping[str, int]] = {}
-    """{leaf: axis} that a larger rank extends, where zero padding leaves the map as it is."""
+    """{leaf: axis} that a larger rank extends, where zero padding leaves the map as it is.
+
+    Axes count from the end (-1 is the last), because leaves of expert stacks have more in front."""
     needs_plain_base: ClassVar[bool] = False
     """True where constants of the frozen weight enter, so that a Chain may hold it only first."""
 

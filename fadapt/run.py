@@ -19,7 +19,7 @@ from .mount import Mount, forwards_swapped, mounted, prepare
 from .overlay import Adapted
 from .quantized import has_quantized
 from .slots import check_model
-from .stack import Stack
+from .stack import Stack, alone
 from .tree import Params
 
 # Dynamo traces the removal of a module's attribute, which _forwards_swapped needs, since 2.13.
@@ -150,6 +150,8 @@ def _adapted_sites(
 ) -> Mapping[str, Adapted]:
     check_model(model)
     if isinstance(params, Stack):
+        if params.size == 1 and not params.per_row:
+            return alone(params)
         fold.check_batch_first(model)
         return fold.folded_sites(params, rows)
     if not isinstance(params, Params):

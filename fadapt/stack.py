@@ -192,6 +192,17 @@ def select(stack: Stack, ids: Sequence[int] | Tensor) -> Stack:
     return Stack(groups, per_row=True)
 
 
+def alone(stack: Stack) -> Params:
+    """The only member of a stack, its leaves slices of the stack's: it runs without the fold."""
+    ((group,), adapters) = stack.groups, {}
+    for name, a in group.params.items():
+        assert isinstance(a, StackedAdapter)
+        train = {k: t[0] for k, t in a.train.items()}
+        fixed = {k: t if k in a.shared else t[0] for k, t in a.fixed.items()}
+        adapters[name] = Adapter(a.site, a.method, {}, {}).replace(train, fixed)
+    return Params(adapters)
+
+
 def _take(params: Params, index: Tensor) -> Params:
     def take(adapter: Adapter) -> Adapter:
         assert isinstance(adapter, StackedAdapter)
@@ -221,8 +232,8 @@ def _check_one_base(members: list[Params]) -> None:
 
 def _group_key(member: Params) -> Hashable:
     def leaf_key(adapter: Adapter, name: str, leaf: Tensor) -> Hashable:
-        axis = adapter.method.rank_axes.get(name)
-        shape = tuple(n for i, n in enumerate(leaf.shape) if i != axis)
+        axis = adapter.method.rank_axes.get(name, 0)
+        shape = tuple(n for i, n in enumerate(leaf.shape) if i - leaf.dim() != axis)
         return name, shape, leaf.dtype, leaf.device
 
     return tuple(
@@ -253,9 +264,10 @@ def _stack_site(adapters: list[Adapter]) -> StackedAdapter:
         fixed = [{STRENGTH: torch.ones(()), **f} for f in fixed]
     if any(a.method != method for a in adapters):
         rank = max(getattr(a.method, "r", 1) for a in adapters)
-        like = next(iter(adapters[0].leaves.values()))
+        like, site = next(iter(adapters[0].leaves.values())), adapters[0].site
+        each = (site.experts,) if site.experts else ()
         fixed = [
-            {**f, **{k: like.new_tensor(v) for k, v in a.method.hyper_leaves().items()}}
+            {**f, **{k: like.new_full(each, v) for k, v in a.method.hyper_leaves().items()}}
             for f, a in zip(fixed, adapters, strict=True)
         ]
         method = method.widened(rank)
@@ -284,7 +296,7 @@ def _pad(leaves: Leaves, axes: Mapping[str, int], rank: int) -> Leaves:
         if name not in axes:
             return leaf
         axis = axes[name]
-        widths = [0, 0] * (leaf.dim() - 1 - axis) + [0, rank - leaf.shape[axis]]
+        widths = [0, 0] * (-axis - 1) + [0, rank - leaf.shape[axis]]
         return F.pad(leaf.detach(), widths)
 
     return {k: pad(k, t) for k, t in leaves.items()}

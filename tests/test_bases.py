@@ -196,7 +196,7 @@ def test_embedding_under_torch_func_and_in_a_stack() -> None:
     twice = {n: {k: torch.stack([t, 2 * t]) for k, t in v.items()} for n, v in train.items()}
     torch.testing.assert_close(torch.func.vmap(of)(twice)[0], alone[0])
     with pytest.raises(FadaptError, match="one-hot"):
-        fadapt.run(model, fadapt.stack([trained(model, {"table": IA3FF()})]), (IDS,), f)
+        fadapt.run(model, fadapt.stack([trained(model, {"table": IA3FF()})] * 2), (IDS,), f)
 
 
 @pytest.mark.filterwarnings("ignore::fadapt.DenseFallbackWarning")
@@ -433,8 +433,59 @@ def test_experts_under_torch_func(implementation: str) -> None:
 def test_a_stack_over_experts_is_refused(implementation: str) -> None:
     model = moe_model("mixtral", implementation)
     stack = fadapt.stack([trained(model, {"experts": L2}, s) for s in (1, 2)])
-    with pytest.raises(FadaptError, match="routing mixes the rows"):
+    model.register_forward_pre_hook(lambda *_: pytest.fail("refused only after the forward began"))
+    with pytest.raises(FadaptError, match=r"routing mixes the rows.*one by one"):
         fadapt.run(model, stack, {"input_ids": tokens(), "labels": tokens()})
+
+
+def test_a_sweep_over_experts_runs_its_adapters_one_by_one() -> None:
+    model = moe_model("mixtral", "batched_mm").requires_grad_(False)
+    batch = {"input_ids": tokens(), "labels": tokens()}
+    kinds = (L2, LoRA(r=3), fadapt.PiSSA(r=2), fadapt.IA3())
+    trials = [fadapt.Trial({"experts": m}, lr=1e-2) for m in kinds]
+    report = fadapt.sweep(model, trials, [batch], steps=3, eval=[batch])
+    assert report.chunk == 1
+    for result in report.results:
+        assert float(fadapt.run(model, report.params[result.name], batch)) == pytest.approx(
+            result.score, rel=1e-9
+        )
+        assert result.score < float(report.losses[1][report.names.index(result.name)])
+
+
+def test_stacks_over_experts_give_their_members_back() -> None:
+    """At every rank, of all experts."""
+    model = moe_model("mixtral", "batched_mm")
+    kinds = (L2, LoRA(r=3), fadapt.RsLoRA(r=2), fadapt.PiSSA(r=3), fadapt.PiSSA(r=2))
+    members = [trained(model, {"experts": m}, s) for s, m in enumerate(kinds)]
+    stack = fadapt.stack(members)
+    assert len(stack.groups) == 2
+    for member, back in zip(members, fadapt.unstack(stack), strict=True):
+        for (name, a), b in zip(member.items(), back.values(), strict=True):
+            assert a.method == b.method
+            assert a.leaves.keys() == b.leaves.keys()
+            assert all(torch.equal(a.leaves[k], b.leaves[k]) for k in a.leaves), name
+    # Padded to the larger rank, as in a stack, a member is the same map.
+    batch = {"input_ids": tokens(), "labels": tokens()}
+    for i, member in enumerate(members):
+        (loss,) = fadapt.run(model, fadapt.Stack(fadapt.select(stack, [i]).groups), batch)
+        torch.testing.assert_close(loss, fadapt.run(model, member, batch))
+
+
+def test_a_stack_of_one_is_its_adapter() -> None:
+    """Also where a larger one is refused."""
+    model = moe_model("mixtral", "batched_mm")
+    params = trained(model, {"experts": L2})
+    batch = {"input_ids": tokens(), "labels": tokens()}
+    (loss,) = fadapt.run(model, fadapt.stack([params]), batch)
+    torch.testing.assert_close(loss, fadapt.run(model, params, batch))
+
+
+def test_a_stack_over_a_convolution_is_refused() -> None:
+    model = seeded(nn.Sequential(nn.Conv1d(4, 4, 3), nn.Flatten(), nn.Linear(8, 3)))
+    stack = fadapt.stack([trained(model, {"^0": L2}, s) for s in (1, 2)])
+    model.register_forward_pre_hook(lambda *_: pytest.fail("refused only after the forward began"))
+    with pytest.raises(FadaptError, match=r"kernel of a convolution.*one by one"):
+        fadapt.run(model, stack, reals(3, 4, 4), lambda out, _: out.sum())
 
 
 # --- Wrapped models: works, or is refused; never silently unadapted -------------------------------

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 class MovedFactors(LoRA):
     """LoRA with trainable moves dA (r, in), dB (out, r) of fixed factors A0 and B0."""
 
-    rank_axes: ClassVar[Mapping[str, int]] = {"dA": 0, "dB": 1, "A0": 0, "B0": 1}
+    rank_axes: ClassVar[Mapping[str, int]] = {"dA": -2, "dB": -1, "A0": -2, "B0": -1}
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -38,7 +38,7 @@ class LoRA(Method):
 
     reads_output: ClassVar[bool] = False
     broadcasts: ClassVar[bool] = True
-    rank_axes: ClassVar[Mapping[str, int]] = {"A": 0, "B": 1}
+    rank_axes: ClassVar[Mapping[str, int]] = {"A": -2, "B": -1}
 
     def __post_init__(self) -> None:
         require(

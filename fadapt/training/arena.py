@@ -201,17 +201,6 @@ class Arena:
         return smaller
 
 
-def alone(stack: Stack) -> Params:
-    """The only member of a stack as params that share its memory: they run without the fold."""
-    ((group,), adapters) = stack.groups, {}
-    for name, a in group.params.items():
-        assert isinstance(a, StackedAdapter)
-        train = {k: t.detach()[0].requires_grad_() for k, t in a.train.items()}
-        fixed = {k: t if k in a.shared else t[0] for k, t in a.fixed.items()}
-        adapters[name] = Adapter(a.site, a.method, {}, {}).replace(train, fixed)
-    return Params(adapters)
-
-
 def _rows(adapter: Adapter, train: dict[str, Tensor], start: int, stop: int) -> Adapter:
     assert isinstance(adapter, StackedAdapter)
     fixed = {k: t if k in adapter.shared else t[start:stop] for k, t in adapter.fixed.items()}

@@ -13,10 +13,11 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from ..errors import ConfigError
+from ..fold import cannot_fold
 from ..run import LossFn, apply, arguments, run
-from ..stack import Stack
-from ..tree import Params
-from .arena import Arena, alone
+from ..stack import Stack, alone
+from ..tree import Params, trainable_leaves
+from .arena import Arena
 from .compiler import Compiler
 from .feed import rows_of
 
@@ -130,6 +131,11 @@ class Passes:
     def _choose(self, batch: Any) -> None:
         """Settles the width before the first pass."""
         width = len(self.arena)
+        groups = self.chunks[0].stack.groups
+        sites = [adapter.site for group in groups for adapter in group.params.values()]
+        if any(cannot_fold(site) for site in sites):
+            width = 1
+            self._split(width)
         if self.compiler.device.type == "cpu" and width > 1:
             _, each = self._attempt(lambda first: self._kept_bytes(first, batch), self._chunk(0, 1))
             assert each is not None
@@ -204,7 +210,7 @@ class Passes:
         stack, grads = self.arena.part(low, high)
         params: Stack | Params = stack
         if high - low == 1:
-            params, grads = alone(stack), [g[0] for g in grads]
+            params, grads = trainable_leaves(alone(stack)), [g[0] for g in grads]
         leaves = params.trainable()
         step = self._step(params, leaves, grads)
         return Chunk(low, high, self.arena.order[low:high], stack, params, leaves, grads, step)
