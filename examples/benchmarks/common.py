@@ -9,7 +9,6 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -81,13 +80,19 @@ def alternate(
     times: dict[str, list[float]] = {name: [] for name in steps}
     for i in range(rounds + warmup):
         for name, step in steps.items():
-            _wait()
-            start = time.perf_counter()
-            step()
-            _wait()
+            ms = milliseconds(step)
             if i >= warmup:
-                times[name].append(1e3 * (time.perf_counter() - start))
+                times[name].append(ms)
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def milliseconds(step: Callable[[], Any]) -> float:
+    """Of one call, until the device is done."""
+    _wait()
+    start = time.perf_counter()
+    step()
+    _wait()
+    return 1e3 * (time.perf_counter() - start)
 
 
 READY = 5
@@ -95,31 +100,44 @@ READY = 5
 
 
 class Ticks(Sequence):
-    """The same batch for every step, which notes when each step begins.
+    """The same batch for every step of a fit, whose steps it times.
 
     Args:
         batch: the batch.
         when_ready: called between two steps, when the fit is ready to be measured.
+        peers: steps of others, to be timed in turn with those of the fit.
     """
 
-    def __init__(self, batch: Any, when_ready: Callable[[], None]):
-        self.batch, self.when_ready = batch, when_ready
-        self.times: list[float] = []
+    def __init__(
+        self, batch: Any, when_ready: Callable[[], None], peers: Mapping[str, Callable[[], Any]]
+    ):
+        self.batch, self.when_ready, self.peers = batch, when_ready, peers
+        self.spans: dict[str, list[float]] = {name: [] for name in ("fit", *peers)}
+        self.begin: float | None = None
 
     def __len__(self) -> int:
         return 1
 
     def __getitem__(self, index: int) -> Any:
         _wait()
-        if len(self.times) == READY:
-            self.preparation = time.perf_counter() - self.times[0]
+        if self.begin is not None:
+            self.spans["fit"].append(1e3 * (time.perf_counter() - self.begin))
+        if len(self.spans["fit"]) == READY:
             self.when_ready()
-        self.times.append(time.perf_counter())
+        if len(self.spans["fit"]) >= READY:
+            for name, step in self.peers.items():
+                self.spans[name].append(milliseconds(step))
+        self.begin = time.perf_counter()
         return self.batch
 
-    def median(self) -> float:
-        """Milliseconds a step, from when it was ready."""
-        return 1e3 * statistics.median(b - a for a, b in pairwise(self.times[READY:]))
+    def preparation(self) -> float:
+        """Seconds until it was ready."""
+        return sum(self.spans["fit"][:READY]) / 1e3
+
+    def medians(self) -> dict[str, float]:
+        """Milliseconds a step, since the fit was ready."""
+        own = self.spans["fit"][READY:]
+        return {name: statistics.median(v) for name, v in {**self.spans, "fit": own}.items()}
 
 
 def announce(directory: Path) -> None:

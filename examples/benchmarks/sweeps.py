@@ -4,7 +4,7 @@ B0 is PEFT as its users run it (eager; fp32 adapters and autocast over a bf16 ba
 its best (adapters in the base's dtype, torch.compile). Alternating in one process. A run of one
 adapter at a time is N times as long as its step; the peak is what a process with one run alone
 would hold. "run" is fadapt.run in a plain loop like PEFT's; "fit" is fadapt.fit, with its clipping,
-guards and records, right after the others. All is compiled before anything is measured, and
+guards and records, its steps in turn with PEFT's. All is compiled before anything is measured, and
 several of these benchmarks can compile side by side (--processes) and then measure in turn.
 
     python examples/benchmarks/sweeps.py                            C1 on the CPU
@@ -82,8 +82,9 @@ def fitted(
     batch: dict,
     args: argparse.Namespace,
     when_ready: Callable[[], None],
-) -> dict[str, float]:
-    """The same by fadapt.fit: milliseconds a step, first and last loss, gradient norm, peak."""
+    peers: dict[str, Callable],
+) -> dict[str, Any]:
+    """The same by fadapt.fit: milliseconds of steps, first and last loss, gradient norm, peak."""
     params, parts = start(model, methods, batch, args)
     several, cuda = len(methods) > 1, args.device == "cuda"
     options: dict[str, Any] = {"per_adapter": True} if several else {}
@@ -100,13 +101,13 @@ def fitted(
             peak = torch.cuda.max_memory_allocated() - before + bytes_of(model.parameters())
         when_ready()
 
-    ticks, steps = Ticks(parts, ready), args.rounds + READY + 1
+    ticks, steps = Ticks(parts, ready, peers), args.rounds + READY + 1
     trained = fadapt.fit(model, params, ticks, steps=steps, log_every=steps, **options)
     losses = [fadapt.run(model, p, parts, per_adapter=several) for p in (params, trained)]
     losses[1].sum().backward()
     return {
-        "ms": ticks.median(),
-        "preparation": ticks.preparation,
+        "ms": ticks.medians(),
+        "preparation": ticks.preparation(),
         "first": float(losses[0].mean()),
         "last": float(losses[1].mean()),
         "norm": gradient_norm(fadapt.trainable(trained)),
@@ -192,16 +193,18 @@ def main() -> None:
         begin = time.perf_counter()
         first[name] = float(step().mean())
         print(f"first step of {name}: {time.perf_counter() - begin:.0f} s", flush=True)
-    each: dict[str, float] = {}
+    peers = {name: step for name, (_, step, _) in runs.items() if "PEFT" in name}
 
-    def row(name: str, count: int, ms: float, peak: float, *numbers: float) -> None:
-        each[name] = ms / count
+    def row(
+        name: str, count: int, ms: float, others: dict[str, float], peak: float, *numbers: float
+    ) -> None:
+        each = ms / count
         ratios = "".join(
-            f"{each[b] / each[name]:7.2f}" if b in each else f"{'-':>7}"
+            f"{others[b] / each:7.2f}" if b in others else f"{'-':>7}"
             for b in ("B0 PEFT", "B1 PEFT best")
         )
         print(
-            f"{name:20}{per_adapter:15}{ms:9.1f}{each[name]:11.2f}{per_adapter / each[name]:9.1f}"
+            f"{name:20}{per_adapter:15}{ms:9.1f}{each:11.2f}{per_adapter / each:9.1f}"
             f"{ratios}{peak / 2**20:10.1f}{peak / 2**20 / count:11.1f}"
             + "".join(f"{x:{w}.4g}" for x, w in zip(numbers, (12, 8, 11), strict=True)),
             flush=True,
@@ -214,7 +217,7 @@ def main() -> None:
             if args.device == "cuda" or not args.compile:  # whose frames a CPU's count would stop
                 # The base, the adapters with both moments of AdamW, and what a step needs.
                 peak = bytes_of(model.parameters()) + 3 * bytes_of(leaves) + peak_bytes(step)
-            row(name, count, ms[name], peak, first[name], last, gradient_norm(leaves))
+            row(name, count, ms[name], ms, peak, first[name], last, gradient_norm(leaves))
 
     def measure(fits: list[tuple[str, list[fadapt.Method]]]) -> None:
         """Prepares the fits one inside the other; the innermost is measured first."""
@@ -224,9 +227,9 @@ def main() -> None:
             measure_steps()
             return
         (name, methods), *others = fits
-        found = fitted(model, methods, batch, args, lambda: measure(others))
-        numbers = (found[k] for k in ("ms", "peak", "first", "last", "norm"))
-        row(f"fit {name}", len(methods), *numbers)
+        found = fitted(model, methods, batch, args, lambda: measure(others), peers)
+        numbers = (found[k] for k in ("peak", "first", "last", "norm"))
+        row(f"fit {name}", len(methods), found["ms"]["fit"], found["ms"], *numbers)
         print(f"{'':20}prepared in {found['preparation']:.0f} s", flush=True)
 
     with contextlib.ExitStack() as stack:
