@@ -205,6 +205,17 @@ def fold_batch(batch: Any, stack: Stack, rows: int, per_adapter: bool) -> Any:
     return pytree.tree_map(fold, batch)
 
 
+def reorder(batch: Any, order: Sequence[int]) -> Any:
+    """The batch with the parts of the adapters, or of their rows, in another order."""
+
+    def pick(t: Any) -> Any:
+        if not isinstance(t, Tensor) or t.dim() == 0 or t.shape[0] == 1:
+            return t
+        return t[torch.tensor(order, device=t.device)]
+
+    return pytree.tree_map(pick, batch)
+
+
 def unfold(output: Any, stack: Stack, rows: int) -> Any:
     """The output with (N, B, ...) tensors in place of (N x B, ...) ones."""
     if stack.per_row:

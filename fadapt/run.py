@@ -70,6 +70,13 @@ def _run_stack(
     model: nn.Module, stack: Stack, batch: Batch, loss_fn: LossFn | None, per_adapter: bool
 ) -> Tensor:
     rows = fold.batch_rows(batch, stack, per_adapter)
+    place = list(range(stack.size))
+    if stack.order != place and (torch.compiler.is_compiling() or bound_params(model) is not stack):
+        # Groups side by side, so that no site has to gather its rows and to spread them again.
+        if per_adapter or stack.per_row:
+            batch = fold.reorder(batch, stack.order)
+        place = [stack.order.index(i) for i in place]
+        stack = stack.in_groups()
     folded = fold.fold_batch(batch, stack, rows, per_adapter)
     if loss_fn is None:
         head = frozen_head(model, stack.sites, folded)
@@ -77,13 +84,13 @@ def _run_stack(
         if head is not None and (torch.compiler.is_compiling() or bound_params(model) is None):
             output = _forward(model, stack, rows, inputs, head)
             if output.logits is head.hidden:
-                return head.losses(folded["labels"], stack.size)
+                losses = head.losses(folded["labels"], stack.size)
+                return losses if place == sorted(place) else torch.stack([losses[k] for k in place])
     else:
         inputs = folded
     output = _forward(model, stack, rows, inputs)
     outputs, batches = (fold.slices(tree, stack, rows) for tree in (output, folded))
-    losses = [_scalar(loss_fn(*pair), loss_fn) for pair in zip(outputs, batches, strict=True)]
-    return torch.stack(losses)
+    return torch.stack([_scalar(loss_fn(outputs[k], batches[k]), loss_fn) for k in place])
 
 
 def _forward(

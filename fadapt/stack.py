@@ -90,6 +90,19 @@ class Stack:
         """The names of all adapted sites, sorted."""
         return sorted({name for g in self.groups for name in g.params})
 
+    @property
+    def order(self) -> list[int]:
+        """The positions of the adapters, group after group."""
+        return [i for group in self.groups for i in group.index]
+
+    def in_groups(self) -> Stack:
+        """The same adapters at positions that go on from group to group."""
+        place = {i: k for k, i in enumerate(self.order)}
+        groups = [
+            Group(tuple(place[i] for i in g.index), g.params, g.originals) for g in self.groups
+        ]
+        return Stack(groups, self.per_row)
+
     def map(self, function: Callable[[Params], Params]) -> Stack:
         """A stack with ``function`` applied to the params of every group."""
         groups = [Group(g.index, function(g.params), g.originals) for g in self.groups]

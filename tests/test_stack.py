@@ -305,3 +305,39 @@ class TestBadInput:
             pytest.warns(fadapt.DenseFallbackWarning),
         ):
             fadapt.apply(model, stack, torch.randn(3, 4))
+
+
+@pytest.mark.parametrize("per_adapter", [False, True])
+def test_groups_in_any_order(per_adapter: bool) -> None:
+    """Interleaved methods: losses and gradients in the order of the stack; loss_fn called in it."""
+    model = make("qwen3", torch.float64)
+    kinds = [fadapt.LoRA(r=2), fadapt.IA3(), fadapt.LoRA(r=3), fadapt.DoRA(r=2), fadapt.IA3()]
+    members = [trained(model, m) for m in kinds]
+    stack = fadapt.stack(members)
+    assert stack.order == [0, 2, 1, 4, 3]
+    parts = [make_batch("qwen3") for _ in members]
+    for i, part in enumerate(parts):
+        part["input_ids"] = (part["input_ids"] + (i if per_adapter else 0)) % 50
+    batch = {k: torch.stack([p[k] for p in parts]) for k in parts[0]} if per_adapter else parts[0]
+    seen: list[torch.Tensor] = []
+
+    def loss_fn(output, part):
+        seen.append(part["input_ids"])
+        return output.logits.square().mean()
+
+    for fn in (None, loss_fn):
+        losses = fadapt.run(model, stack, batch, fn, per_adapter=per_adapter)
+        alone = torch.stack(
+            [fadapt.run(model, m, p, fn) for m, p in zip(members, parts, strict=True)]
+        )
+        torch.testing.assert_close(losses, alone, rtol=1e-10, atol=1e-10)
+    for got, part in zip(seen[: len(parts)], parts, strict=True):
+        assert torch.equal(got, part["input_ids"])
+    rows = fadapt.select(stack, [3, 1, 0, 1])
+    ids = torch.cat([parts[i]["input_ids"][:1] for i in (0, 1, 2, 3)])
+    chosen = fadapt.run(model, rows, {"input_ids": ids, "use_cache": False}, loss_fn)
+    expected = [
+        fadapt.run(model, members[i], {"input_ids": ids[k : k + 1], "use_cache": False}, loss_fn)
+        for k, i in enumerate([3, 1, 0, 1])
+    ]
+    torch.testing.assert_close(chosen, torch.stack(expected), rtol=1e-10, atol=1e-10)

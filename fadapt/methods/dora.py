@@ -45,7 +45,6 @@ class DoRA(LoRA):
 
     keep_wide: ClassVar[frozenset[str]] = frozenset({"w2"})
     reads_output: ClassVar[bool] = True
-    broadcasts: ClassVar[bool] = False
     needs_plain_base: ClassVar[bool] = True
 
     def init(self, site: SiteView, rng: torch.Generator, stat: Any = None) -> tuple[Leaves, Leaves]:
@@ -64,13 +63,14 @@ class DoRA(LoRA):
         return c_minus_1 * (without_bias(base, y) + low_rank) + low_rank
 
     def _gain_minus_1(self, p: Mapping[str, Tensor], base: LinearMap) -> Tensor:
+        """c - 1 as a row (..., 1, out)."""
         w2, s = p["w2"], self.scale(p)
         a, b = p["A"].to(w2.dtype), p["B"].to(w2.dtype)
         if self.detach_norm:
             a, b = a.detach(), b.detach()
         with full_precision(a):
-            cross = (base.linear(a).mT * b).sum(-1)
-            own = ((b @ (a @ a.mT)) * b).sum(-1)
+            cross = (base.linear(a) * b.mT).sum(-2, keepdim=True)
+            own = (((a @ a.mT) @ b.mT) * b.mT).sum(-2, keepdim=True)
         # Where V nearly vanishes the difference may round below zero.
         floor = torch.finfo(w2.dtype).eps
         n2 = torch.maximum(w2 + 2 * s * cross + s**2 * own, floor * w2)
