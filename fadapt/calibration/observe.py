@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..config import Config, Rules, as_config
 from ..errors import CalibrationError, FadaptWarning
+from ..evaluating import evaluating
 from ..guard import refuse_bound
 from ..method import Method
 from ..run import bound
@@ -57,7 +58,7 @@ def observe(
             that are too large, are sketched. A FadaptWarning says what was done.
         tolerance: the share of rows with NaN or Inf to accept at a site.
         share: let sites that are fed by the same tensor share their input statistics.
-        progress: show a progress bar in a terminal, where tqdm is installed.
+        progress: show a progress bar in a terminal, where rich is installed.
 
     Raises:
         CalibrationError: nothing to observe, no batches, a batch without the mask it needs, or rows
@@ -205,23 +206,16 @@ def _is_head(model: nn.Module, slot: Slot) -> bool:
 def _recording(model: nn.Module, sites: Mapping[str, Site], see: See) -> Iterator[None]:
     """Inside, the model runs in eval mode without gradients, and ``see`` sees every site."""
     taps = Params({name: Tap(site, Method(), {}, {}, see) for name, site in sites.items()})
-    flags = [(module, module.training) for module in model.modules()]
-    with bound(model, taps), torch.no_grad():
-        try:
-            # Not model.eval(), which a model may override.
-            for module, _ in flags:
-                module.training = False
-            yield
-        finally:
-            for module, training in flags:
-                module.training = training
+    with bound(model, taps), torch.no_grad(), evaluating(model):
+        yield
 
 
 def _bar(batches: Iterable[Any], progress: bool) -> Iterable[Any]:
     if progress and sys.stderr.isatty():
         try:
-            from tqdm import tqdm
+            from rich.console import Console
+            from rich.progress import track
         except ImportError:
             return batches
-        return tqdm(batches, desc="calibrating", unit="batch", leave=False)
+        return track(batches, "calibrating", console=Console(stderr=True), transient=True)
     return batches

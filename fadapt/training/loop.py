@@ -13,6 +13,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, ConfigError
+from ..evaluating import evaluating
 from ..io import save
 from ..stack import stack
 from . import snapshot
@@ -22,7 +23,7 @@ from .checkpoint import Generators, start_digest
 from .compiler import Compiler
 from .feed import Feed, to_device
 from .optimise import Updater
-from .passes import Passes, evaluating
+from .passes import Passes
 from .progress import Bar
 from .record import Record
 from .report import Report
