@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -22,7 +22,7 @@ from .slots import check_model
 from .stack import Stack, alone
 from .tree import Params
 
-# Dynamo traces the removal of a module's attribute, which _forwards_swapped needs, since 2.13.
+# Dynamo traces the removal of a module's attribute, which forwards_swapped needs, since 2.13.
 _COMPILES_QUANTIZED = torch.__version__ >= "2.13"
 
 Batch = Mapping[str, Any] | tuple[Any, ...] | Tensor
@@ -70,13 +70,28 @@ def _run_stack(
     model: nn.Module, stack: Stack, batch: Batch, loss_fn: LossFn | None, per_adapter: bool
 ) -> Tensor:
     rows = fold.batch_rows(batch, stack, per_adapter)
-    place = list(range(stack.size))
-    if stack.order != place and (torch.compiler.is_compiling() or bound_params(model) is not stack):
-        # Groups side by side, so that no site has to gather its rows and to spread them again.
-        if per_adapter or stack.per_row:
-            batch = fold.reorder(batch, stack.order)
-        place = [stack.order.index(i) for i in place]
-        stack = stack.in_groups()
+    order = stack.order
+    bound_to_it = not torch.compiler.is_compiling() and bound_params(model) is stack
+    if order == sorted(order) or bound_to_it:
+        return _run_folded(model, stack, rows, batch, loss_fn, per_adapter, range(stack.size))
+    # Groups side by side, so that no site has to gather its rows and to spread them again.
+    if per_adapter or stack.per_row:
+        batch = fold.reorder(batch, order)
+    place = {i: k for k, i in enumerate(order)}
+    turns = [place[i] for i in range(stack.size)]
+    return _run_folded(model, stack.in_groups(), rows, batch, loss_fn, per_adapter, turns)
+
+
+def _run_folded(
+    model: nn.Module,
+    stack: Stack,
+    rows: int,
+    batch: Batch,
+    loss_fn: LossFn | None,
+    per_adapter: bool,
+    turns: Sequence[int],
+) -> Tensor:
+    """The losses of the adapters at ``turns``, in this order."""
     folded = fold.fold_batch(batch, stack, rows, per_adapter)
     if loss_fn is None:
         head = frozen_head(model, stack.sites, folded)
@@ -85,12 +100,16 @@ def _run_stack(
             output = _forward(model, stack, rows, inputs, head)
             if output.logits is head.hidden:
                 losses = head.losses(folded["labels"], stack.size)
-                return losses if place == sorted(place) else torch.stack([losses[k] for k in place])
+                return (
+                    losses
+                    if list(turns) == sorted(turns)
+                    else losses[torch.tensor(turns, device=losses.device)]
+                )
     else:
         inputs = folded
     output = _forward(model, stack, rows, inputs)
     outputs, batches = (fold.slices(tree, stack, rows) for tree in (output, folded))
-    return torch.stack([_scalar(loss_fn(outputs[k], batches[k]), loss_fn) for k in place])
+    return torch.stack([_scalar(loss_fn(outputs[k], batches[k]), loss_fn) for k in turns])
 
 
 def _forward(
