@@ -75,11 +75,10 @@ def skew(upper: Tensor, size: int) -> Tensor:
 
 
 def block_diagonal(blocks: Tensor) -> Tensor:
-    """The matrix (n b, n b) of n blocks (n, b, b) on its diagonal."""
-    n, b, _ = blocks.shape
-    # diag_embed gives (b, b, n, n): entry (i, j) of block k at [i, j, k, k].
-    spread = torch.diag_embed(blocks.permute(1, 2, 0))
-    return spread.permute(2, 0, 3, 1).reshape(n * b, n * b)
+    """The matrices (..., n b, n b) of n blocks (..., n, b, b) on their diagonals."""
+    # diag_embed gives (..., b, b, n, n): entry (i, j) of block k at [..., i, j, k, k].
+    spread = torch.diag_embed(blocks.movedim(-3, -1))
+    return spread.movedim(-2, -4).transpose(-2, -1).flatten(-4, -3).flatten(-2)
 
 
 def cayley_minus_identity(q: Tensor) -> Tensor:

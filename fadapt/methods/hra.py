@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -44,6 +44,8 @@ class HRA(Method):
     """
 
     r: int = 8
+
+    broadcasts: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         require(
@@ -68,9 +70,9 @@ class HRA(Method):
         return x @ z.mT @ core.to(x.dtype).mT @ z
 
     def _pairs(self, start: Tensor, moved: Tensor) -> tuple[Tensor, Tensor]:
-        """Z (r, in) and |w|² (r / 2,)."""
+        """Z (..., r, in) and |w|² (..., r / 2)."""
         wide = torch.promote_types(moved.dtype, torch.float32)
-        du, dv = moved.to(wide).unflatten(0, (-1, 2)).unbind(1)
+        du, dv = moved.to(wide).unflatten(-2, (-1, 2)).unbind(-2)
         u, v, step = start + du, start + dv, dv - du
         squares = (u * u).sum(-1), (v * v).sum(-1)
         to_u, to_v, growth = lengths_after_step(
@@ -78,4 +80,4 @@ class HRA(Method):
         )
         to_u, grown = to_u.unsqueeze(-1), (growth * to_v).unsqueeze(-1)
         w = torch.addcmul(step, grown, v, value=-1) * to_u
-        return torch.stack([w, u * to_u], 1).flatten(0, 1), (w * w).sum(-1)
+        return torch.stack([w, u * to_u], -2).flatten(-3, -2), (w * w).sum(-1)

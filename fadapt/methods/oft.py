@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -45,6 +45,8 @@ class OFT(Method):
     block_size: int = 32
     exact: bool = True
     coft: float | None = None
+
+    broadcasts: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         require(
@@ -73,8 +75,9 @@ class OFT(Method):
     def shift(self, p: Mapping[str, Tensor], x: Tensor) -> Tensor:
         q = p["q"].to(torch.promote_types(p["q"].dtype, torch.float32))
         turn = self._rotation_minus_identity(skew(q, self.block_size)).to(x.dtype)
-        blocks = x.unflatten(-1, (-1, self.block_size))
-        return (blocks.transpose(0, 1) @ turn).transpose(0, 1).flatten(1)
+        # One axis of tokens beside those of the adapters, so that each block is one product.
+        rows = x.reshape(*turn.shape[:-3], -1, *turn.shape[-3:-1]).transpose(-3, -2)
+        return (rows @ turn).transpose(-3, -2).reshape(x.shape)
 
     def project(self, train: Leaves) -> Leaves:
         if self.coft is None:
