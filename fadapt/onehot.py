@@ -52,9 +52,10 @@ class OneHot:
     def to(self, dtype: torch.dtype) -> OneHot:
         return OneHot(self.ids, self.width, dtype, self.owner)
 
-    def reshape(self, *shape: Any) -> OneHot:
+    def reshape(self, *shape: Any) -> OneHot | Tensor:
         *rows, width = shape if isinstance(shape[0], int) else shape[0]
-        assert width == self.width, "one-hot rows are taken whole"
+        if width != self.width:
+            return self.dense("reshape").reshape(*rows, width)
         return OneHot(self.ids.reshape(rows), self.width, self.dtype, self.owner)
 
     def __matmul__(self, matrix: Tensor) -> Tensor:
