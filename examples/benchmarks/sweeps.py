@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -169,7 +170,9 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--stacks", default="1,n", help="which: 1, n, mixed")
     parser.add_argument("--processes", type=int, default=1, help="that compile side by side")
-    parser.add_argument("--meet", type=Path, default=Path("/tmp/fadapt-benchmarks"))
+    parser.add_argument(
+        "--meet", type=Path, default=Path(tempfile.gettempdir()) / "fadapt-benchmarks"
+    )
     args = parser.parse_args()
     n, per_adapter = args.adapters, args.rows * args.tokens
     batch = tokens(args.rows, args.tokens, args.vocab, args.device)
