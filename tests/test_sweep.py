@@ -532,6 +532,32 @@ def test_equal_chunks_compile_once():
     assert backend.graphs == 1
 
 
+class Overwriting(Counting):
+    """Like a backend with CUDA graphs: a call overwrites what the one before it returned."""
+
+    def __call__(self, graph, inputs):
+        forward, last = super().__call__(graph, inputs), []
+
+        def call(*args):
+            for tensor in last:
+                tensor.data.fill_(float("nan"))
+            last[:] = forward(*args)
+            return tuple(last)
+
+        return call
+
+
+def test_losses_outlive_the_next_compiled_pass():
+    model, batches = net(torch.float32), make_batches(dtype=torch.float32)
+    trials = [Trial(fadapt.LoRA(r=2), lr=1e-2, seed=s) for s in range(6)]
+    options = dict(loss_fn=loss_fn, max_adapters=2)
+    compiled = sweep(model, trials, batches, compile={"backend": Overwriting()}, **options)
+    plain = sweep(model, trials, batches, **options)
+    assert {r.status for r in compiled.results} == {"finished"}
+    for step, losses in plain.losses.items():
+        torch.testing.assert_close(compiled.losses[step], losses, rtol=1e-4, atol=1e-5)
+
+
 def test_dropout_is_seeded_and_the_model_untouched():
     model, batches = net(dropout=0.5).train(), make_batches()
     before = {k: t.clone() for k, t in model.state_dict().items()}

@@ -123,7 +123,8 @@ class Passes:
             for total, new in zip(grads, found, strict=True):
                 if new is not None:
                     total.add_(new)
-            return losses.detach()
+            # A copy: torch's own CUDA graphs use the same memory again in the next pass.
+            return losses.detach().clone()
 
         return self.compiler.recorded(step)
 
