@@ -100,11 +100,9 @@ def _run_folded(
             output = _forward(model, stack, rows, inputs, head)
             if output.logits is head.hidden:
                 losses = head.losses(folded["labels"], stack.size)
-                return (
-                    losses
-                    if list(turns) == sorted(turns)
-                    else losses[torch.tensor(turns, device=losses.device)]
-                )
+                if list(turns) != sorted(turns):
+                    losses = losses[torch.tensor(turns, device=losses.device)]
+                return losses
     else:
         inputs = folded
     output = _forward(model, stack, rows, inputs)

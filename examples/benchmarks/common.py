@@ -165,19 +165,25 @@ def turn(directory: Path, processes: int) -> Iterator[None]:
 
 def kept_bytes(work: Callable[[Callable[[], None]], Any]) -> tuple[int, int]:
     """Bytes of the tensors that a function made: those alive when it last called back, the peak."""
-    kept = [0]
+    kept = 0
     if torch.cuda.is_available():
         _wait()
         before = torch.cuda.memory_allocated()
 
         def note() -> None:
-            kept[0] = torch.cuda.memory_allocated() - before
+            nonlocal kept
+            kept = torch.cuda.memory_allocated() - before
 
         peak = peak_bytes(lambda: work(note))
-        return kept[0], peak
+        return kept, peak
+
+    def count() -> None:
+        nonlocal kept
+        kept = live.now
+
     with _LiveBytes() as live:
-        work(lambda: kept.__setitem__(0, live.now))
-    return kept[0], live.peak
+        work(count)
+    return kept, live.peak
 
 
 def peak_bytes(step: Callable[[], Any]) -> int:

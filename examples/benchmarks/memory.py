@@ -10,11 +10,10 @@ checked there is a copy of the values, in memory that the activations of a real 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import torch
-from common import TARGETS, kept_bytes, qwen3, tokens
+from common import READY, TARGETS, Ticks, kept_bytes, qwen3, tokens
 
 import fadapt
 
@@ -40,14 +39,11 @@ def main() -> None:
     before = (0, 0, 0)
     for n in (8, 16, 32):
         trials = [fadapt.Trial(p, name=str(i)) for i, p in enumerate(members[:n])]
-        found = (
-            n,
-            *kept_bytes(
-                lambda note, trials=trials: fadapt.sweep(
-                    model, trials, Noting(batch, note), steps=3
-                )
-            ),
-        )
+
+        def work(note: Callable[[], None], trials: list[fadapt.Trial] = trials) -> None:
+            fadapt.sweep(model, trials, Ticks(batch, note, {}), steps=READY + 1)
+
+        found = (n, *kept_bytes(work))
         more = [(b - a) / (n - before[0]) / values for a, b in zip(before, found, strict=True)]
         print(
             f"{n:9}{found[1] / 2**20:10.1f}{found[2] / 2**20:10.1f}"
@@ -55,20 +51,6 @@ def main() -> None:
             flush=True,
         )
         before = found
-
-
-class Noting(Sequence):
-    """One batch again and again, with a call before each step."""
-
-    def __init__(self, batch: Any, note: Callable[[], None]):
-        self.batch, self.note = batch, note
-
-    def __len__(self) -> int:
-        return 1
-
-    def __getitem__(self, index: int) -> Any:
-        self.note()
-        return self.batch
 
 
 if __name__ == "__main__":
