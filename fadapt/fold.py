@@ -57,24 +57,26 @@ class FoldedSite:
     def __call__(self, x: Tensor, base: LinearMap) -> Tensor:
         n = self.stack_size
         self._check(x)
+        shifts = any(adapter.method.has_shift for _, adapter in self.pieces)
+        # First: torch.compile copies an x that it has not written down before it is seen as rows.
+        y = None if shifts else base(x)
         rows = x.reshape(n, -1, x.shape[-1])
         entered = [
             adapter.over(adapter.method.enter, part)
             for (_, adapter), part in zip(self.pieces, self._parts(rows), strict=True)
         ]
-        if any(adapter.method.has_shift for _, adapter in self.pieces):
-            shifted = [value for value, _ in entered]
-            y = base(self._gather(shifted, rows).reshape(x.shape))
-        else:
-            y = base(x)
-        y_rows = y.reshape(n, -1, y.shape[-1])
+        if y is None:
+            y = base(self._gather([value for value, _ in entered], rows).reshape(x.shape))
+        # Not as rows: torch.compile would write the gradient of a sum that is seen as rows, and by
+        # the base's product as a matrix, twice.
+        split = y.unflatten(0, (n, -1))
         left = [
             adapter.over(functools.partial(_leave, adapter.method, base), saved, part)
             for (_, adapter), (_, saved), part in zip(
-                self.pieces, entered, self._parts(y_rows), strict=True
+                self.pieces, entered, self._parts(split), strict=True
             )
         ]
-        return self._gather(left, y_rows).reshape(y.shape)
+        return self._gather(left, split).reshape(y.shape)
 
     def dense(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         raise FadaptError(
@@ -84,6 +86,8 @@ class FoldedSite:
 
     def _parts(self, rows: Tensor) -> Sequence[Tensor]:
         """The rows of each piece."""
+        if len(self.pieces) == 1 and not self.rest:
+            return [rows]
         if [i for index, _ in self.pieces for i in index] == list(range(self.stack_size)):
             # One split: its gradient is one concatenation, where each slice's fills the whole.
             return rows.split([len(index) for index, _ in self.pieces])

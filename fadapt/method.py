@@ -149,12 +149,16 @@ class Method:
         return x, x
 
     def leave(self, p: Mapping[str, Tensor], saved: Any, y: Tensor, base: LinearMap) -> Tensor:
-        """The adapted output, from the base's output y = base(x')."""
+        """The adapted output, from the base's output y = base(x').
+
+        Its leading axes may be others than those of the rows that came in, of as many rows.
+        """
         if not self.has_delta:
             return y
         dtype = self.compute_dtype(p)
-        delta = self.delta(p, saved.to(dtype), y.to(dtype) if self.reads_output else y, base)
-        return y + self._with_strength(p, delta).to(y.dtype)
+        rows = y.to(dtype).reshape(*saved.shape[:-1], -1) if self.reads_output else y
+        delta = self.delta(p, saved.to(dtype), rows, base)
+        return y + self._with_strength(p, delta).to(y.dtype).reshape(y.shape)
 
     def __call__(self, p: Mapping[str, Tensor], x: Tensor, base: LinearMap) -> Tensor:
         """The adapted map on plain rows: (tokens, in_features) -> (tokens, out_features)."""

@@ -16,13 +16,25 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import AttentionInterface, Qwen3Config, Qwen3ForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 TARGETS = "q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj"
 
 
+# Hugging Face gives an attention whose mask it does not know no mask, and causal attention is then
+# a flag of torch's kernels. Under torch.compile its own "sdpa" gives them the whole mask instead,
+# which takes twice as long. For batches without padding; whoever is compared has it too.
+AttentionInterface.register("maskless", sdpa_attention_forward)
+
+
 def qwen3(
-    hidden: int, layers: int, vocab: int, device: str = "cpu", dtype: torch.dtype = torch.float32
+    hidden: int,
+    layers: int,
+    vocab: int,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    attention: str = "sdpa",
 ) -> nn.Module:
     """A frozen Qwen3 with random weights; 1024 wide with 28 layers it is Qwen3-0.6B's shape."""
     torch.manual_seed(0)
@@ -39,6 +51,7 @@ def qwen3(
         tie_word_embeddings=True,
         use_cache=False,
         max_position_embeddings=4096,
+        attn_implementation=attention,
     )
     with torch.device(device):
         model = Qwen3ForCausalLM(config)

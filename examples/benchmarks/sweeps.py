@@ -49,6 +49,10 @@ def mixed(n: int) -> list[fadapt.Method]:
     return sorted((kinds[i % len(kinds)] for i in range(n)), key=lambda m: type(m).__name__)
 
 
+def base_model(args: argparse.Namespace) -> torch.nn.Module:
+    return qwen3(args.hidden, args.layers, args.vocab, args.device, args.dtype, args.attention)
+
+
 def start(
     model: torch.nn.Module, methods: list[fadapt.Method], batch: dict, args: argparse.Namespace
 ) -> tuple[fadapt.Params | fadapt.Stack, dict]:
@@ -91,7 +95,7 @@ def fitted(
     options: dict[str, Any] = {"per_adapter": True} if several else {}
     if args.compile:
         options["compile"] = {"mode": "reduce-overhead"} if cuda else True
-    before = torch.cuda.memory_allocated() if cuda else 0
+    held = torch.cuda.memory_allocated() if cuda else 0
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     peak = float("nan")
@@ -99,19 +103,27 @@ def fitted(
     def ready() -> None:
         nonlocal peak
         if cuda:
-            peak = torch.cuda.max_memory_allocated() - before + bytes_of(model.parameters())
+            peak = torch.cuda.max_memory_allocated() - held + bytes_of(model.parameters())
         when_ready()
 
     ticks, steps = Ticks(parts, ready, peers), args.rounds + READY + 1
     trained = fadapt.fit(model, params, ticks, steps=steps, log_every=steps, **options)
-    losses = [fadapt.run(model, p, parts, per_adapter=several) for p in (params, trained)]
-    losses[1].sum().backward()
+    # One by one: as it is, not compiled, the stack takes several times its memory.
+    first, last = (fadapt.unstack(p) if several else [p] for p in (params, trained))
+    with torch.no_grad():
+        before = [fadapt.run(model, p, batch) for p in first]
+    after = []
+    for p in last:
+        loss = fadapt.run(model, p, batch)
+        loss.backward()
+        after.append(loss.detach())
+    leaves = [leaf for p in last for leaf in fadapt.trainable(p)]
     return {
         "ms": ticks.medians(),
         "preparation": ticks.preparation(),
-        "first": float(losses[0].mean()),
-        "last": float(losses[1].mean()),
-        "norm": gradient_norm(fadapt.trainable(trained)),
+        "first": float(torch.stack(before).mean()),
+        "last": float(torch.stack(after).mean()),
+        "norm": gradient_norm(leaves),
         "peak": peak,
     }
 
@@ -120,6 +132,7 @@ def print_head(args: argparse.Namespace) -> None:
     print(
         f"{args.hidden} wide, {args.layers} layers, r={args.r}, {args.device}, base {args.dtype}, "
         f"adapters {args.adapter_dtype or 'float32'}, compiled {args.compile}, "
+        f"attention {args.attention}, "
         f"torch {torch.__version__}, peft {peft.__version__}"
     )
     print(
@@ -135,7 +148,7 @@ def bytes_of(tensors: Any) -> int:
 
 def peft_step(args: argparse.Namespace, batch: dict, best: bool) -> tuple[Callable, list]:
     config = peft.LoraConfig(r=args.r, lora_alpha=16, target_modules=TARGETS.split("|"))
-    base = qwen3(args.hidden, args.layers, args.vocab, args.device, args.dtype)
+    base = base_model(args)
     model: Any = peft.get_peft_model(base, config, autocast_adapter_dtype=not best)
     leaves = [p for p in model.parameters() if p.requires_grad]
     call = torch.compile(model) if best and args.compile else model
@@ -168,6 +181,7 @@ def main() -> None:
     parser.add_argument("--dtype", type=lambda s: getattr(torch, s), default=torch.float32)
     parser.add_argument("--adapter-dtype", type=lambda s: getattr(torch, s), default=None)
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--attention", default="sdpa", help="sdpa, or maskless (see common.py)")
     parser.add_argument("--stacks", default="1,n", help="which: 1, n, mixed")
     parser.add_argument("--processes", type=int, default=1, help="that compile side by side")
     parser.add_argument(
@@ -176,7 +190,7 @@ def main() -> None:
     args = parser.parse_args()
     n, per_adapter = args.adapters, args.rows * args.tokens
     batch = tokens(args.rows, args.tokens, args.vocab, args.device)
-    model = qwen3(args.hidden, args.layers, args.vocab, args.device, args.dtype)
+    model = base_model(args)
     lora = fadapt.LoRA(r=args.r)
     known = {
         "1": ("x 1", [lora]),

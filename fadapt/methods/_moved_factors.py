@@ -54,7 +54,7 @@ class MovedFactors(LoRA):
     def delta(self, p: Mapping[str, Tensor], x: Tensor, y: Tensor, base: LinearMap) -> Tensor:
         down = torch.cat([p["dA"], p["A0"].expand_as(p["dA"])], -2)
         up = torch.cat([p["B0"] + p["dB"], p["dB"]], -1)
-        return self.scale(p) * (x @ down.mT) @ up.mT
+        return self.scaled(p, x @ down.mT) @ up.mT
 
     def widened(self, r: int) -> MovedFactors:
         # What else a subclass has only chose A0 and B0.

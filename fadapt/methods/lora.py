@@ -55,7 +55,13 @@ class LoRA(Method):
         return {"A": a, "B": site.zeros(site.out_features, self.r)}, {}
 
     def delta(self, p: Mapping[str, Tensor], x: Tensor, y: Tensor, base: LinearMap) -> Tensor:
-        return self.scale(p) * (x @ p["A"].mT) @ p["B"].mT
+        return self.scaled(p, x @ p["A"].mT) @ p["B"].mT
+
+    def scaled(self, p: Mapping[str, Tensor], h: Tensor) -> Tensor:
+        """s h."""
+        s = self.scale(p)
+        # A product with 1 is a kernel like any other, which torch.compile does not leave out.
+        return h if isinstance(s, float) and s == 1 else s * h
 
     def scale(self, p: Mapping[str, Tensor]) -> Tensor | float:
         """s, which a stack of mixed ranks holds as a leaf."""

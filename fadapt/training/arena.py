@@ -91,6 +91,17 @@ class Block:
             self._group.originals[start:stop],
         )
 
+    def flat_parts(self, leaves: Sequence[Tensor | None], rows: int) -> Iterator[list[Tensor]]:
+        """The (rows, ...) leaves that each buffer holds, as (rows, columns); zero for None."""
+        for part, flat in enumerate(self.flats):
+            yield [
+                flat.new_zeros(rows, place.stop - place.start)
+                if leaf is None
+                else leaf.reshape(rows, -1)
+                for place, leaf in zip(self.places, leaves, strict=True)
+                if place.part == part
+            ]
+
     def member(self, row: int, flats: Sequence[Tensor]) -> list[Tensor]:
         """One member's part of each leaf, at its own rank: views of (n, columns) buffers."""
         views = []
@@ -168,21 +179,46 @@ class Arena:
             for row, trial in enumerate(self.order[span]):
                 yield trial, block, row
 
-    def part(self, start: int, stop: int) -> tuple[Stack, list[Tensor]]:
-        """Rows ``start`` to ``stop`` as a stack, and the views for its leaves' gradients."""
+    def part(self, start: int, stop: int) -> Stack:
+        """Rows ``start`` to ``stop`` as a stack."""
         groups: list[Group] = []
-        grads: list[Tensor] = []
         at = 0
+        for block, low, high in self._within(start, stop):
+            groups.append(block.part(low, high, at))
+            at += high - low
+        return Stack(groups)
+
+    def take_gradients(
+        self, start: int, stop: int, found: Sequence[Tensor | None], add: bool
+    ) -> None:
+        """Takes a pass's gradients of the leaves of :meth:`part`, or of its only member.
+
+        All of them, or none if memory runs out.
+
+        Args:
+            add: whether to those that are there, or in their place.
+        """
+        totals: list[Tensor] = []
+        parts: list[list[Tensor]] = []
+        at = 0
+        for block, low, high in self._within(start, stop):
+            totals += [grad[low:high] for grad in block.grads]
+            parts += block.flat_parts(found[at : at + len(block.places)], high - low)
+            at += len(block.places)
+        # Joined: hundreds of small leaves would be hundreds of small kernels.
+        if not add:
+            for total, pieces in zip(totals, parts, strict=True):
+                torch.cat(pieces, 1, out=total)
+            return
+        for total, new in zip(totals, [torch.cat(pieces, 1) for pieces in parts], strict=True):
+            total += new
+
+    def _within(self, start: int, stop: int) -> Iterator[tuple[Block, int, int]]:
+        """The blocks with their own rows between ``start`` and ``stop``."""
         for block, span in self.spans():
             low, high = max(start, span.start) - span.start, min(stop, span.stop) - span.start
             if low < high:
-                groups.append(block.part(low, high, at))
-                rows = [g[low:high] for g in block.grads]
-                views = {(p.site, p.leaf): p.view(rows) for p in block.places}
-                params = groups[-1].params
-                grads += [views[s, k] for s, a in params.items() for k in a.train]
-                at += high - low
-        return Stack(groups), grads
+                yield block, low, high
 
     def keep(self, positions: Sequence[int]) -> Arena:
         """A smaller arena of some rows, padding and gradients included."""

@@ -15,15 +15,19 @@ from ..stack import Stack
 from ..tree import Params
 from .graphs import Recorded
 
+# What torch calls the modes that record CUDA graphs without that part of them.
+_RECORDING = {"reduce-overhead": None, "max-autotune": "max-autotune-no-cudagraphs"}
+
 
 class Compiler:
     """torch.compile of ``run`` in one graph, once per structure of what it runs.
 
     Args:
-        options: for torch.compile, such as {"mode": "max-autotune"}; True for its defaults, False
-            to leave everything as it is. With {"mode": "reduce-overhead"} on a CUDA device each
-            pass, its gradient included, is recorded as one CUDA graph. torch's own mode records
-            forward and backward apart, and checks its guards between them at every step.
+        options: for torch.compile, such as {"dynamic": False}; True for its defaults, False to
+            leave everything as it is. With one of the modes that stand for CUDA graphs,
+            "reduce-overhead" and "max-autotune", on a CUDA device each pass, its gradient
+            included, is recorded as one. torch's own modes record forward and backward apart, and
+            check their guards between them at every step.
         device: of the model.
     """
 
@@ -33,9 +37,10 @@ class Compiler:
         if isinstance(options, Mapping):
             self.options |= options
         self.device = device
-        self.records = device.type == "cuda" and self.options.get("mode") == "reduce-overhead"
+        self.records = device.type == "cuda" and self.options.get("mode") in _RECORDING
         if self.records:
-            del self.options["mode"]
+            mode = _RECORDING[self.options.pop("mode")]
+            self.options |= {"mode": mode} if mode else {}
         # Otherwise the chunks of all sweeps of a process would share torch's small limit.
         if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
             self.options.setdefault("isolate_recompiles", True)

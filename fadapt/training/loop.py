@@ -6,6 +6,7 @@ import math
 import re
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from .progress import Bar
 from .record import Record
 from .report import Report
 from .setup import Settings, device_of, initial
+from .tables import tables_written
 from .trial import Trial
 
 
@@ -63,7 +65,8 @@ class Loop:
     def run(self) -> Report:
         """Trains to the end; the global generators are as before afterwards."""
         devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
+        tables = tables_written(self.model) if self.compiler.compiles else nullcontext()
+        with torch.random.fork_rng(devices=devices), tables:
             self._started = self._saved = time.monotonic()
             self.generators.seed(self.settings.seed)
             self._resume()
@@ -94,7 +97,7 @@ class Loop:
         s = self.settings
         return Passes(
             self.model, self.arena, s.loss_fn, self.feed.per_adapter, s.max_adapters,
-            self.compiler, chosen,
+            self.compiler, any(t.accumulate > 1 for t in self.trials), chosen,
         )  # fmt: skip
 
     def _resume(self) -> None:

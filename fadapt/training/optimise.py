@@ -54,6 +54,7 @@ class Updater:
         steps: int,
     ):
         self.arena, self.trials, self.steps = arena, trials, steps
+        self._accumulates = any(trial.accumulate > 1 for trial in trials)
         self.flat = _bare(factory) in ELEMENTWISE
         self.slots: list[tuple[int, list[Tensor], list[Tensor]]] = []
         for trial, block, row in arena.rows():
@@ -151,10 +152,10 @@ class Updater:
         for flat, old, grad in zip(block.flats, before, block.grads, strict=True):
             # In one pass over the memory; both are read before the result is written.
             torch.where(changed.to(flat.device)[:, None], flat, old, out=flat)
-            if due is None:
-                grad.zero_()
-            else:
+            if due is not None:
                 grad.masked_fill_(due.to(grad.device)[:, None], 0)
+            elif self._accumulates:  # otherwise the next pass overwrites it
+                grad.zero_()
 
     def states(self) -> dict[int, list[dict[str, Any]]]:
         """The optimiser's state of each trial, one dict per parameter."""

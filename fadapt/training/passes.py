@@ -35,9 +35,7 @@ class Chunk:
         trials: their trial numbers.
         stack: their adapters, sharing the arena's memory.
         params: what is trained: the stack, or its only member.
-        leaves: the trainable leaves of ``params``.
-        grads: where the arena keeps the gradients of ``leaves``.
-        step: (batch, weights) -> losses; adds the weighted gradients to ``grads``.
+        step: (batch, weights) -> losses; the arena takes the weighted gradients.
     """
 
     low: int
@@ -45,8 +43,6 @@ class Chunk:
     trials: list[int]
     stack: Stack
     params: Stack | Params
-    leaves: list[Tensor]
-    grads: list[Tensor]
     step: Callable[[Any], Tensor]
 
 
@@ -61,6 +57,7 @@ class Passes:
         max_adapters: "auto" starts with all in one chunk, on a CPU with what is fast; an int is
             the largest chunk; None is one chunk that is never halved.
         compiler: a :class:`Compiler`.
+        accumulates: whether gradients add up over several batches.
         chosen: the width that an earlier object of the same sweep had come to, or None.
 
     Attributes:
@@ -75,10 +72,12 @@ class Passes:
         per_adapter: bool,
         max_adapters: int | str | None,
         compiler: Compiler,
+        accumulates: bool,
         chosen: int | None = None,
     ):
         self.model, self.arena, self.loss_fn = model, arena, loss_fn
         self.per_adapter, self.compiler = per_adapter, compiler
+        self.accumulates = accumulates
         self.halves = max_adapters is not None
         self._auto = max_adapters == "auto"
         self.chosen = chosen or (max_adapters if isinstance(max_adapters, int) else None)
@@ -91,7 +90,7 @@ class Passes:
         return max(c.high - c.low for c in self.chunks)
 
     def gradients(self, batch: Any, weights: Sequence[float]) -> Tensor:
-        """Adds each trial's gradient, times its weight, to the arena; returns the (N,) losses."""
+        """Puts each trial's gradient, times its weight, into the arena; returns the (N,) losses."""
         if self._auto and self.chosen is None:
             self._choose(batch)
 
@@ -105,8 +104,9 @@ class Passes:
 
         return self._join(self._each(work))
 
-    def _step(self, params: Stack | Params, leaves: list[Tensor], grads: list[Tensor]) -> Any:
+    def _step(self, params: Stack | Params, low: int, high: int) -> Any:
         """See :class:`Chunk`."""
+        leaves = params.trainable()
 
         def step(given: tuple[Any, Tensor]) -> Tensor:
             batch, weights = given
@@ -119,10 +119,7 @@ class Passes:
                     "layer takes part"
                 )
             found = torch.autograd.grad(losses, leaves, weights.to(losses), allow_unused=True)
-            # After the whole backward: a chunk counts entirely or, out of memory, not at all.
-            for total, new in zip(grads, found, strict=True):
-                if new is not None:
-                    total.add_(new)
+            self.arena.take_gradients(low, high, found, self.accumulates)
             # A copy: torch's own CUDA graphs use the same memory again in the next pass.
             return losses.detach().clone()
 
@@ -207,13 +204,10 @@ class Passes:
         self.chunks = [self._chunk(*b) for b in _bounds(0, len(self.arena), width)]
 
     def _chunk(self, low: int, high: int) -> Chunk:
-        stack, grads = self.arena.part(low, high)
-        params: Stack | Params = stack
-        if high - low == 1:
-            params, grads = trainable_leaves(alone(stack)), [g[0] for g in grads]
-        leaves = params.trainable()
-        step = self._step(params, leaves, grads)
-        return Chunk(low, high, self.arena.order[low:high], stack, params, leaves, grads, step)
+        stack = self.arena.part(low, high)
+        params = trainable_leaves(alone(stack)) if high - low == 1 else stack
+        step = self._step(params, low, high)
+        return Chunk(low, high, self.arena.order[low:high], stack, params, step)
 
     def _each(self, work: Callable[[Chunk], T]) -> list[T | None]:
         """``work`` on every chunk, None for chunks of idle trials only."""
