@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from .errors import ConfigError
 from .sites import Site
+from .written import written
 
 CHUNKED_FROM = 2**24
 """Logits of a stack, in numbers, from which a causal language model's loss is taken in chunks."""
@@ -114,12 +115,16 @@ class _LinearNLL(torch.autograd.Function):
         wide = torch.promote_types(rows.dtype, torch.float32)
         losses, grads = [], []
         for x, t in zip(rows.split(chunk), target.split(chunk), strict=True):
-            log_p = F.log_softmax(F.linear(x, weight, bias).to(wide), -1)
+            logits = F.linear(x, weight, bias).to(wide)
             counts = t != ignore_index
             index = torch.where(counts, t, 0)[:, None]
-            losses.append(torch.where(counts, -log_p.gather(1, index)[:, 0], 0))
+            total = logits.logsumexp(-1, keepdim=True)
+            if torch.compiler.is_compiling() and total.is_cuda:
+                # Else all that reads a row of logits becomes one loop over that row.
+                total = written(total)
+            losses.append(torch.where(counts, (total - logits.gather(1, index))[:, 0], 0))
             if keep:
-                slope = _softmax_minus_target(log_p, index) * counts[:, None]
+                slope = _softmax_minus_target(logits, total, index) * counts[:, None]
                 grads.append(slope.to(x.dtype) @ weight.to(x.dtype))
         return torch.cat(losses), torch.cat(grads) if keep else rows.new_empty(0)
 
@@ -136,13 +141,13 @@ class _LinearNLL(torch.autograd.Function):
         return scaled.to(slopes.dtype), None, None, None, None, None, None
 
 
-def _softmax_minus_target(log_p: Tensor, index: Tensor) -> Tensor:
-    """exp(log_p) - onehot(index), in the memory of ``log_p`` unless that is compiled."""
+def _softmax_minus_target(logits: Tensor, total: Tensor, index: Tensor) -> Tensor:
+    """exp(logits - total) - onehot(index)."""
     if torch.compiler.is_compiling():
         # Fuses with what comes before and after it, where a scatter would be written in full.
-        place = torch.arange(log_p.shape[1], device=log_p.device)
-        return log_p.exp() - (place == index).to(log_p.dtype)
-    slope = log_p.exp_()
+        place = torch.arange(logits.shape[1], device=logits.device)
+        return (logits - total).exp() - (place == index).to(logits.dtype)
+    slope = (logits - total).exp_()
     return slope.scatter_add_(1, index, slope.new_full((), -1.0).expand_as(index))
 
 

@@ -25,6 +25,7 @@ from typing import Any
 
 import peft
 import torch
+import torch._functorch.config as functorch  # the documented place of activation_memory_budget
 from common import (
     READY,
     TARGETS,
@@ -132,7 +133,7 @@ def print_head(args: argparse.Namespace) -> None:
     print(
         f"{args.hidden} wide, {args.layers} layers, r={args.r}, {args.device}, base {args.dtype}, "
         f"adapters {args.adapter_dtype or 'float32'}, compiled {args.compile}, "
-        f"attention {args.attention}, "
+        f"attention {args.attention}, memory budget {args.memory_budget}, "
         f"torch {torch.__version__}, peft {peft.__version__}"
     )
     print(
@@ -182,12 +183,14 @@ def main() -> None:
     parser.add_argument("--adapter-dtype", type=lambda s: getattr(torch, s), default=None)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--attention", default="sdpa", help="sdpa, or maskless (see common.py)")
+    parser.add_argument("--memory-budget", type=float, default=1.0, help="of torch.compile")
     parser.add_argument("--stacks", default="1,n", help="which: 1, n, mixed")
     parser.add_argument("--processes", type=int, default=1, help="that compile side by side")
     parser.add_argument(
         "--meet", type=Path, default=Path(tempfile.gettempdir()) / "fadapt-benchmarks"
     )
     args = parser.parse_args()
+    functorch.activation_memory_budget = args.memory_budget
     n, per_adapter = args.adapters, args.rows * args.tokens
     batch = tokens(args.rows, args.tokens, args.vocab, args.device)
     model = base_model(args)

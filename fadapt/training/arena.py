@@ -44,23 +44,29 @@ class Block:
 
     def __init__(self, group: Group):
         self.size = len(group.index)
-        keys: list[Any] = []
-        widths: list[int] = []
-        self.places: list[Place] = []
         leaves = [
             (site, name, leaf.detach())
             for site, adapter in group.params.items()
             for name, leaf in adapter.train.items()
         ]
-        for site, name, leaf in leaves:
-            key = leaf.dtype, leaf.device
+        # Leaves of one shape lie side by side: their gradients are taken over together.
+        alike: dict[Any, list[int]] = {}
+        for i, (_, _, leaf) in enumerate(leaves):
+            alike.setdefault((leaf.dtype, leaf.device, leaf.shape[1:]), []).append(i)
+        keys: list[Any] = []
+        widths: list[int] = []
+        places: dict[int, Place] = {}
+        for (*key, shape), members in alike.items():
             if key not in keys:
                 keys.append(key)
                 widths.append(0)
-            part, shape = keys.index(key), leaf.shape[1:]
-            start, stop = widths[part], widths[part] + shape.numel()
-            self.places.append(Place(site, name, part, start, stop, shape))
-            widths[part] = stop
+            part = keys.index(key)
+            for i in members:
+                start, stop = widths[part], widths[part] + shape.numel()
+                places[i] = Place(*leaves[i][:2], part, start, stop, shape)
+                widths[part] = stop
+        self.places = [places[i] for i in range(len(leaves))]
+        self._alike = list(alike.values())
         self.flats = [
             torch.zeros(self.size, width, dtype=dtype, device=device)
             for width, (dtype, device) in zip(widths, keys, strict=True)
@@ -91,16 +97,20 @@ class Block:
             self._group.originals[start:stop],
         )
 
-    def flat_parts(self, leaves: Sequence[Tensor | None], rows: int) -> Iterator[list[Tensor]]:
-        """The (rows, ...) leaves that each buffer holds, as (rows, columns); zero for None."""
-        for part, flat in enumerate(self.flats):
-            yield [
-                flat.new_zeros(rows, place.stop - place.start)
-                if leaf is None
-                else leaf.reshape(rows, -1)
-                for place, leaf in zip(self.places, leaves, strict=True)
-                if place.part == part
-            ]
+    def gradients(
+        self, start: int, stop: int, found: Sequence[Tensor | None]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Where the gradients of rows ``start`` to ``stop`` lie, and those found, zero for None.
+
+        One pair for all leaves of a shape: (rows, leaves, *shape).
+        """
+        for members in self._alike:
+            first, last = self.places[members[0]], self.places[members[-1]]
+            total = self.grads[first.part][start:stop, first.start : last.stop]
+            zero = total.new_zeros(()).expand(stop - start, *first.shape)
+            leaves = [zero if found[i] is None else found[i] for i in members]
+            new = _stacked([leaf.reshape(zero.shape) for leaf in leaves])  # type: ignore[union-attr]
+            yield total.unflatten(1, new.shape[1:]), new
 
     def member(self, row: int, flats: Sequence[Tensor]) -> list[Tensor]:
         """One member's part of each leaf, at its own rank: views of (n, columns) buffers."""
@@ -193,25 +203,24 @@ class Arena:
     ) -> None:
         """Takes a pass's gradients of the leaves of :meth:`part`, or of its only member.
 
-        All of them, or none if memory runs out.
-
         Args:
-            add: whether to those that are there, or in their place.
+            add: whether to those that are there, or in their place. Then, out of memory, either
+                all or none are added.
         """
-        totals: list[Tensor] = []
-        parts: list[list[Tensor]] = []
+        if not add:
+            for total, new in self._gradients(start, stop, found):
+                total.copy_(new)
+            return
+        for total, new in list(self._gradients(start, stop, found)):
+            total.add_(new)
+
+    def _gradients(
+        self, start: int, stop: int, found: Sequence[Tensor | None]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         at = 0
         for block, low, high in self._within(start, stop):
-            totals += [grad[low:high] for grad in block.grads]
-            parts += block.flat_parts(found[at : at + len(block.places)], high - low)
+            yield from block.gradients(low, high, found[at : at + len(block.places)])
             at += len(block.places)
-        # Joined: hundreds of small leaves would be hundreds of small kernels.
-        if not add:
-            for total, pieces in zip(totals, parts, strict=True):
-                torch.cat(pieces, 1, out=total)
-            return
-        for total, new in zip(totals, [torch.cat(pieces, 1) for pieces in parts], strict=True):
-            total += new
 
     def _within(self, start: int, stop: int) -> Iterator[tuple[Block, int, int]]:
         """The blocks with their own rows between ``start`` and ``stop``."""
@@ -241,3 +250,15 @@ def _rows(adapter: Adapter, train: dict[str, Tensor], start: int, stop: int) -> 
     assert isinstance(adapter, StackedAdapter)
     fixed = {k: t if k in adapter.shared else t[start:stop] for k, t in adapter.fixed.items()}
     return adapter.replace(train, fixed)
+
+
+def _stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """The (n, ...) tensors side by side, (n, tensors, ...), in the order of memory of the first.
+
+    The gradient of a batched product is often a transposed tensor, and to copy hundreds of these
+    one by one takes longer than all of them at once.
+    """
+    inner = sorted(range(1, tensors[0].dim()), key=tensors[0].stride, reverse=True)
+    joined = torch.stack([t.permute(0, *inner) for t in tensors], 1)
+    back = sorted(range(len(inner)), key=inner.__getitem__)
+    return joined.permute(0, 1, *(2 + i for i in back))
