@@ -12,7 +12,6 @@ from torch.autograd.function import once_differentiable
 
 from .errors import ConfigError
 from .sites import Site
-from .written import written
 
 CHUNKED_FROM = 2**24
 """Logits of a stack, in numbers, from which a causal language model's loss is taken in chunks."""
@@ -119,9 +118,6 @@ class _LinearNLL(torch.autograd.Function):
             counts = t != ignore_index
             index = torch.where(counts, t, 0)[:, None]
             total = logits.logsumexp(-1, keepdim=True)
-            if torch.compiler.is_compiling() and total.is_cuda:
-                # Else all that reads a row of logits becomes one loop over that row.
-                total = written(total)
             losses.append(torch.where(counts, (total - logits.gather(1, index))[:, 0], 0))
             if keep:
                 slope = _softmax_minus_target(logits, total, index) * counts[:, None]

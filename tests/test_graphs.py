@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fadapt.training import graphs
+from fadapt.training.compiler import Compiler
 
 
 class Stream:
@@ -132,3 +133,23 @@ def test_out_of_memory_while_recording_is_raised_as_such(fake_cuda, monkeypatch)
         recorded(torch.ones(2))
     with pytest.raises(torch.OutOfMemoryError):
         recorded(torch.ones(2))
+
+
+@pytest.mark.parametrize(
+    ("options", "device", "records", "left"),
+    [
+        (True, "cuda", False, {}),
+        ({"mode": "reduce-overhead"}, "cuda", True, {}),
+        ({"mode": "reduce-overhead", "options": {"a": 1}}, "cuda", True, {"options": {"a": 1}}),
+        ({"mode": "max-autotune"}, "cuda", True, {"mode": "max-autotune-no-cudagraphs"}),
+        ({"mode": "reduce-overhead"}, "cpu", False, {"mode": "reduce-overhead"}),
+        ({"dynamic": False}, "cuda", False, {"dynamic": False}),
+    ],
+)
+def test_modes_that_record(options: Any, device: str, records: bool, left: dict[str, Any]):
+    compiler = Compiler(options, torch.device(device))
+    assert compiler.records == records
+    given = {
+        k: v for k, v in compiler.options.items() if k not in ("fullgraph", "isolate_recompiles")
+    }
+    assert given == left

@@ -14,11 +14,12 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fadapt
 from fadapt.training import Halving, Trial, fit, grid, sweep
+from fadapt.training.arena import Arena
 from fadapt.training.grids import named
 from fadapt.training.loop import Loop
 from fadapt.training.setup import Settings
 
-from .models import seeded
+from .models import qwen3, seeded, tokens
 
 WIDTH, CLASSES, ROWS = 12, 3, 6
 
@@ -547,6 +548,75 @@ class Overwriting(Counting):
         return call
 
 
+class Reading(Counting):
+    """Notes the operators of the graphs."""
+
+    def __init__(self):
+        super().__init__()
+        self.operators: list[str] = []
+
+    def __call__(self, graph, inputs):
+        self.operators += [str(node.target) for node in graph.graph.nodes]
+        return super().__call__(graph, inputs)
+
+
+def causal_batches(count=3):
+    return [
+        {"input_ids": ids, "labels": ids} for ids in (tokens(2, 6, seed=i) for i in range(count))
+    ]
+
+
+def test_a_compiled_sweep_computes_rotary_tables_once():
+    model, batches = qwen3(), causal_batches()
+    trials = [Trial(fadapt.LoRA(r=2), lr=1e-2, seed=s) for s in range(3)]
+    backend = Reading()
+    compiled = sweep(model, trials, batches, compile={"backend": backend})
+    written = [x for x in backend.operators if "fadapt" in x and "written" in x]
+    assert len(written) == 2  # a table of cosines and one of sines
+    assert not any(module._forward_hooks for module in model.modules())
+    plain = sweep(model, trials, batches)
+    for name in plain.params:
+        assert_close(compiled.params[name], plain.params[name], 1e-4)
+
+
+class TurnedRotaryEmbedding(nn.Module):
+    """As ESM's: returns what it has rotated, through which gradients flow."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([-x[..., WIDTH // 2 :], x[..., : WIDTH // 2]], -1)
+
+
+class Turned(Net):
+    def __init__(self):
+        super().__init__()
+        self.turn = TurnedRotaryEmbedding()
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        return self.head(torch.tanh(self.mid(self.turn(torch.tanh(self.up(x))))))
+
+
+def test_what_a_rotary_embedding_has_rotated_keeps_its_gradient():
+    model = seeded(Turned(), std=0.5).requires_grad_(False)
+    batches = make_batches(dtype=torch.float32)
+    trials = [Trial({"up": fadapt.LoRA(r=2)}, lr=1e-2, seed=s) for s in range(2)]
+    options = dict(loss_fn=loss_fn, eval=lambda model, stack: per_trial_vmap(model, stack, batches))
+    compiled = sweep(model, trials, batches, compile={"backend": Counting()}, **options)
+    plain = sweep(model, trials, batches, **options)
+    for name in plain.params:
+        assert_close(compiled.params[name], plain.params[name], 1e-4)
+
+
+def per_trial_vmap(model, stack, batches):
+    """Scores by torch.func.vmap, which the hooks of a compiled sweep must not hinder."""
+    members = [fadapt.split(p) for p in fadapt.unstack(stack)]
+    train = torch.utils._pytree.tree_map(lambda *t: torch.stack(t), *(m[0] for m in members))
+
+    def loss(train):
+        return fadapt.run(model, fadapt.join(train, members[0][1]), batches[0], loss_fn)
+
+    return torch.func.vmap(loss)(train)
+
+
 def test_losses_outlive_the_next_compiled_pass():
     model, batches = net(torch.float32), make_batches(dtype=torch.float32)
     trials = [Trial(fadapt.LoRA(r=2), lr=1e-2, seed=s) for s in range(6)]
@@ -754,3 +824,77 @@ def test_an_iterator_has_one_epoch():
     done = sweep(model, TRIALS[:2], batches, steps=7, loss_fn=loss_fn)
     for name, params in caught.value.report.final.items():
         assert_close(params, done.final[name], 1e-1)
+
+
+class TestGradientsOfAnArena:
+    """What a pass found lands at each leaf's own place, whatever its order of memory."""
+
+    @pytest.fixture
+    def arena(self):
+        model = net(torch.float32)
+        methods = [fadapt.LoRA(r=2), fadapt.IA3(), fadapt.LoRA(r=3), fadapt.DoRA(r=2)]
+        return Arena(fadapt.stack([fadapt.init(model, m) for m in methods]), range(4))
+
+    @staticmethod
+    def found(stack, missing=None):
+        """Random gradients, those of matrices transposed in memory, and one that is missing."""
+        rng = torch.Generator().manual_seed(5)
+        grads = [torch.randn(t.mT.shape if t.dim() > 2 else t.shape, generator=rng) for t in stack]
+        grads = [g.mT if g.dim() > 2 else g for g in grads]
+        if missing is not None:
+            grads[missing] = None
+        return grads
+
+    @staticmethod
+    def at_the_leaves(arena):
+        return [place.view(b.grads).clone() for b in arena.blocks for place in b.places]
+
+    @pytest.mark.parametrize("missing", [None, 0, 3])
+    def test_whole(self, arena, missing):
+        leaves = fadapt.trainable(arena.part(0, 4))
+        grads = self.found(leaves, missing)
+        expected = [
+            torch.zeros_like(t) if g is None else g for t, g in zip(leaves, grads, strict=True)
+        ]
+        arena.take_gradients(0, 4, self.found(leaves), add=False)
+        arena.take_gradients(0, 4, grads, add=False)
+        for got, g in zip(self.at_the_leaves(arena), expected, strict=True):
+            assert torch.equal(got, g)
+        arena.take_gradients(0, 4, grads, add=True)
+        for got, g in zip(self.at_the_leaves(arena), expected, strict=True):
+            assert torch.equal(got, 2 * g)
+
+    def test_part(self, arena):
+        """Rows 1 and 2 only; the gradients of the others stay."""
+        arena.take_gradients(0, 4, self.found(fadapt.trainable(arena.part(0, 4))), add=False)
+        before = [[g.clone() for g in block.grads] for block in arena.blocks]
+        grads = self.found(fadapt.trainable(arena.part(1, 3)))
+        arena.take_gradients(1, 3, grads, add=False)
+        position, found = 0, iter(grads)
+        for block, old in zip(arena.blocks, before, strict=True):
+            rows = [r for r in range(block.size) if 1 <= position + r < 3]
+            if rows:
+                for place in block.places:
+                    assert torch.equal(place.view(block.grads)[rows], next(found))
+            for grad, was in zip(block.grads, old, strict=True):
+                for r in range(block.size):
+                    assert torch.equal(grad[r], was[r]) == (r not in rows)
+            position += block.size
+        assert next(found, None) is None
+
+    def test_none_is_added_when_memory_runs_out(self, arena, monkeypatch):
+        leaves = fadapt.trainable(arena.part(0, 4))
+        arena.take_gradients(0, 4, self.found(leaves), add=False)
+        before, calls, stack = self.at_the_leaves(arena), [], torch.stack
+
+        def failing(*args, **kwargs):
+            calls.append(1)
+            if len(calls) == 3:
+                raise torch.OutOfMemoryError
+            return stack(*args, **kwargs)
+
+        monkeypatch.setattr(torch, "stack", failing)
+        with pytest.raises(torch.OutOfMemoryError):
+            arena.take_gradients(0, 4, self.found(leaves), add=True)
+        for got, was in zip(self.at_the_leaves(arena), before, strict=True):
+            assert torch.equal(got, was)
