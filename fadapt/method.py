@@ -156,7 +156,7 @@ class Method:
         if not self.has_delta:
             return y
         dtype = self.compute_dtype(p)
-        rows = y.to(dtype).reshape(*saved.shape[:-1], -1) if self.reads_output else y
+        rows = y.reshape(*saved.shape[:-1], y.shape[-1]).to(dtype) if self.reads_output else y
         delta = self.delta(p, saved.to(dtype), rows, base)
         return y + self._with_strength(p, delta).to(y.dtype).reshape(y.shape)
 

@@ -7,10 +7,12 @@ would hold. "run" is fadapt.run in a plain loop like PEFT's; "fit" is fadapt.fit
 guards and records, its steps in turn with PEFT's. All is compiled before anything is measured, and
 several of these benchmarks can compile side by side (--processes) and then measure in turn.
 
-    python examples/benchmarks/sweeps.py                            C1 on the CPU
-    python examples/benchmarks/sweeps.py --hidden 512 --tokens 512 --adapters 16      C2
+    python examples/benchmarks/sweeps.py --compile                        C1 on the CPU
+    python examples/benchmarks/sweeps.py --hidden 512 --tokens 512        C2
     python examples/benchmarks/sweeps.py --device cuda --hidden 1024 --layers 28 \\
-        --vocab 151936 --tokens 512 --adapters 16 --dtype bfloat16 --compile          G1
+        --vocab 151936 --tokens 512 --r 16 --dtype bfloat16 --adapter-dtype bfloat16 \\
+        --compile --plain 0 --attention maskless --stacks n               G1, G5; with
+    --rows 4 G2; --stacks 1 G3; --stacks n,mixed G6; --memory-budget 0.75 for G5 at its best
 """
 
 from __future__ import annotations
