@@ -225,6 +225,33 @@ def test_fit_warns_of_divergence():
         fit(model, params, batches, steps=5, lr=3e38, loss_fn=loss_fn)
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "groups"), [(torch.optim.AdamW, 5), (torch.optim.Adafactor, 8)]
+)
+def test_trials_of_one_pace_share_a_call_of_the_optimizer(optimizer, groups):
+    model, batches = net(), make_batches()
+
+    def slower(done: float) -> float:
+        return 1 - done / 2
+
+    same = [Trial(fadapt.LoRA(r=r), lr=0.02, seed=r, clip=0.1 * r) for r in (2, 3)]
+    curved = [Trial(fadapt.LoRA(r=2), lr=0.02, seed=s, schedule=slower) for s in (4, 5)]
+    others = [
+        Trial(fadapt.LoRA(r=2), lr=0.02, weight_decay=0.1),
+        Trial(fadapt.LoRA(r=2), lr=0.02, warmup=2),
+        Trial(fadapt.LoRA(r=2), lr=0.02, accumulate=2),
+        Trial(fadapt.IA3(), lr=0.02, clip=0.2),
+    ]
+    trials = named([*same, *curved, *others])
+    settings = Settings(steps=8, loss_fn=loss_fn, optimizer=optimizer)
+    loop = Loop(model, trials, batches, settings)
+    report = loop.run()
+    assert len(loop.updater.optimizer.param_groups) == groups
+    for name, trial in trials.items():
+        params, _ = plain_training(model, trial, batches, 8, optimizer)
+        assert_close(report.params[name], params, 1e-10)
+
+
 @pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.Adafactor])
 def test_padded_entries_stay_zero(optimizer):
     model, batches = net(), make_batches()

@@ -67,11 +67,18 @@ class Updater:
                     )
                 ]
             self.slots.append((trial, [p.detach() for p, _ in pairs], [g for _, g in pairs]))
-        groups = [
-            {"params": values, "lr": trials[t].rate(0, 1), "weight_decay": trials[t].weight_decay}
-            for t, values, _ in self.slots
-        ]
-        self.optimizer = _build(factory, groups, dict(kwargs))
+        groups: dict[Any, dict[str, Any]] = {}
+        self._leaders: list[int] = []
+        for trial, values, _ in self.slots:
+            t = trials[trial]
+            # Of the other optimisers some compute across the parameters of a group.
+            key = _pace(t) if self.flat else trial
+            if key not in groups:
+                rates = {"lr": t.rate(0, 1), "weight_decay": t.weight_decay}
+                groups[key] = {"params": [], **rates}
+                self._leaders.append(trial)
+            groups[key]["params"] += values
+        self.optimizer = _build(factory, list(groups.values()), dict(kwargs))
         _check_knobs(self.optimizer, [trials[t] for t in arena.order])
         self.alive = [torch.ones(b.size, dtype=torch.bool, device=b.device) for b in arena.blocks]
         limits = [[trials[t].clip or math.inf for t in arena.order[s]] for _, s in arena.spans()]
@@ -106,10 +113,9 @@ class Updater:
             self._clip_gradients(i, block, None if whole is None else whole[i])
             before.append([f.clone() for f in block.flats])
         rates = self.rates(step)
-        for group, (trial, values, grads), now in zip(
-            self.optimizer.param_groups, self.slots, due, strict=True
-        ):
-            group["lr"] = rates[trial]
+        for group, leader in zip(self.optimizer.param_groups, self._leaders, strict=True):
+            group["lr"] = rates[leader]
+        for (_, values, grads), now in zip(self.slots, due, strict=True):
             for value, grad in zip(values, grads, strict=True):
                 value.grad = grad if now else None
         self.optimizer.step()
@@ -211,6 +217,12 @@ def _check_knobs(optimizer: Optimizer, trials: Sequence[Trial]) -> None:
         raise ConfigError(
             f"{type(optimizer).__name__} has no weight_decay, but a trial asks for it"
         )
+
+
+def _pace(trial: Trial) -> tuple[Any, ...]:
+    """Equal for trials whose learning rate and weight decay are equal at every step."""
+    schedule = trial.schedule if isinstance(trial.schedule, str) else id(trial.schedule)
+    return trial.lr, trial.weight_decay, trial.warmup, schedule, trial.accumulate
 
 
 def _bare(factory: Any) -> Any:
