@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from .errors import ConfigError
 from .sites import Site
+from .written import written
 
 CHUNKED_FROM = 2**24
 """Logits of a stack, in numbers, from which a causal language model's loss is taken in chunks."""
@@ -115,9 +116,12 @@ class _LinearNLL(torch.autograd.Function):
         losses, grads = [], []
         for x, t in zip(rows.split(chunk), target.split(chunk), strict=True):
             logits = F.linear(x, weight, bias).to(wide)
+            if torch.compiler.is_compiling():
+                # Else the chunks, which all read the labels, are fused, and live at the same time.
+                t = written(t)
             counts = t != ignore_index
             index = torch.where(counts, t, 0)[:, None]
-            total = logits.logsumexp(-1, keepdim=True)
+            total = _logsumexp(logits)
             losses.append(torch.where(counts, (total - logits.gather(1, index))[:, 0], 0))
             if keep:
                 slope = _softmax_minus_target(logits, total, index) * counts[:, None]
@@ -135,6 +139,16 @@ class _LinearNLL(torch.autograd.Function):
         (slopes,) = ctx.saved_tensors
         scaled = slopes.to(grads[0].dtype) * grads[0][:, None]
         return scaled.to(slopes.dtype), None, None, None, None, None, None
+
+
+def _logsumexp(logits: Tensor) -> Tensor:
+    """Over the last axis, in parts that stay in a cache between the maximum and the sum.
+
+    Apart from them, compiled, what else reads the logits is spread over all of them, where it
+    would go along each row in one thread block after those two.
+    """
+    parts = max(n for n in range(1, 33) if logits.shape[-1] % n == 0)
+    return logits.unflatten(-1, (parts, -1)).logsumexp(-1).logsumexp(-1, keepdim=True)
 
 
 def _softmax_minus_target(logits: Tensor, total: Tensor, index: Tensor) -> Tensor:

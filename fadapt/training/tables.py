@@ -10,20 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-
-@torch.library.custom_op("fadapt::written", mutates_args=())
-def _written(tensor: Tensor) -> Tensor:
-    """A copy. torch.compile looks into no custom operator, so what goes in is stored, once."""
-    return tensor.clone()
-
-
-@_written.register_fake
-def _(tensor: Tensor) -> Tensor:
-    return torch.empty_like(tensor)
+from ..written import written
 
 
 @contextmanager
@@ -43,4 +33,4 @@ def tables_written(model: nn.Module) -> Iterator[None]:
 
 def _copied(module: nn.Module, args: Any, output: Any) -> Any:
     # Some modules of that name return no tables but what they have rotated.
-    return pytree.tree_map_only(Tensor, lambda t: t if t.requires_grad else _written(t), output)
+    return pytree.tree_map_only(Tensor, lambda t: t if t.requires_grad else written(t), output)
