@@ -294,10 +294,14 @@ RECORDED = [
 ]
 
 
-@pytest.mark.parametrize("count", [1, 4])
-def test_recorded_sweep_equals_an_ordinary_one(count: int, monkeypatch: Any) -> None:
+@pytest.mark.parametrize(("count", "chunked"), [(1, False), (4, False), (4, True)])
+def test_recorded_sweep_equals_an_ordinary_one(count: int, chunked: bool, monkeypatch: Any) -> None:
     """CUDA graphs, over two forms of batches, give the losses and weights of the plain passes."""
+    from fadapt import losses as loss_module
     from fadapt.training import graphs
+
+    if chunked:
+        monkeypatch.setattr(loss_module, "CHUNKED_FROM", 1)
 
     pytest.importorskip("transformers", minversion="5")
     made: list[Any] = []
