@@ -16,6 +16,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from .errors import ConfigError, FadaptError
+from .linalg import inverse_permutation
 from .linear_map import LinearMap
 from .sites import Site
 from .stack import Stack, StackedAdapter
@@ -87,22 +88,19 @@ class FoldedSite:
     def _parts(self, rows: Tensor) -> Sequence[Tensor]:
         """The rows of each piece."""
         if len(self.pieces) == 1 and not self.rest:
-            return [rows]
+            return [rows]  # as they are: torch.compile copies the only part of a split
         if [i for index, _ in self.pieces for i in index] == list(range(self.stack_size)):
             # One split: its gradient is one concatenation, where each slice's fills the whole.
             return rows.split([len(index) for index, _ in self.pieces])
-        return [_take(rows, index) for index, _ in self.pieces]
+        return [take(rows, index) for index, _ in self.pieces]
 
     def _gather(self, parts: list[Tensor], rows: Tensor) -> Tensor:
         """The parts and the rows without an adapter, in the order of the stack."""
         order = [i for index, _ in self.pieces for i in index] + list(self.rest)
         if self.rest:
-            parts = [*parts, _take(rows, self.rest)]
+            parts = [*parts, take(rows, self.rest)]
         whole = parts[0] if len(parts) == 1 else torch.cat(parts)
-        if order == list(range(self.stack_size)):
-            return whole
-        inverse = sorted(range(len(order)), key=order.__getitem__)
-        return whole[torch.tensor(inverse, device=whole.device)]
+        return take(whole, inverse_permutation(order))
 
     def _check(self, x: Tensor) -> None:
         batch = self.stack_size * (self.rows or 1)
@@ -121,9 +119,10 @@ def _leave(method: Any, base: LinearMap, p: Any, saved: Any, y: Tensor) -> Tenso
     return method.leave(p, saved, y, base)
 
 
-def _take(rows: Tensor, index: tuple[int, ...]) -> Tensor:
+def take(rows: Tensor, index: Sequence[int]) -> Tensor:
+    """The rows at ``index``, a view where they are consecutive."""
     first, last = index[0], index[-1]
-    if index == tuple(range(first, last + 1)):
+    if list(index) == list(range(first, last + 1)):
         return rows if len(index) == rows.shape[0] else rows[first : last + 1]
     return rows[torch.tensor(index, device=rows.device)]
 
@@ -215,7 +214,7 @@ def reorder(batch: Any, order: Sequence[int]) -> Any:
     def pick(t: Any) -> Any:
         if not isinstance(t, Tensor) or t.dim() == 0 or t.shape[0] == 1:
             return t
-        return t[torch.tensor(order, device=t.device)]
+        return take(t, order)
 
     return pytree.tree_map(pick, batch)
 

@@ -1,11 +1,17 @@
-"""Small dense linear algebra shared by methods: SVDs, skew matrices, Cayley maps, unit vectors."""
+"""Small linear algebra: SVDs, skew matrices, Cayley maps, unit vectors, permutations."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+
+
+def inverse_permutation(order: Sequence[int]) -> list[int]:
+    """Where each of 0 ... n - 1 stands in ``order``."""
+    return sorted(range(len(order)), key=order.__getitem__)
 
 
 def top_svd(matrix: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:

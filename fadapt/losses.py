@@ -142,10 +142,10 @@ class _LinearNLL(torch.autograd.Function):
 
 
 def _logsumexp(logits: Tensor) -> Tensor:
-    """Over the last axis, in parts that stay in a cache between the maximum and the sum.
+    """Over the last axis, in parts: each stays in a cache between its maximum and its sum.
 
-    Apart from them, compiled, what else reads the logits is spread over all of them, where it
-    would go along each row in one thread block after those two.
+    Compiled, it is also a kernel of its own. In one with what else reads the logits, a thread
+    block would go along a whole row three times.
     """
     parts = max(n for n in range(1, 33) if logits.shape[-1] % n == 0)
     return logits.unflatten(-1, (parts, -1)).logsumexp(-1).logsumexp(-1, keepdim=True)

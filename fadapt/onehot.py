@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import DenseFallbackWarning, FadaptError
-from .fold import FoldedSite, _take
+from .fold import FoldedSite, take
 from .linear_map import LinearMap
 from .method import Leaves, Method
 
@@ -138,7 +138,7 @@ def _folded(x: OneHot, folded: FoldedSite, base: LinearMap) -> Tensor:
         torch.func.vmap(
             functools.partial(leave, adapter.method),
             in_dims=({k: None if k in adapter.shared else 0 for k in adapter.leaves}, 0, 0),
-        )(adapter.leaves, _take(id_rows, index), _take(y_rows, index))
+        )(adapter.leaves, take(id_rows, index), take(y_rows, index))
         for index, adapter in folded.pieces
     ]
     return folded._gather(left, y_rows).reshape(y.shape)

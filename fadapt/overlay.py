@@ -21,6 +21,7 @@ from torch import Tensor
 
 from . import experts
 from .errors import DenseFallbackWarning, FadaptError, TargetError
+from .linalg import inverse_permutation
 from .linear_map import LinearMap
 from .sites import Site
 
@@ -130,8 +131,7 @@ def materialise(weight: Overlay) -> Tensor:
 def _strided_like(tensor: Tensor, other: Tensor) -> Tensor:
     """The tensor in the other's memory layout, on which the kernel and so the last bit depend."""
     order = sorted(range(other.dim()), key=other.stride, reverse=True)
-    inverse = sorted(range(other.dim()), key=order.__getitem__)
-    return tensor.permute(order).contiguous().permute(inverse)
+    return tensor.permute(order).contiguous().permute(inverse_permutation(order))
 
 
 def _adapt_biases(func: Callable, args: tuple) -> tuple[tuple, set[int]]:

@@ -14,6 +14,7 @@ from torch.func import functional_call
 from . import fold
 from .errors import ConfigError, FadaptError
 from .guard import bound_params, exclusive
+from .linalg import inverse_permutation
 from .losses import FrozenHead, frozen_head, hugging_face_loss
 from .mount import Mount, forwards_swapped, mounted, prepare
 from .overlay import Adapted
@@ -77,8 +78,7 @@ def _run_stack(
     # Groups side by side, so that no site has to gather its rows and to spread them again.
     if per_adapter or stack.per_row:
         batch = fold.reorder(batch, order)
-    place = {i: k for k, i in enumerate(order)}
-    turns = [place[i] for i in range(stack.size)]
+    turns = inverse_permutation(order)
     return _run_folded(model, stack.in_groups(), rows, batch, loss_fn, per_adapter, turns)
 
 
@@ -99,10 +99,7 @@ def _run_folded(
         if head is not None and (torch.compiler.is_compiling() or bound_params(model) is None):
             output = _forward(model, stack, rows, inputs, head)
             if output.logits is head.hidden:
-                losses = head.losses(folded["labels"], stack.size)
-                if list(turns) != sorted(turns):
-                    losses = losses[torch.tensor(turns, device=losses.device)]
-                return losses
+                return fold.take(head.losses(folded["labels"], stack.size), turns)
     else:
         inputs = folded
     output = _forward(model, stack, rows, inputs)

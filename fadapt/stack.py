@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import ConfigError
+from .linalg import inverse_permutation
 from .linear_map import LinearMap
 from .method import STRENGTH, Leaves
 from .tree import (
@@ -97,7 +98,7 @@ class Stack:
 
     def in_groups(self) -> Stack:
         """The same adapters at positions that go on from group to group."""
-        place = {i: k for k, i in enumerate(self.order)}
+        place = inverse_permutation(self.order)
         groups = [
             Group(tuple(place[i] for i in g.index), g.params, g.originals) for g in self.groups
         ]

@@ -73,7 +73,7 @@ class Adapter:
         rows = x.reshape(-1, x.shape[-1])
         shifted, saved = self.method.enter(p, rows)
         y = base(x if shifted is rows else shifted.reshape(x.shape))
-        return self.method.leave(p, saved, y.reshape(-1, y.shape[-1]), base).reshape(y.shape)
+        return self.method.leave(p, saved, y, base)
 
     def dense(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The adapted weight, in its stored layout, and bias; in the dtype of ``weight``.

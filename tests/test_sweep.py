@@ -19,7 +19,7 @@ from fadapt.training.grids import named
 from fadapt.training.loop import Loop
 from fadapt.training.setup import Settings
 
-from .models import qwen3, seeded, tokens
+from .models import batch_for, qwen3, seeded
 
 WIDTH, CLASSES, ROWS = 12, 3, 6
 
@@ -587,14 +587,8 @@ class Reading(Counting):
         return super().__call__(graph, inputs)
 
 
-def causal_batches(count=3):
-    return [
-        {"input_ids": ids, "labels": ids} for ids in (tokens(2, 6, seed=i) for i in range(count))
-    ]
-
-
 def test_a_compiled_sweep_computes_rotary_tables_once():
-    model, batches = qwen3(), causal_batches()
+    model, batches = qwen3(), [batch_for("qwen3", seed=i) for i in range(3)]
     trials = [Trial(fadapt.LoRA(r=2), lr=1e-2, seed=s) for s in range(3)]
     backend = Reading()
     compiled = sweep(model, trials, batches, compile={"backend": backend})

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..linalg import inverse_permutation
 from ..method import Method
 from ..stack import Group, Stack, StackedAdapter, select
 from ..tree import Adapter, Params, Train
@@ -108,8 +109,8 @@ class Block:
             first, last = self.places[members[0]], self.places[members[-1]]
             total = self.grads[first.part][start:stop, first.start : last.stop]
             zero = total.new_zeros(()).expand(stop - start, *first.shape)
-            leaves = [zero if found[i] is None else found[i] for i in members]
-            new = _stacked([leaf.reshape(zero.shape) for leaf in leaves])  # type: ignore[union-attr]
+            grads = [found[i] for i in members]
+            new = _stacked([zero if g is None else g.reshape(zero.shape) for g in grads])
             yield total.unflatten(1, new.shape[1:]), new
 
     def member(self, row: int, flats: Sequence[Tensor]) -> list[Tensor]:
@@ -260,5 +261,5 @@ def _stacked(tensors: Sequence[Tensor]) -> Tensor:
     """
     inner = sorted(range(1, tensors[0].dim()), key=tensors[0].stride, reverse=True)
     joined = torch.stack([t.permute(0, *inner) for t in tensors], 1)
-    back = sorted(range(len(inner)), key=inner.__getitem__)
-    return joined.permute(0, 1, *(2 + i for i in back))
+    back = inverse_permutation([0, *inner])
+    return joined.permute(0, *(1 + i for i in back))

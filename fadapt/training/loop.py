@@ -97,7 +97,7 @@ class Loop:
         s = self.settings
         return Passes(
             self.model, self.arena, s.loss_fn, self.feed.per_adapter, s.max_adapters,
-            self.compiler, any(t.accumulate > 1 for t in self.trials), chosen,
+            self.compiler, self.updater.accumulates, chosen,
         )  # fmt: skip
 
     def _resume(self) -> None:

@@ -43,6 +43,7 @@ class Updater:
 
     Attributes:
         alive: a flag per row of each block.
+        accumulates: whether some trial's gradient adds up over several batches.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class Updater:
         steps: int,
     ):
         self.arena, self.trials, self.steps = arena, trials, steps
-        self._accumulates = any(trial.accumulate > 1 for trial in trials)
+        self.accumulates = any(trial.accumulate > 1 for trial in trials)
         self.flat = _bare(factory) in ELEMENTWISE
         self.slots: list[tuple[int, list[Tensor], list[Tensor]]] = []
         for trial, block, row in arena.rows():
@@ -160,7 +161,7 @@ class Updater:
             torch.where(changed.to(flat.device)[:, None], flat, old, out=flat)
             if due is not None:
                 grad.masked_fill_(due.to(grad.device)[:, None], 0)
-            elif self._accumulates:  # otherwise the next pass overwrites it
+            elif self.accumulates:  # otherwise the next pass overwrites it
                 grad.zero_()
 
     def states(self) -> dict[int, list[dict[str, Any]]]:
