@@ -327,8 +327,7 @@ def _member(adapter: Adapter, row: int, original: Adapter) -> Adapter:
             leaf = leaf.narrow(method.rank_axes[name], 0, getattr(method, "r", 1))
         return leaf.clone()
 
-    added = set() if adapter.method == method else set(method.hyper_leaves())
-    added |= {STRENGTH} - original.fixed.keys()
+    added = set(method.hyper_leaves()) | ({STRENGTH} - original.fixed.keys())
     return original.replace(
         {k: cut(k, t) for k, t in adapter.train.items()},
         {k: cut(k, t) for k, t in adapter.fixed.items() if k not in added},

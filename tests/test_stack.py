@@ -119,6 +119,16 @@ def test_unstack_gives_the_members_back() -> None:
                 assert torch.equal(back[name].leaves[leaf], tensor), (name, leaf)
 
 
+def test_unstack_drops_what_only_a_mix_of_ranks_needs() -> None:
+    """The member whose method is the stack's own as well."""
+    _model, _, members, _ = case("gpt2", [fadapt.LoRA(r=2), fadapt.LoRA(r=8, alpha=8.0)])
+    stack = fadapt.stack(members)
+    assert stack.groups[0].params[stack.sites[0]].method == members[1][stack.sites[0]].method
+    for member, back in zip(members, fadapt.unstack(stack), strict=True):
+        for name, adapter in member.items():
+            assert back[name].leaves.keys() == adapter.leaves.keys()
+
+
 def test_padding_stays_exactly_zero() -> None:
     model, batch, members, _ = case("gpt2", [fadapt.LoRA(r=1), fadapt.LoRA(r=4), fadapt.LoRA(r=2)])
     stack = fadapt.stack(members)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import sys
@@ -262,7 +263,7 @@ def test_padded_entries_stay_zero(optimizer):
     (block,) = loop.arena.blocks
     seen = 0
     for place in block.places:
-        leaf = place.view(block.flats)
+        leaf = place.view(block.values)
         for row, trial in enumerate(loop.arena.order):
             rank, axis = trials[trial].config.r, 0 if place.leaf == "A" else 1
             padded = leaf[row].narrow(axis, rank, 7 - rank)
@@ -270,6 +271,39 @@ def test_padded_entries_stay_zero(optimizer):
             assert (leaf[row].narrow(axis, 0, rank) != 0).any()
             seen += padded.numel()
     assert seen
+
+
+MIXED_RANKS = [
+    fadapt.LoRA(r=5, alpha=5.0),
+    fadapt.LoRA(r=2),
+    {"up": fadapt.LoRA(r=1), "mid|head": fadapt.LoRA(r=5)},
+    fadapt.DoRA(r=4),
+    {"up": fadapt.LoRA(r=5), "mid|head": fadapt.LoRA(r=2)},
+    fadapt.LoRA(r=2, alpha=3.0),
+    {"up|mid|head": fadapt.DoRA(r=1)},
+    fadapt.LoRA(r=5),
+]
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.Adafactor])
+@pytest.mark.parametrize("kept", [range(8), (0, 7), (1, 5), (2, 4, 6), (4,), (5, 3, 1)])
+def test_ranks_in_any_mix_and_after_stops(optimizer, kept):
+    """Ranks that differ from trial to trial and from site to site; some trials stop half way."""
+    model, batches = net(), make_batches()
+    trials = [
+        Trial(m, lr=0.02, weight_decay=0.1, clip=0.05, seed=i) for i, m in enumerate(MIXED_RANKS)
+    ]
+    trials[1] = dataclasses.replace(trials[1], accumulate=3)
+    settings = Settings(steps=9, loss_fn=loss_fn, optimizer=optimizer)
+    loop = Loop(model, named(trials), batches, settings)
+    for step in range(9):
+        if step == 4:
+            loop.shrink(list(kept))
+        loop._one_step()
+    for trial in kept:
+        params, _ = plain_training(model, trials[trial], batches, 9, optimizer)
+        block, row = next((b, r) for t, b, r in loop.arena.rows() if t == trial)
+        assert_close(params.join(block.train(row)), params, 1e-10)
 
 
 def test_own_order_is_a_permutation_of_each_epoch():
@@ -857,6 +891,23 @@ class TestGradientsOfAnArena:
         return Arena(fadapt.stack([fadapt.init(model, m) for m in methods]), range(4))
 
     @staticmethod
+    def own(stack, grads):
+        """The gradients with zeros for the padding, which the arena does not take."""
+        result, leaves = [], iter(zip(fadapt.trainable(stack), grads, strict=True))
+        for group in stack.groups:
+            for name, adapter in group.params.items():
+                for key in adapter.train:
+                    leaf, grad = next(leaves)
+                    grad = torch.zeros_like(leaf) if grad is None else grad.clone()
+                    axis = adapter.method.rank_axes.get(key)
+                    for row, original in enumerate(group.originals):
+                        if axis is not None:
+                            rank = original[name].method.r
+                            grad[row].narrow(axis, rank, leaf.shape[axis] - rank).zero_()
+                    result.append(grad)
+        return result
+
+    @staticmethod
     def found(stack, missing=None):
         """Random gradients, those of matrices transposed in memory, and one that is missing."""
         rng = torch.Generator().manual_seed(5)
@@ -872,11 +923,10 @@ class TestGradientsOfAnArena:
 
     @pytest.mark.parametrize("missing", [None, 0, 3])
     def test_whole(self, arena, missing):
-        leaves = fadapt.trainable(arena.part(0, 4))
+        stack = arena.part(0, 4)
+        leaves = fadapt.trainable(stack)
         grads = self.found(leaves, missing)
-        expected = [
-            torch.zeros_like(t) if g is None else g for t, g in zip(leaves, grads, strict=True)
-        ]
+        expected = self.own(stack, grads)
         arena.take_gradients(0, 4, self.found(leaves), add=False)
         arena.take_gradients(0, 4, grads, add=False)
         for got, g in zip(self.at_the_leaves(arena), expected, strict=True):
@@ -889,9 +939,10 @@ class TestGradientsOfAnArena:
         """Rows 1 and 2 only; the gradients of the others stay."""
         arena.take_gradients(0, 4, self.found(fadapt.trainable(arena.part(0, 4))), add=False)
         before = [[g.clone() for g in block.grads] for block in arena.blocks]
-        grads = self.found(fadapt.trainable(arena.part(1, 3)))
+        stack = arena.part(1, 3)
+        grads = self.found(fadapt.trainable(stack))
         arena.take_gradients(1, 3, grads, add=False)
-        position, found = 0, iter(grads)
+        position, found = 0, iter(self.own(stack, grads))
         for block, old in zip(arena.blocks, before, strict=True):
             rows = [r for r in range(block.size) if 1 <= position + r < 3]
             if rows:

@@ -64,16 +64,16 @@ class DoRA(LoRA):
 
     def _gain_minus_1(self, p: Mapping[str, Tensor], base: LinearMap) -> Tensor:
         """c - 1 as a row (..., 1, out)."""
-        w2, s = p["w2"], self.scale(p)
-        a, b = p["A"].to(w2.dtype), p["B"].to(w2.dtype)
+        w2, s, a, b = p["w2"], self.scale(p), p["A"], p["B"]
         if self.detach_norm:
             a, b = a.detach(), b.detach()
         with full_precision(a):
-            cross = (base.linear(a) * b.mT).sum(-2, keepdim=True)
-            own = (((a @ a.mT) @ b.mT) * b.mT).sum(-2, keepdim=True)
+            # The leaves' precision will do for |V|² - w2 = s rowsum(B ∘ (2 W Aᵀ + s B A Aᵀ)).
+            half, rest = base.linear(a).to(w2.dtype), ((a @ a.mT) @ b.mT).to(w2.dtype)
+        change = s * (b.mT.to(w2.dtype) * (2 * half + s * rest)).sum(-2, keepdim=True)
         # Where V nearly vanishes the difference may round below zero.
         floor = torch.finfo(w2.dtype).eps
-        n2 = torch.maximum(w2 + 2 * s * cross + s**2 * own, floor * w2)
+        n2 = torch.maximum(w2 + change, floor * w2)
         zero = n2 == 0
         n = torch.where(zero, 1, n2).sqrt()
         n0 = torch.where(zero, 1, w2).sqrt()

@@ -1,4 +1,4 @@
-"""Arena: the trainable values of a stack in one flat buffer per group, one row per trial.
+"""Arena: the trainable values of a stack in few buffers per group, one row per trial.
 
 The stack's leaves are views of it. An optimiser sees each trial's row as a parameter of its own,
 so nothing that it computes, norms included, is shared between trials.
@@ -6,8 +6,10 @@ so nothing that it computes, norms included, is shared between trials.
 
 from __future__ import annotations
 
+import copy
+import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,13 +17,46 @@ from torch import Tensor
 
 from ..linalg import inverse_permutation
 from ..method import Method
-from ..stack import Group, Stack, StackedAdapter, select
+from ..stack import Group, Stack, StackedAdapter
 from ..tree import Adapter, Params, Train
+
+LAYOUT = 2
+"""The order of a trial's values in memory, which checkpoints depend on, as a number."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One buffer of a block: (rows, lines, columns).
+
+    Leaves that are padded to a common rank lie in lines, one per rank, so that a trial's own
+    values come first and in one piece: the padding is no concern of the optimiser. All other
+    leaves share one line.
+
+    Attributes:
+        own: the lines of each row that are no padding.
+        lines: of a row.
+    """
+
+    dtype: torch.dtype
+    device: torch.device
+    own: tuple[int, ...]
+    lines: int
+
+    def runs(self, start: int, stop: int) -> Iterator[tuple[slice, int]]:
+        """Neighbours among the rows ``start`` to ``stop`` with equally many lines of their own."""
+        for own, neighbours in itertools.groupby(range(start, stop), self.own.__getitem__):
+            rows = list(neighbours)
+            yield slice(rows[0], rows[-1] + 1), own
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where one stacked leaf lies: columns ``start`` to ``stop`` of flat buffer ``part``."""
+    """Where one stacked leaf lies: columns ``start`` to ``stop`` of buffer ``part``.
+
+    Attributes:
+        shape: of a row's leaf, padding included.
+        axis: of the rank, from the end, if there is a line per rank.
+    """
 
     site: str
     leaf: str
@@ -29,22 +64,37 @@ class Place:
     start: int
     stop: int
     shape: torch.Size
+    axis: int | None
 
-    def view(self, flats: Sequence[Tensor]) -> Tensor:
-        """The leaf (n, ...) as a view of (n, columns) buffers."""
-        return flats[self.part][:, self.start : self.stop].unflatten(1, self.shape)
+    def view(self, buffers: Sequence[Tensor]) -> Tensor:
+        """The leaf (n, *shape) as a view of the block's buffers."""
+        columns = buffers[self.part][:, :, self.start : self.stop]
+        if self.axis is None:
+            return columns.view(-1, *self.shape)
+        others = list(self.shape)
+        del others[self.axis]
+        return columns.view(*columns.shape[:2], *others).movedim(1, self.axis)
 
 
 class Block:
     """The values and gradients of one group of a stack.
 
+    Args:
+        group: the group.
+        rows: its members, in the order in which they are to lie.
+
     Attributes:
-        flats: (n, columns) values, one buffer per dtype and device.
+        values: one buffer per part.
         grads: the same for the gradients.
     """
 
-    def __init__(self, group: Group):
-        self.size = len(group.index)
+    def __init__(self, group: Group, rows: Sequence[int]):
+        self.size = len(rows)
+        self._group = Group(
+            tuple(rows),
+            Params({k: _rows(a, {}, rows) for k, a in group.params.items()}, group.params.config),
+            tuple(group.originals[row] for row in rows),
+        )
         leaves = [
             (site, name, leaf.detach())
             for site, adapter in group.params.items()
@@ -52,127 +102,145 @@ class Block:
         ]
         # Leaves of one shape lie side by side: their gradients are taken over together.
         alike: dict[Any, list[int]] = {}
-        for i, (_, _, leaf) in enumerate(leaves):
-            alike.setdefault((leaf.dtype, leaf.device, leaf.shape[1:]), []).append(i)
-        keys: list[Any] = []
-        widths: list[int] = []
+        for i, (site, name, leaf) in enumerate(leaves):
+            axis = self._padded_axis(site, name, leaf)
+            own = (1,) * self.size if axis is None else tuple(self._ranks(site))
+            part = Part(leaf.dtype, leaf.device, own, 1 if axis is None else leaf.shape[axis])
+            alike.setdefault((part, leaf.shape[1:], axis), []).append(i)
+        self.parts = list(dict.fromkeys(part for part, *_ in alike))
+        widths = [0] * len(self.parts)
         places: dict[int, Place] = {}
-        for (*key, shape), members in alike.items():
-            if key not in keys:
-                keys.append(key)
-                widths.append(0)
-            part = keys.index(key)
+        for (part, shape, axis), members in alike.items():
+            k = self.parts.index(part)
             for i in members:
-                start, stop = widths[part], widths[part] + shape.numel()
-                places[i] = Place(*leaves[i][:2], part, start, stop, shape)
-                widths[part] = stop
+                start, stop = widths[k], widths[k] + shape.numel() // part.lines
+                places[i] = Place(*leaves[i][:2], k, start, stop, shape, axis)
+                widths[k] = stop
         self.places = [places[i] for i in range(len(leaves))]
         self._alike = list(alike.values())
-        self.flats = [
-            torch.zeros(self.size, width, dtype=dtype, device=device)
-            for width, (dtype, device) in zip(widths, keys, strict=True)
+        self.values = [
+            torch.zeros(self.size, part.lines, width, dtype=part.dtype, device=part.device)
+            for part, width in zip(self.parts, widths, strict=True)
         ]
-        self.grads = [torch.zeros_like(flat) for flat in self.flats]
+        self.grads = [torch.zeros_like(values) for values in self.values]
         for place, (_, _, leaf) in zip(self.places, leaves, strict=True):
-            place.view(self.flats).copy_(leaf)
-        # Without its leaves, which the buffers now hold.
-        params = group.params.map(lambda adapter: adapter.replace(train={}))
-        self._group = Group(group.index, params, group.originals)
-        self.padding = self._find_padding()
+            place.view(self.values).copy_(leaf[list(rows)])
+
+    def _ranks(self, site: str) -> list[int]:
+        return [_rank(original[site].method) for original in self._group.originals]
+
+    def _padded_axis(self, site: str, name: str, leaf: Tensor) -> int | None:
+        """The axis of the rank, where some member's is smaller than the leaf's."""
+        axis = self._group.params[site].method.rank_axes.get(name)
+        if axis is None or min(self._ranks(site)) == leaf.shape[axis]:
+            return None
+        return axis
 
     @property
     def device(self) -> torch.device:
         """Where this group's flags and norms are kept."""
-        return self.flats[0].device if self.flats else torch.device("cpu")
+        return self.values[0].device if self.values else torch.device("cpu")
 
     def part(self, start: int, stop: int, at: int) -> Group:
         """Rows ``start`` to ``stop`` as a group of views, at positions from ``at``."""
-        rows = [f[start:stop] for f in self.flats]
+        some = [v[start:stop] for v in self.values]
         train: dict[str, dict[str, Tensor]] = {name: {} for name in self._group.params}
         for place in self.places:
-            train[place.site][place.leaf] = place.view(rows).detach().requires_grad_()
-        params = self._group.params
+            train[place.site][place.leaf] = place.view(some).detach().requires_grad_()
+        params, rows = self._group.params, slice(start, stop)
         return Group(
             tuple(range(at, at + stop - start)),
-            Params({k: _rows(a, train[k], start, stop) for k, a in params.items()}, params.config),
-            self._group.originals[start:stop],
+            Params({k: _rows(a, train[k], rows) for k, a in params.items()}, params.config),
+            self._group.originals[rows],
         )
 
-    def gradients(
-        self, start: int, stop: int, found: Sequence[Tensor | None]
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Where the gradients of rows ``start`` to ``stop`` lie, and those found, zero for None.
+    def keep(self, rows: Sequence[int]) -> Block:
+        """A block of some rows, laid out as this one."""
+        smaller = copy.copy(self)
+        smaller.size, params = len(rows), self._group.params
+        smaller._group = Group(
+            tuple(rows),
+            Params({k: _rows(a, {}, rows) for k, a in params.items()}, params.config),
+            tuple(self._group.originals[row] for row in rows),
+        )
+        smaller.parts = [replace(p, own=tuple(p.own[row] for row in rows)) for p in self.parts]
+        smaller.values = [v[list(rows)] for v in self.values]
+        smaller.grads = [g[list(rows)] for g in self.grads]
+        return smaller
 
-        One pair for all leaves of a shape: (rows, leaves, *shape).
-        """
-        for members in self._alike:
-            first, last = self.places[members[0]], self.places[members[-1]]
-            total = self.grads[first.part][start:stop, first.start : last.stop]
-            zero = total.new_zeros(()).expand(stop - start, *first.shape)
-            grads = [found[i] for i in members]
-            new = _stacked([zero if g is None else g.reshape(zero.shape) for g in grads])
-            yield total.unflatten(1, new.shape[1:]), new
+    def regions(self, buffers: Sequence[Tensor]) -> Iterator[tuple[slice, Tensor]]:
+        """What is no padding, as rows and (rows, values) views: few, and the same every time."""
+        for part, buffer in zip(self.parts, buffers, strict=True):
+            for rows, own in part.runs(0, self.size):
+                yield rows, buffer[rows, :own].flatten(1)
 
-    def member(self, row: int, flats: Sequence[Tensor]) -> list[Tensor]:
-        """One member's part of each leaf, at its own rank: views of (n, columns) buffers."""
+    def row(self, row: int, buffers: Sequence[Tensor]) -> list[Tensor]:
+        """One member's own values, a flat view per part."""
+        pairs = zip(self.parts, buffers, strict=True)
+        return [buffer[row, : part.own[row]].view(-1) for part, buffer in pairs]
+
+    def member(self, row: int, buffers: Sequence[Tensor]) -> list[Tensor]:
+        """One member's part of each leaf, at its own rank: views."""
         views = []
         for place in self.places:
-            view, method = place.view(flats)[row], self._group.originals[row][place.site].method
+            view, method = place.view(buffers)[row], self._group.originals[row][place.site].method
             if place.leaf in method.rank_axes:
-                view = view.narrow(method.rank_axes[place.leaf], 0, getattr(method, "r", 1))
+                view = view.narrow(method.rank_axes[place.leaf], 0, _rank(method))
             views.append(view)
         return views
 
     def train(self, row: int) -> Train:
         """A copy on the host of one member's trainable leaves, for :func:`fadapt.join`."""
         result: Train = {name: {} for name in self._group.params}
-        for place, view in zip(self.places, self.member(row, self.flats), strict=True):
+        for place, view in zip(self.places, self.member(row, self.values), strict=True):
             result[place.site][place.leaf] = view.to("cpu", copy=True)
         return result
+
+    def gradients(
+        self, start: int, stop: int, found: Sequence[Tensor | None]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Where the gradients of rows ``start`` to ``stop`` lie, and those found, zero for None.
+
+        A pair for all leaves of a shape, and for each run of ranks: (rows, lines, leaves, ...).
+        """
+        for members in self._alike:
+            first, last = self.places[members[0]], self.places[members[-1]]
+            grads = self.grads[first.part][:, :, first.start : last.stop]
+            zero = grads.new_zeros(()).expand(stop - start, *first.shape)
+            some = [found[i] for i in members]
+            new = _stacked([zero if g is None else g.reshape(zero.shape) for g in some])
+            new = new.unsqueeze(1) if first.axis is None else new.movedim(first.axis, 1)
+            for rows, own in self.parts[first.part].runs(start, stop):
+                total = grads[rows, :own]
+                total = total.view(*total.shape[:2], *new.shape[2:])
+                yield total, new[rows.start - start : rows.stop - start, :own]
 
     def project(self) -> None:
         """Moves every member into its methods' constraints."""
         for name, adapter in self._group.params.items():
-            leaves = {p.leaf: p.view(self.flats) for p in self.places if p.site == name}
+            leaves = {p.leaf: p.view(self.values) for p in self.places if p.site == name}
             if type(adapter.method).project is Method.project or not leaves:
                 continue
             for leaf, new in torch.func.vmap(adapter.method.project)(leaves).items():
                 leaves[leaf].copy_(new)
 
-    def clear_padding(self, flats: Sequence[Tensor]) -> None:
-        """Sets the padded entries of (n, columns) buffers to zero."""
-        for flat, mask in zip(flats, self.padding, strict=True):
-            if mask is not None:
-                flat.masked_fill_(mask, 0)
-
-    def _find_padding(self) -> list[Tensor | None]:
-        masks: list[Tensor | None] = [None] * len(self.flats)
-        for place in self.places:
-            for row in range(self.size):
-                method = self._group.originals[row][place.site].method
-                axis = method.rank_axes.get(place.leaf)
-                rank = getattr(method, "r", 1)
-                if axis is None or rank == place.shape[axis]:
-                    continue
-                mask = masks[place.part]
-                if mask is None:
-                    mask = torch.zeros_like(self.flats[place.part], dtype=torch.bool)
-                    masks[place.part] = mask
-                padded = place.view([mask] * len(masks))[row]
-                padded.narrow(axis, rank, place.shape[axis] - rank).fill_(True)
-        return masks
-
 
 class Arena:
-    """All blocks of a stack. Trials are counted by ``order``, group after group.
+    """All blocks of a stack. Trials are counted by ``order``, group after group, rank after rank.
 
     Attributes:
         order: the trial (any number) of each row.
     """
 
     def __init__(self, stack: Stack, trials: Sequence[int]):
-        self.blocks = [Block(group) for group in stack.groups]
-        self.order = [trials[i] for group in stack.groups for i in group.index]
+        self.blocks: list[Block] = []
+        self.order: list[int] = []
+        for group in stack.groups:
+            # Members of one rank beside each other make long runs.
+            ranks = [[_rank(a.method) for a in member.values()] for member in group.originals]
+            rows = sorted(range(len(ranks)), key=ranks.__getitem__)
+            self.blocks.append(Block(group, rows))
+            self.order += [trials[group.index[row]] for row in rows]
 
     def __len__(self) -> int:
         return len(self.order)
@@ -231,25 +299,26 @@ class Arena:
                 yield block, low, high
 
     def keep(self, positions: Sequence[int]) -> Arena:
-        """A smaller arena of some rows, padding and gradients included."""
-        groups: list[Group] = []
-        at = 0
-        for block in self.blocks:
-            groups.append(block.part(0, block.size, at))
-            at += block.size
-        # select repeats rows by index; without per_row it is a stack of those members.
-        chosen = Stack(select(Stack(groups), list(positions)).groups)
-        smaller = Arena(chosen, [self.order[i] for i in positions])
-        grads = {trial: [g[row] for g in block.grads] for trial, block, row in self.rows()}
-        for trial, block, row in smaller.rows():
-            for new, old in zip(block.grads, grads[trial], strict=True):
-                new[row].copy_(old)
+        """A smaller arena of some rows, gradients included."""
+        smaller = copy.copy(self)
+        smaller.blocks, smaller.order = [], []
+        for block, span in self.spans():
+            rows = [p - span.start for p in positions if span.start <= p < span.stop]
+            if rows:
+                smaller.blocks.append(block.keep(rows))
+                smaller.order += [self.order[span][row] for row in rows]
         return smaller
 
 
-def _rows(adapter: Adapter, train: dict[str, Tensor], start: int, stop: int) -> Adapter:
+def _rank(method: Method) -> int:
+    return getattr(method, "r", 1)
+
+
+def _rows(adapter: Adapter, train: dict[str, Tensor], rows: slice | Sequence[int]) -> Adapter:
+    """Some rows of a group's adapter, with leaves to train from elsewhere."""
     assert isinstance(adapter, StackedAdapter)
-    fixed = {k: t if k in adapter.shared else t[start:stop] for k, t in adapter.fixed.items()}
+    chosen = rows if isinstance(rows, slice) else list(rows)
+    fixed = {k: t if k in adapter.shared else t[chosen] for k, t in adapter.fixed.items()}
     return adapter.replace(train, fixed)
 
 

@@ -59,15 +59,9 @@ class Updater:
         self.flat = _bare(factory) in ELEMENTWISE
         self.slots: list[tuple[int, list[Tensor], list[Tensor]]] = []
         for trial, block, row in arena.rows():
-            if self.flat:
-                pairs = [(f[row], g[row]) for f, g in zip(block.flats, block.grads, strict=True)]
-            else:
-                pairs = [
-                    *zip(
-                        block.member(row, block.flats), block.member(row, block.grads), strict=True
-                    )
-                ]
-            self.slots.append((trial, [p.detach() for p, _ in pairs], [g for _, g in pairs]))
+            views = block.row if self.flat else block.member
+            values = [p.detach() for p in views(row, block.values)]
+            self.slots.append((trial, values, views(row, block.grads)))
         groups: dict[Any, dict[str, Any]] = {}
         self._leaders: list[int] = []
         for trial, values, _ in self.slots:
@@ -112,7 +106,7 @@ class Updater:
         before = []
         for i, block in enumerate(self.arena.blocks):
             self._clip_gradients(i, block, None if whole is None else whole[i])
-            before.append([f.clone() for f in block.flats])
+            before.append([v.clone() for _, v in block.regions(block.values)])
         rates = self.rates(step)
         for group, leader in zip(self.optimizer.param_groups, self._leaders, strict=True):
             group["lr"] = rates[leader]
@@ -122,7 +116,6 @@ class Updater:
         self.optimizer.step()
         for i, block in enumerate(self.arena.blocks):
             block.project()
-            block.clear_padding(block.flats)
             self._guard(i, block, before[i], None if whole is None else whole[i])
 
     def freeze(self, trials: Collection[int]) -> None:
@@ -136,7 +129,6 @@ class Updater:
         return [torch.tensor(due[span], device=b.device) for b, span in self.arena.spans()]
 
     def _clip_gradients(self, i: int, block: Block, due: Tensor | None) -> None:
-        block.clear_padding(block.grads)
         norm = block_norms(block)
         alive = self.alive[i]
         alive &= torch.isfinite(norm)
@@ -147,20 +139,21 @@ class Updater:
         scale = (limit / (norm + 1e-6)).clamp(max=1.0)
         if due is not None:
             scale = torch.where(due, scale, 1.0)
-        for grad in block.grads:
-            grad.mul_(scale.to(grad.device, grad.dtype)[:, None])
+        for rows, grad in block.regions(block.grads):
+            grad.mul_(scale[rows].to(grad.device, grad.dtype)[:, None])
 
     def _guard(self, i: int, block: Block, before: list[Tensor], due: Tensor | None) -> None:
         alive = self.alive[i]
-        for flat in block.flats:
-            largest = torch.linalg.vector_norm(flat, torch.inf, dim=1)
-            alive &= torch.isfinite(largest).to(alive.device)
+        for rows, new in block.regions(block.values):
+            largest = torch.linalg.vector_norm(new, torch.inf, dim=1)
+            alive[rows] &= torch.isfinite(largest).to(alive.device)
         changed = alive if due is None else alive & due
-        for flat, old, grad in zip(block.flats, before, block.grads, strict=True):
+        for (rows, new), old in zip(block.regions(block.values), before, strict=True):
             # In one pass over the memory; both are read before the result is written.
-            torch.where(changed.to(flat.device)[:, None], flat, old, out=flat)
+            torch.where(changed[rows].to(new.device)[:, None], new, old, out=new)
+        for rows, grad in block.regions(block.grads):
             if due is not None:
-                grad.masked_fill_(due.to(grad.device)[:, None], 0)
+                grad.masked_fill_(due[rows].to(grad.device)[:, None], 0)
             elif self.accumulates:  # otherwise the next pass overwrites it
                 grad.zero_()
 
@@ -182,11 +175,11 @@ class Updater:
 
 def block_norms(block: Block) -> Tensor:
     """The 2-norm of each row's gradient, (n,), in float32 or better."""
-    total = torch.zeros(block.size, device=block.device)
-    for grad in block.grads:
-        wide = torch.promote_types(grad.dtype, torch.float32)
+    wide = functools.reduce(torch.promote_types, (g.dtype for g in block.grads), torch.float32)
+    total = torch.zeros(block.size, dtype=wide, device=block.device)
+    for rows, grad in block.regions(block.grads):
         norm = torch.linalg.vector_norm(grad, dim=1, dtype=wide)
-        total = total + norm.square().to(total.device)
+        total[rows] += norm.square().to(total.device)
     return total.sqrt()
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..errors import CheckpointError
 from ..tree import Train
 from . import checkpoint
+from .arena import LAYOUT
 from .board import Standing
 
 if TYPE_CHECKING:
@@ -29,8 +30,8 @@ def write(loop: Loop, directory: Path) -> None:
     history, records = loop.record.state()
     rows: dict[str, Tensor] = {}
     for trial, block, row in loop.arena.rows():
-        for k, (flat, grad) in enumerate(zip(block.flats, block.grads, strict=True)):
-            rows |= {f"{trial}|{k}|value": flat[row], f"{trial}|{k}|grad": grad[row]}
+        for kind, buffers in (("value", block.values), ("grad", block.grads)):
+            rows |= {f"{trial}|{k}|{kind}": v for k, v in enumerate(block.row(row, buffers))}
     meta = {
         "kind": "sweep",
         "sweep": description(loop),
@@ -85,9 +86,9 @@ def restore(loop: Loop, directory: Path) -> None:
     devices = {}
     for trial, block, row in loop.arena.rows():
         devices[trial] = block.device
-        for k, (flat, grad) in enumerate(zip(block.flats, block.grads, strict=True)):
-            flat[row].copy_(rows[f"{trial}|{k}|value"])
-            grad[row].copy_(rows[f"{trial}|{k}|grad"])
+        for kind, buffers in (("value", block.values), ("grad", block.grads)):
+            for k, values in enumerate(block.row(row, buffers)):
+                values.copy_(rows[f"{trial}|{k}|{kind}"])
     states = checkpoint.unpack_states(meta["optimizer"], parts.get("optimizer", {}), devices)
     loop.updater.load_states(states)
     loop.record.restore(meta["history"], parts.get("history", {}))
@@ -104,6 +105,7 @@ def description(loop: Loop) -> dict[str, Any]:
     trials = dict(zip(loop.board.names, loop.board.trials, strict=True))
     data = {
         **{f"trial {name}": trial.to_json() for name, trial in trials.items()},
+        "layout": LAYOUT,
         "names": list(trials),
         "steps": loop.steps,
         "optimizer": getattr(s.optimizer, "__qualname__", repr(s.optimizer)),
