@@ -121,8 +121,13 @@ class _LinearNLL(torch.autograd.Function):
                 t = written(t)
             counts = t != ignore_index
             index = torch.where(counts, t, 0)[:, None]
-            total = _logsumexp(logits)
-            losses.append(torch.where(counts, (total - logits.gather(1, index))[:, 0], 0))
+            both = torch.cat([logits.logsumexp(1, keepdim=True), logits.gather(1, index)], 1)
+            if torch.compiler.is_compiling():
+                # A kernel of its own. In one with what else reads the logits, a thread block would
+                # go along a whole row three times; and these would live until the loss is summed.
+                both = written(both)
+            total, picked = both.split(1, 1)
+            losses.append(torch.where(counts, (total - picked)[:, 0], 0))
             if keep:
                 slope = _softmax_minus_target(logits, total, index) * counts[:, None]
                 grads.append(slope.to(x.dtype) @ weight.to(x.dtype))
@@ -139,16 +144,6 @@ class _LinearNLL(torch.autograd.Function):
         (slopes,) = ctx.saved_tensors
         scaled = slopes.to(grads[0].dtype) * grads[0][:, None]
         return scaled.to(slopes.dtype), None, None, None, None, None, None
-
-
-def _logsumexp(logits: Tensor) -> Tensor:
-    """Over the last axis, in parts: each stays in a cache between its maximum and its sum.
-
-    Compiled, it is also a kernel of its own. In one with what else reads the logits, a thread
-    block would go along a whole row three times.
-    """
-    parts = max(n for n in range(1, 33) if logits.shape[-1] % n == 0)
-    return logits.unflatten(-1, (parts, -1)).logsumexp(-1).logsumexp(-1, keepdim=True)
 
 
 def _softmax_minus_target(logits: Tensor, total: Tensor, index: Tensor) -> Tensor:
