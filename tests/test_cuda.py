@@ -382,10 +382,13 @@ def test_a_sweep_halves_when_memory_runs_out() -> None:
 
     free = fadapt.sweep(model, trials, [x], steps=3, loss_fn=mean)
     assert free.chunk == 8
+    gc.collect()  # recorded graphs of earlier tests, which hold memory
     torch.cuda.empty_cache()
     each = rows * 512 * 4
     total = torch.cuda.get_device_properties(0).total_memory
-    allowed = torch.cuda.memory_reserved() + 28 * each + 2**28
+    # What is reserved but not in use can be used as well.
+    allowed = torch.cuda.memory_allocated() + 28 * each + 2**28
+    assert allowed > torch.cuda.memory_reserved()
     torch.cuda.set_per_process_memory_fraction(allowed / total)
     try:
         tight = fadapt.sweep(model, trials, [x], steps=3, loss_fn=mean)
