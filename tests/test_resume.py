@@ -306,6 +306,15 @@ def test_another_sweep_is_not_continued(tmp_path):
     same(full_sweep(None), full_sweep(tmp_path, resume=False))
 
 
+def test_values_in_another_order_are_not_taken_over(tmp_path, monkeypatch):
+    """As an earlier version of the library may have written them."""
+    monkeypatch.setattr("fadapt.training.snapshot.LAYOUT", 1)
+    full_sweep(tmp_path, steps=8, halving=None)
+    monkeypatch.undo()
+    with pytest.raises(fadapt.ConfigError, match="layout: 1 there, 2 here"):
+        full_sweep(tmp_path, steps=8, halving=None)
+
+
 def test_an_unwritable_directory_is_refused_before_the_first_step(tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("not a directory")
