@@ -374,7 +374,7 @@ def test_corda_arguments() -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             make()
-    with pytest.raises(ConfigError, match="8 singular values, fewer than r=9"):
+    with pytest.raises(ConfigError, match="r=9 is more than the 8 singular directions"):
         fadapt.init(zoo.mlp(), fadapt.CorDA(9), [zoo.reals(99, 8)])
     with pytest.raises(CalibrationError, match="zero"):
         fadapt.init(zoo.mlp(), {"0": fadapt.CorDA(2)}, [torch.zeros(99, 8)])

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..method import Leaves, require
+from ._svd_core import check_rank
 from .lora import LoRA
 
 if TYPE_CHECKING:
@@ -36,12 +37,7 @@ class MovedFactors(LoRA):
         )
 
     def check(self, site: Site) -> None:
-        full = min(site.out_features, site.in_features)
-        require(
-            self.r <= full,
-            f"the weight has {full} singular values, fewer than r={self.r}; "
-            f"write {type(self).__name__}(r={full}) or smaller",
-        )
+        check_rank(site, "r", self.r)
 
     def leaves(self, site: SiteView, a0: Tensor, b0: Tensor) -> tuple[Leaves, Leaves]:
         """What ``init`` returns for the factors A0 (r, in) and B0 (out, r)."""
