@@ -117,7 +117,7 @@ class _LinearNLL(torch.autograd.Function):
         for x, t in zip(rows.split(chunk), target.split(chunk), strict=True):
             logits = F.linear(x, weight, bias).to(wide)
             if torch.compiler.is_compiling():
-                # Else the chunks, which all read the labels, are fused, and live at the same time.
+                # Else each kernel that reads them shifts and pads the labels again, per logit.
                 t = written(t)
             counts = t != ignore_index
             index = torch.where(counts, t, 0)[:, None]

@@ -18,7 +18,7 @@ from torch import Tensor
 from .errors import ConfigError
 from .linalg import inverse_permutation
 from .linear_map import LinearMap
-from .method import STRENGTH, Leaves
+from .method import STRENGTH, Leaves, Method
 from .tree import (
     Adapter,
     Note,
@@ -217,6 +217,17 @@ def alone(stack: Stack) -> Params:
     return Params(adapters)
 
 
+def rank_of(method: Method) -> int:
+    """The rank of a method, 1 where it has none."""
+    return getattr(method, "r", 1)
+
+
+def at_rank(method: Method, name: str, leaf: Tensor) -> Tensor:
+    """A leaf of a member without the padding of its stack: a view."""
+    axis = method.rank_axes.get(name)
+    return leaf if axis is None else leaf.narrow(axis, 0, rank_of(method))
+
+
 def _take(params: Params, index: Tensor) -> Params:
     def take(adapter: Adapter) -> Adapter:
         assert isinstance(adapter, StackedAdapter)
@@ -277,7 +288,7 @@ def _stack_site(adapters: list[Adapter]) -> StackedAdapter:
     if any(STRENGTH in f for f in fixed):
         fixed = [{STRENGTH: torch.ones(()), **f} for f in fixed]
     if any(a.method != method for a in adapters):
-        rank = max(getattr(a.method, "r", 1) for a in adapters)
+        rank = max(rank_of(a.method) for a in adapters)
         like, site = next(iter(adapters[0].leaves.values())), adapters[0].site
         each = (site.experts,) if site.experts else ()
         fixed = [
@@ -322,10 +333,7 @@ def _member(adapter: Adapter, row: int, original: Adapter) -> Adapter:
 
     def cut(name: str, leaf: Tensor) -> Tensor:
         leaf = leaf.detach()
-        leaf = leaf if name in adapter.shared else leaf[row]
-        if name in method.rank_axes:
-            leaf = leaf.narrow(method.rank_axes[name], 0, getattr(method, "r", 1))
-        return leaf.clone()
+        return at_rank(method, name, leaf if name in adapter.shared else leaf[row]).clone()
 
     added = set(method.hyper_leaves()) | ({STRENGTH} - original.fixed.keys())
     return original.replace(

@@ -69,8 +69,8 @@ class DoRA(LoRA):
             a, b = a.detach(), b.detach()
         with full_precision(a):
             # The leaves' precision will do for |V|² - w2 = s rowsum(B ∘ (2 W Aᵀ + s B A Aᵀ)).
-            half, rest = base.linear(a).to(w2.dtype), ((a @ a.mT) @ b.mT).to(w2.dtype)
-        change = s * (b.mT.to(w2.dtype) * (2 * half + s * rest)).sum(-2, keepdim=True)
+            cross, own = base.linear(a).to(w2.dtype), ((a @ a.mT) @ b.mT).to(w2.dtype)
+        change = s * (b.mT.to(w2.dtype) * (2 * cross + s * own)).sum(-2, keepdim=True)
         # Where V nearly vanishes the difference may round below zero.
         floor = torch.finfo(w2.dtype).eps
         n2 = torch.maximum(w2 + change, floor * w2)

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..fold import take
 from ..linalg import inverse_permutation
-from ..method import Method
-from ..stack import Group, Stack, StackedAdapter
+from ..method import Leaves, Method
+from ..stack import Group, Stack, StackedAdapter, at_rank, rank_of
 from ..tree import Adapter, Params, Train
 
 LAYOUT = 2
@@ -86,55 +87,58 @@ class Block:
     Attributes:
         values: one buffer per part.
         grads: the same for the gradients.
+        own_values: what of ``values`` is no padding, as (rows, view (rows, values)), a few.
+        own_grads: the same of ``grads``.
     """
 
     def __init__(self, group: Group, rows: Sequence[int]):
-        self.size = len(rows)
-        self._group = Group(
-            tuple(rows),
-            Params({k: _rows(a, {}, rows) for k, a in group.params.items()}, group.params.config),
-            tuple(group.originals[row] for row in rows),
-        )
         leaves = [
             (site, name, leaf.detach())
             for site, adapter in group.params.items()
             for name, leaf in adapter.train.items()
         ]
+        group = _members(group, rows, lambda t: take(t, rows))
         # Leaves of one shape lie side by side: their gradients are taken over together.
         alike: dict[Any, list[int]] = {}
         for i, (site, name, leaf) in enumerate(leaves):
-            axis = self._padded_axis(site, name, leaf)
-            own = (1,) * self.size if axis is None else tuple(self._ranks(site))
+            axis = group.params[site].method.rank_axes.get(name)
+            own = tuple(rank_of(original[site].method) for original in group.originals)
+            if axis is None or min(own) == leaf.shape[axis]:  # nobody's is padded
+                axis, own = None, (1,) * len(rows)
             part = Part(leaf.dtype, leaf.device, own, 1 if axis is None else leaf.shape[axis])
             alike.setdefault((part, leaf.shape[1:], axis), []).append(i)
-        self.parts = list(dict.fromkeys(part for part, *_ in alike))
-        widths = [0] * len(self.parts)
+        parts = list(dict.fromkeys(part for part, *_ in alike))
+        widths = [0] * len(parts)
         places: dict[int, Place] = {}
         for (part, shape, axis), members in alike.items():
-            k = self.parts.index(part)
+            k = parts.index(part)
             for i in members:
                 start, stop = widths[k], widths[k] + shape.numel() // part.lines
                 places[i] = Place(*leaves[i][:2], k, start, stop, shape, axis)
                 widths[k] = stop
         self.places = [places[i] for i in range(len(leaves))]
         self._alike = list(alike.values())
-        self.values = [
-            torch.zeros(self.size, part.lines, width, dtype=part.dtype, device=part.device)
-            for part, width in zip(self.parts, widths, strict=True)
+        values = [
+            torch.zeros(len(rows), part.lines, width, dtype=part.dtype, device=part.device)
+            for part, width in zip(parts, widths, strict=True)
         ]
-        self.grads = [torch.zeros_like(values) for values in self.values]
         for place, (_, _, leaf) in zip(self.places, leaves, strict=True):
-            place.view(self.values).copy_(leaf[list(rows)])
+            place.view(values).copy_(take(leaf, rows))
+        self._hold(group, parts, values, [torch.zeros_like(v) for v in values])
 
-    def _ranks(self, site: str) -> list[int]:
-        return [_rank(original[site].method) for original in self._group.originals]
-
-    def _padded_axis(self, site: str, name: str, leaf: Tensor) -> int | None:
-        """The axis of the rank, where some member's is smaller than the leaf's."""
-        axis = self._group.params[site].method.rank_axes.get(name)
-        if axis is None or min(self._ranks(site)) == leaf.shape[axis]:
-            return None
-        return axis
+    def _hold(
+        self, group: Group, parts: list[Part], values: list[Tensor], grads: list[Tensor]
+    ) -> None:
+        self._group, self.size = group, len(group.index)
+        self.parts, self.values, self.grads = parts, values, grads
+        self.own_values, self.own_grads = (
+            [
+                (rows, buffer[rows, :own].flatten(1))
+                for part, buffer in zip(parts, buffers, strict=True)
+                for rows, own in part.runs(0, self.size)
+            ]
+            for buffers in (values, grads)
+        )
 
     @property
     def device(self) -> torch.device:
@@ -147,32 +151,25 @@ class Block:
         train: dict[str, dict[str, Tensor]] = {name: {} for name in self._group.params}
         for place in self.places:
             train[place.site][place.leaf] = place.view(some).detach().requires_grad_()
-        params, rows = self._group.params, slice(start, stop)
-        return Group(
-            tuple(range(at, at + stop - start)),
-            Params({k: _rows(a, train[k], rows) for k, a in params.items()}, params.config),
-            self._group.originals[rows],
-        )
+        rows = range(start, stop)
+        group = _members(self._group, rows, lambda t: take(t, rows), train)
+        return replace(group, index=tuple(range(at, at + len(rows))))
 
     def keep(self, rows: Sequence[int]) -> Block:
         """A block of some rows, laid out as this one."""
-        smaller = copy.copy(self)
-        smaller.size, params = len(rows), self._group.params
-        smaller._group = Group(
-            tuple(rows),
-            Params({k: _rows(a, {}, rows) for k, a in params.items()}, params.config),
-            tuple(self._group.originals[row] for row in rows),
-        )
-        smaller.parts = [replace(p, own=tuple(p.own[row] for row in rows)) for p in self.parts]
-        smaller.values = [v[list(rows)] for v in self.values]
-        smaller.grads = [g[list(rows)] for g in self.grads]
-        return smaller
 
-    def regions(self, buffers: Sequence[Tensor]) -> Iterator[tuple[slice, Tensor]]:
-        """What is no padding, as rows and (rows, values) views: few, and the same every time."""
-        for part, buffer in zip(self.parts, buffers, strict=True):
-            for rows, own in part.runs(0, self.size):
-                yield rows, buffer[rows, :own].flatten(1)
+        def copied(tensor: Tensor) -> Tensor:
+            # Not a view, which would keep the memory of the others.
+            return tensor[list(rows)]
+
+        smaller = copy.copy(self)
+        smaller._hold(
+            _members(self._group, rows, copied),
+            [replace(p, own=tuple(p.own[row] for row in rows)) for p in self.parts],
+            [copied(v) for v in self.values],
+            [copied(g) for g in self.grads],
+        )
+        return smaller
 
     def row(self, row: int, buffers: Sequence[Tensor]) -> list[Tensor]:
         """One member's own values, a flat view per part."""
@@ -181,13 +178,11 @@ class Block:
 
     def member(self, row: int, buffers: Sequence[Tensor]) -> list[Tensor]:
         """One member's part of each leaf, at its own rank: views."""
-        views = []
-        for place in self.places:
-            view, method = place.view(buffers)[row], self._group.originals[row][place.site].method
-            if place.leaf in method.rank_axes:
-                view = view.narrow(method.rank_axes[place.leaf], 0, _rank(method))
-            views.append(view)
-        return views
+        original = self._group.originals[row]
+        return [
+            at_rank(original[place.site].method, place.leaf, place.view(buffers)[row])
+            for place in self.places
+        ]
 
     def train(self, row: int) -> Train:
         """A copy on the host of one member's trainable leaves, for :func:`fadapt.join`."""
@@ -237,7 +232,7 @@ class Arena:
         self.order: list[int] = []
         for group in stack.groups:
             # Members of one rank beside each other make long runs.
-            ranks = [[_rank(a.method) for a in member.values()] for member in group.originals]
+            ranks = [[rank_of(a.method) for a in member.values()] for member in group.originals]
             rows = sorted(range(len(ranks)), key=ranks.__getitem__)
             self.blocks.append(Block(group, rows))
             self.order += [trials[group.index[row]] for row in rows]
@@ -310,16 +305,32 @@ class Arena:
         return smaller
 
 
-def _rank(method: Method) -> int:
-    return getattr(method, "r", 1)
+def _members(
+    group: Group,
+    rows: Sequence[int],
+    pick: Callable[[Tensor], Tensor],
+    train: Mapping[str, Leaves] | None = None,
+) -> Group:
+    """Some members of a group, with leaves to train from elsewhere, or none.
 
+    Args:
+        group: the group.
+        rows: the members.
+        pick: takes these rows of a fixed leaf.
+        train: {site: leaves}.
+    """
 
-def _rows(adapter: Adapter, train: dict[str, Tensor], rows: slice | Sequence[int]) -> Adapter:
-    """Some rows of a group's adapter, with leaves to train from elsewhere."""
-    assert isinstance(adapter, StackedAdapter)
-    chosen = rows if isinstance(rows, slice) else list(rows)
-    fixed = {k: t if k in adapter.shared else t[chosen] for k, t in adapter.fixed.items()}
-    return adapter.replace(train, fixed)
+    def some(name: str, adapter: Adapter) -> Adapter:
+        assert isinstance(adapter, StackedAdapter)
+        fixed = {k: t if k in adapter.shared else pick(t) for k, t in adapter.fixed.items()}
+        return adapter.replace(train[name] if train else {}, fixed)
+
+    adapters = {name: some(name, adapter) for name, adapter in group.params.items()}
+    return Group(
+        tuple(rows),
+        Params(adapters, group.params.config),
+        tuple(group.originals[row] for row in rows),
+    )
 
 
 def _stacked(tensors: Sequence[Tensor]) -> Tensor:

@@ -106,7 +106,7 @@ class Updater:
         before = []
         for i, block in enumerate(self.arena.blocks):
             self._clip_gradients(i, block, None if whole is None else whole[i])
-            before.append([v.clone() for _, v in block.regions(block.values)])
+            before.append([v.clone() for _, v in block.own_values])
         rates = self.rates(step)
         for group, leader in zip(self.optimizer.param_groups, self._leaders, strict=True):
             group["lr"] = rates[leader]
@@ -139,19 +139,19 @@ class Updater:
         scale = (limit / (norm + 1e-6)).clamp(max=1.0)
         if due is not None:
             scale = torch.where(due, scale, 1.0)
-        for rows, grad in block.regions(block.grads):
+        for rows, grad in block.own_grads:
             grad.mul_(scale[rows].to(grad.device, grad.dtype)[:, None])
 
     def _guard(self, i: int, block: Block, before: list[Tensor], due: Tensor | None) -> None:
         alive = self.alive[i]
-        for rows, new in block.regions(block.values):
+        for rows, new in block.own_values:
             largest = torch.linalg.vector_norm(new, torch.inf, dim=1)
             alive[rows] &= torch.isfinite(largest).to(alive.device)
         changed = alive if due is None else alive & due
-        for (rows, new), old in zip(block.regions(block.values), before, strict=True):
+        for (rows, new), old in zip(block.own_values, before, strict=True):
             # In one pass over the memory; both are read before the result is written.
             torch.where(changed[rows].to(new.device)[:, None], new, old, out=new)
-        for rows, grad in block.regions(block.grads):
+        for rows, grad in block.own_grads:
             if due is not None:
                 grad.masked_fill_(due[rows].to(grad.device)[:, None], 0)
             elif self.accumulates:  # otherwise the next pass overwrites it
@@ -177,7 +177,7 @@ def block_norms(block: Block) -> Tensor:
     """The 2-norm of each row's gradient, (n,), in float32 or better."""
     wide = functools.reduce(torch.promote_types, (g.dtype for g in block.grads), torch.float32)
     total = torch.zeros(block.size, dtype=wide, device=block.device)
-    for rows, grad in block.regions(block.grads):
+    for rows, grad in block.own_grads:
         norm = torch.linalg.vector_norm(grad, dim=1, dtype=wide)
         total[rows] += norm.square().to(total.device)
     return total.sqrt()

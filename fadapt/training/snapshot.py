@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from ..errors import CheckpointError
 from ..tree import Train
 from . import checkpoint
-from .arena import LAYOUT
+from .arena import LAYOUT, Arena
 from .board import Standing
 
 if TYPE_CHECKING:
@@ -28,10 +29,6 @@ def write(loop: Loop, directory: Path) -> None:
     numbers, states = checkpoint.pack_states(loop.updater.states())
     position, epoch = loop.feed.state()
     history, records = loop.record.state()
-    rows: dict[str, Tensor] = {}
-    for trial, block, row in loop.arena.rows():
-        for kind, buffers in (("value", block.values), ("grad", block.grads)):
-            rows |= {f"{trial}|{k}|{kind}": v for k, v in enumerate(block.row(row, buffers))}
     meta = {
         "kind": "sweep",
         "sweep": description(loop),
@@ -48,7 +45,7 @@ def write(loop: Loop, directory: Path) -> None:
         "history": history,
     }
     parts = {
-        "rows": rows,
+        "rows": dict(_rows(loop.arena)),
         "optimizer": states,
         "best": _flatten(loop.board.best),
         "left": _flatten(loop.board.left),
@@ -82,13 +79,9 @@ def restore(loop: Loop, directory: Path) -> None:
     loop.board.best = _unflatten(parts.get("best", {}))
     loop.board.metric = meta["metric"]
     loop.board.standings = [Standing(**x) for x in meta["standings"]]
-    rows = parts["rows"]
-    devices = {}
-    for trial, block, row in loop.arena.rows():
-        devices[trial] = block.device
-        for kind, buffers in (("value", block.values), ("grad", block.grads)):
-            for k, values in enumerate(block.row(row, buffers)):
-                values.copy_(rows[f"{trial}|{k}|{kind}"])
+    for key, values in _rows(loop.arena):
+        values.copy_(parts["rows"][key])
+    devices = {trial: block.device for trial, block, _ in loop.arena.rows()}
     states = checkpoint.unpack_states(meta["optimizer"], parts.get("optimizer", {}), devices)
     loop.updater.load_states(states)
     loop.record.restore(meta["history"], parts.get("history", {}))
@@ -118,6 +111,14 @@ def description(loop: Loop) -> dict[str, Any]:
         "seed": s.seed,
     }
     return json.loads(json.dumps(data))
+
+
+def _rows(arena: Arena) -> Iterator[tuple[str, Tensor]]:
+    """Each trial's own values and gradients, views, by name."""
+    for trial, block, row in arena.rows():
+        for kind, buffers in (("value", block.values), ("grad", block.grads)):
+            for k, view in enumerate(block.row(row, buffers)):
+                yield f"{trial}|{k}|{kind}", view
 
 
 def _flatten(trees: dict[int, Train]) -> dict[str, Tensor]:
