@@ -32,3 +32,9 @@ class DenseFallbackWarning(FadaptWarning):
 
     ``warnings.simplefilter("error", fadapt.DenseFallbackWarning)`` turns it into an error.
     """
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises ConfigError(message) unless the condition holds."""
+    if not condition:
+        raise ConfigError(message)

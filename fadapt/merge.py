@@ -7,11 +7,13 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from . import experts
+from .base.checks import check_model
+from .base.lock import exclusive
+from .base.weights import find_slots, quantized_at
 from .errors import ConfigError, FadaptWarning, TargetError
-from .guard import exclusive
-from .slots import check_model, find_slots, quantized_at
-from .tree import Adapter, Params
+from .overlay import experts
+from .params.adapter import Adapter
+from .params.params import Params
 
 
 def merge(

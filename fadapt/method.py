@@ -10,11 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .errors import ConfigError
-
 if TYPE_CHECKING:
-    from .linear_map import LinearMap
-    from .sites import Site, SiteView
+    from .base.linear_map import LinearMap
+    from .site import Site, SiteView
+
 
 Leaves = dict[str, Tensor]
 STRENGTH = "strength"
@@ -180,9 +179,3 @@ class Method:
         if self.owns_strength or STRENGTH not in p:
             return increment
         return p[STRENGTH].to(increment.dtype) * increment
-
-
-def require(condition: bool, message: str) -> None:
-    """Raises ConfigError(message) unless the condition holds."""
-    if not condition:
-        raise ConfigError(message)

@@ -11,22 +11,22 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from . import fold
+from .base.checks import check_model
+from .base.lock import bound_params, exclusive
+from .base.quantized import has_quantized
+from .batch import Batch, arguments
 from .errors import ConfigError, FadaptError
-from .guard import bound_params, exclusive
+from .fold import fold
+from .fold.chunked_loss import FrozenHead, frozen_head
+from .fold.losses import hugging_face_loss
 from .linalg import inverse_permutation
-from .losses import FrozenHead, frozen_head, hugging_face_loss
-from .mount import Mount, forwards_swapped, mounted, prepare
-from .overlay import Adapted
-from .quantized import has_quantized
-from .slots import check_model
-from .stack import Stack, alone
-from .tree import Params
+from .overlay.mount import Mount, forwards_swapped, mounted, prepare
+from .params.adapter import Adapted
+from .params.params import Params
+from .params.stack import Stack, alone
 
 # Dynamo traces the removal of a module's attribute, which forwards_swapped needs, since 2.13.
 _COMPILES_QUANTIZED = torch.__version__ >= "2.13"
-
-Batch = Mapping[str, Any] | tuple[Any, ...] | Tensor
 LossFn = Callable[[Any, Any], Tensor]
 
 
@@ -282,20 +282,6 @@ def _recompute_adapted(model: nn.Module, params: Any, mount: Mount) -> Iterator[
     finally:
         for module, func in before:
             setattr(module, key, func)
-
-
-def arguments(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The positional and keyword arguments that a batch stands for."""
-    if isinstance(batch, Mapping):
-        return (), dict(batch)
-    if isinstance(batch, tuple):
-        return batch, {}
-    if isinstance(batch, Tensor):
-        return (batch,), {}
-    raise ConfigError(
-        "batch must be a dict of keyword arguments, a tuple of positional ones or a tensor; "
-        f"got {type(batch).__name__}"
-    )
 
 
 def _scalar(loss: Any, loss_fn: LossFn | None) -> Tensor:

@@ -24,13 +24,13 @@ from torch.func import functional_call
 
 from .config import Config
 from .errors import FadaptWarning
-from .initialise import init
-from .io import load, save
+from .init import init
+from .io.adapters import load, save
 from .merge import merge
 from .method import Method
+from .params.params import Params, join, project, scale, split, trainable
+from .params.stack import stack, unstack
 from .run import apply, run
-from .stack import stack, unstack
-from .tree import Params, join, project, scale, split, trainable
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import fadapt
+from fadapt.base.linear_map import DenseMap
 from fadapt.calibration import Gram, Pairs, Statistic, SumSq
-from fadapt.linear_map import DenseMap
 from fadapt.method import STRENGTH, Method
 from fadapt.methods.antipasto import AntiPaSTO
 from fadapt.methods.antipasto_ablate import AntiPaSTOAblate
@@ -20,7 +20,7 @@ from fadapt.methods.antipasto_dplr import AntiPaSTODPLR
 from fadapt.methods.antipasto_rotation import AntiPaSTORotation
 from fadapt.methods.ssteer import SSteer
 from fadapt.methods.ssvd import SSVD
-from fadapt.sites import Site, SiteView
+from fadapt.site import Site, SiteView
 from fadapt.testing import Case, check_method
 
 F64 = torch.float64

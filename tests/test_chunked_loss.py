@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fadapt
-from fadapt import losses
-from fadapt.losses import chunked_cross_entropy
+from fadapt.fold import chunked_loss as losses
+from fadapt.fold.chunked_loss import chunked_cross_entropy
 
 from .models import gpt2, perturb, qwen3, tokens
 

@@ -297,8 +297,8 @@ RECORDED = [
 @pytest.mark.parametrize(("count", "chunked"), [(1, False), (4, False), (4, True)])
 def test_recorded_sweep_equals_an_ordinary_one(count: int, chunked: bool, monkeypatch: Any) -> None:
     """CUDA graphs, over two forms of batches, give the losses and weights of the plain passes."""
-    from fadapt import losses as loss_module
-    from fadapt.training import graphs
+    from fadapt.fold import chunked_loss as loss_module
+    from fadapt.training.engine import cuda_graphs as graphs
 
     if chunked:
         monkeypatch.setattr(loss_module, "CHUNKED_FROM", 1)
@@ -359,7 +359,7 @@ def test_one_tensor_in_two_places_of_a_recorded_batch() -> None:
 
 
 def test_what_cannot_be_recorded_says_so_and_leaves_the_device_usable() -> None:
-    from fadapt.training.graphs import Recorded
+    from fadapt.training.engine.cuda_graphs import Recorded
 
     function = Recorded(lambda x: x * x.sum().item(), torch.device(DEVICE))
     x = torch.ones(2, device=DEVICE)

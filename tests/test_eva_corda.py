@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import fadapt
 from fadapt import CalibrationError, Config, ConfigError, FadaptWarning
 from fadapt.calibration import Gram, Statistic, wanda_scores
-from fadapt.calibration.spectrum import Spectrum
+from fadapt.statistics.spectrum import Spectrum
 from fadapt.testing import Case, check_method
 from tests import models as zoo
 

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from fadapt.training import graphs
-from fadapt.training.compiler import Compiler
+from fadapt.training.engine import cuda_graphs as graphs
+from fadapt.training.engine.compiler import Compiler
 
 
 class Stream:

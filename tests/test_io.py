@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import fadapt
 from fadapt import CheckpointError, FadaptError, LoRA, Params
-from fadapt.io import write_tensors
+from fadapt.io.tensors import write_tensors
 from tests.models import gpt2, mlp, perturb, qwen3, reals, tokens
 
 ROOT = Path(__file__).resolve().parent.parent

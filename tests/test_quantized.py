@@ -20,7 +20,7 @@ from torch.func import functional_call
 
 import fadapt
 from fadapt import Config, FadaptError, LoRA, Params, TargetError
-from fadapt.quantized import QuantizedMap, quantized_map
+from fadapt.base.quantized import QuantizedMap, quantized_map
 from tests.models import perturb, qwen3, reals, seeded, tokens
 
 bnb = pytest.importorskip("bitsandbytes", exc_type=ImportError)

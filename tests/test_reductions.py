@@ -32,7 +32,7 @@ from fadapt.calibration import (
     SumSq,
     all_reduce,
 )
-from fadapt.calibration.reductions import exact_products
+from fadapt.statistics.reduction import exact_products
 
 D = 6
 WEIGHT = torch.randn(D, 4, generator=torch.Generator().manual_seed(5), dtype=torch.float64)

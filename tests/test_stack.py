@@ -342,7 +342,7 @@ def test_groups_in_any_order(per_adapter: bool, monkeypatch: pytest.MonkeyPatch)
     for fn in (None, loss_fn):
         losses = fadapt.run(model, stack, batch, fn, per_adapter=per_adapter)
         torch.testing.assert_close(losses, alone(fn), rtol=1e-10, atol=1e-10)
-    monkeypatch.setattr("fadapt.losses.CHUNKED_FROM", 1)
+    monkeypatch.setattr("fadapt.fold.chunked_loss.CHUNKED_FROM", 1)
     chunked = fadapt.run(model, stack, batch, per_adapter=per_adapter)
     # Hugging Face takes its loss in float32.
     torch.testing.assert_close(chunked.float(), alone(None), rtol=1e-6, atol=0)

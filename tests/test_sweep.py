@@ -15,10 +15,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fadapt
 from fadapt.training import Halving, Trial, fit, grid, sweep
-from fadapt.training.arena import Arena
-from fadapt.training.grids import named
+from fadapt.training.engine.flat_params import Arena
+from fadapt.training.grid import named
 from fadapt.training.loop import Loop
-from fadapt.training.setup import Settings
+from fadapt.training.settings import Settings
 
 from .models import batch_for, qwen3, seeded
 
@@ -448,13 +448,13 @@ def test_on_a_cpu_auto_runs_what_is_fast(monkeypatch):
     whole = sweep(model, trials, batches, **options)
     assert whole.chunk == 6
     for budget, width in ((each - 1, 1), (2 * each, 2), (3 * each, 3), (6 * each, 6)):
-        monkeypatch.setattr("fadapt.training.passes.CPU_BYTES", budget)
+        monkeypatch.setattr("fadapt.training.engine.chunks.CPU_BYTES", budget)
         model.calls.clear()
         parts = sweep(model, trials, batches, **options)
         assert parts.chunk == max(model.calls) // ROWS == width
         for name in whole.params:
             assert_close(whole.params[name], parts.params[name])
-    monkeypatch.setattr("fadapt.training.passes.CPU_BYTES", 1)
+    monkeypatch.setattr("fadapt.training.engine.chunks.CPU_BYTES", 1)
     for asked in (3, None):
         assert sweep(model, trials, batches, max_adapters=asked, **options).chunk == (asked or 6)
 
@@ -865,7 +865,7 @@ BAD = {name: (call, match) for name, call, match in bad_inputs()}
 def test_bad_input_is_refused_before_the_first_step(name, monkeypatch):
     call, match = BAD[name]
     steps = []
-    monkeypatch.setattr("fadapt.training.optimise.Updater.step", lambda *a: steps.append(a))
+    monkeypatch.setattr("fadapt.training.engine.optimizer.Updater.step", lambda *a: steps.append(a))
     with pytest.raises(fadapt.ConfigError, match=match):
         call()
     assert not steps

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import CalibrationError
-from .reductions import Reduction, State
+from ..statistics.reduction import Reduction, State
 from .stats import Stats
 
 

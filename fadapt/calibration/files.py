@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import CalibrationError
-from .compact import PairedSums, Sketch
-from .moments import CentredGram, Gram
-from .reductions import MaxAbs, Reduction, State, Stream, Sum, SumAbs, SumSq
-
-if TYPE_CHECKING:
-    from .stats import Stats
+from ..statistics.moments import CentredGram, Gram
+from ..statistics.pairs import PairedSums
+from ..statistics.reduction import Reduction, State, Stream
+from ..statistics.sketch import Sketch
+from ..statistics.sums import MaxAbs, Sum, SumAbs, SumSq
 
 FORMAT = "fadapt-stats-1"
 KINDS = {
@@ -25,11 +24,17 @@ KINDS = {
 }
 
 
-def write(stats: Stats, path: str | Path) -> None:
+def write(
+    streams: Mapping[str, str],
+    states: Mapping[Stream, Mapping[Reduction, State]],
+    base: Mapping[str, str],
+    tolerance: float,
+    path: str | Path,
+) -> None:
     """Writes a file for :func:`read`."""
     tensors: dict[str, Tensor] = {}
     index = []
-    for (site, side), kinds in stats.states.items():
+    for (site, side), kinds in states.items():
         for reduction, state in kinds.items():
             kind = type(reduction).__name__
             if kind not in KINDS:
@@ -38,9 +43,9 @@ def write(stats: Stats, path: str | Path) -> None:
                 tensors[f"{len(index)}.{leaf}"] = tensor.contiguous()
             index.append([site, side, kind, dataclasses.asdict(reduction)])
     meta = {
-        "streams": dict(stats.streams),
-        "base": dict(stats.base),
-        "tolerance": stats.tolerance,
+        "streams": dict(streams),
+        "base": dict(base),
+        "tolerance": tolerance,
         "states": index,
     }
     save_file(tensors, str(path), {"format": FORMAT, "fadapt": json.dumps(meta)})

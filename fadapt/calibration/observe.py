@@ -12,21 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..base.eval_mode import evaluating
+from ..base.lock import refuse_bound
+from ..base.weights import EXPERTS, Slot
 from ..config import Config, Rules, as_config
 from ..errors import CalibrationError, FadaptWarning
-from ..evaluating import evaluating
-from ..guard import refuse_bound
 from ..method import Method
+from ..params.params import Params
 from ..run import bound
-from ..sites import Site, resolve
-from ..slots import EXPERTS, Slot
-from ..tree import Params
-from .passes import plan_passes
-from .prepare import statistics_of
+from ..site import Site
+from ..statistics.reduction import Reduction, State, Statistic, Stream, statistics_of
+from ..targeting import resolve
+from .memory_plan import plan_passes
 from .recorder import Discovery, Recorder, See, Tap, zero_states
-from .reductions import Reduction, State, Statistic, Stream
-from .rows import RowFilter, arguments, halves
 from .stats import Stats, base_fingerprints
+from .token_mask import RowFilter, arguments, halves
 
 
 def observe(

@@ -11,13 +11,13 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from ..base.linear_map import LinearMap
+from ..base.weights import Slot
 from ..errors import CalibrationError
-from ..linear_map import LinearMap
-from ..slots import Slot
-from ..tree import Adapter
-from .passes import Kinds
-from .reductions import Reduction, State, Stream, as_rows
-from .rows import RowFilter
+from ..params.adapter import Adapter
+from ..statistics.reduction import Reduction, State, Stream, as_rows
+from .memory_plan import Kinds
+from .token_mask import RowFilter
 
 See = Callable[[str, Tensor, LinearMap], Tensor]
 """(site, input, frozen map) -> the map's own output."""

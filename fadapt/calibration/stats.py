@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..base.fingerprint import fingerprint
+from ..base.weights import find_slots
 from ..errors import CalibrationError
-from ..fingerprint import fingerprint
-from ..slots import find_slots
+from ..statistics.moments import PCA
+from ..statistics.reduction import Reduction, Side, State, Statistic, Stream
+from ..statistics.sketch import Sketch
+from ..statistics.spectrum import Spectrum
 from . import files
-from .compact import Sketch
-from .moments import PCA
-from .reductions import Reduction, Side, State, Statistic, Stream
-from .spectrum import Spectrum
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,7 +116,7 @@ class Stats:
 
     def save(self, path: str | Path) -> None:
         """Writes a safetensors file: the states as tensors, the rest as JSON metadata."""
-        files.write(self, path)
+        files.write(self.streams, self.states, self.base, self.tolerance, path)
 
     @classmethod
     def load(cls, path: str | Path, model: nn.Module | None = None) -> Stats:

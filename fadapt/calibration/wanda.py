@@ -15,9 +15,10 @@ from typing import overload
 
 from torch import Tensor, nn
 
+from ..base.weights import find_slots
 from ..errors import CalibrationError
-from ..slots import find_slots
-from .reductions import Statistic, SumSq
+from ..statistics.reduction import Statistic
+from ..statistics.sums import SumSq
 from .stats import Stats
 
 MEAN_SQUARES = Statistic(SumSq())

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from ..method import Leaves, require
+from ..errors import require
+from ..method import Leaves
 from ._svd_core import check_rank
 from .lora import LoRA
 
 if TYPE_CHECKING:
-    from ..linear_map import LinearMap
-    from ..sites import Site, SiteView
+    from ..base.linear_map import LinearMap
+    from ..site import Site, SiteView
 
 
 @dataclass(frozen=True)

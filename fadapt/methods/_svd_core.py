@@ -18,14 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import CalibrationError
+from ..base.linear_map import without_bias
+from ..errors import CalibrationError, require
 from ..linalg import top_svd
-from ..linear_map import without_bias
-from ..method import Leaves, Method, require
+from ..method import Leaves, Method
 
 if TYPE_CHECKING:
-    from ..linear_map import LinearMap
-    from ..sites import Site, SiteView
+    from ..base.linear_map import LinearMap
+    from ..site import Site, SiteView
 
 
 @dataclass(frozen=True)

@@ -25,14 +25,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
-from ..calibration.moments import Gram
-from ..calibration.reductions import Statistic
+from ..errors import require
 from ..linalg import top_svd
-from ..method import require
+from ..statistics.moments import Gram
+from ..statistics.reduction import Statistic
 from ._svd_core import SpectralGain, calibrated
 
 if TYPE_CHECKING:
-    from ..sites import SiteView
+    from ..site import SiteView
 
 
 @dataclass(frozen=True)

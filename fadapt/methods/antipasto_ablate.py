@@ -29,12 +29,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..method import Leaves, require
+from ..errors import require
+from ..method import Leaves
 from ._svd_core import SpectralMethod, coefficient, coordinates
 
 if TYPE_CHECKING:
-    from ..linear_map import LinearMap
-    from ..sites import SiteView
+    from ..base.linear_map import LinearMap
+    from ..site import SiteView
 
 
 @dataclass(frozen=True)

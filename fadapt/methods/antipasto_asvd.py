@@ -22,13 +22,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
-from ..calibration.reductions import Statistic, SumSq
+from ..errors import require
 from ..linalg import top_svd
-from ..method import require
+from ..statistics.reduction import Statistic
+from ..statistics.sums import SumSq
 from ._svd_core import SpectralGain, calibrated
 
 if TYPE_CHECKING:
-    from ..sites import SiteView
+    from ..site import SiteView
 
 
 @dataclass(frozen=True)

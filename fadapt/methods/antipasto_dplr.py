@@ -22,12 +22,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..method import Leaves, require
+from ..errors import require
+from ..method import Leaves
 from ._svd_core import SpectralMethod, coefficient, singular_leaves
 
 if TYPE_CHECKING:
-    from ..linear_map import LinearMap
-    from ..sites import SiteView
+    from ..base.linear_map import LinearMap
+    from ..site import SiteView
 
 
 @dataclass(frozen=True)

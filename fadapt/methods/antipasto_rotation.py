@@ -28,13 +28,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from ..errors import require
 from ..linalg import block_diagonal, cayley_minus_identity, full_precision, skew
-from ..method import Leaves, require
+from ..method import Leaves
 from ._svd_core import SpectralMethod, coefficient, singular_leaves
 
 if TYPE_CHECKING:
-    from ..linear_map import LinearMap
-    from ..sites import SiteView
+    from ..base.linear_map import LinearMap
+    from ..site import SiteView
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..method import STRENGTH, Leaves, Method, require
+from ..errors import require
+from ..method import STRENGTH, Leaves, Method
 from ..seeds import generator
 
 if TYPE_CHECKING:
-    from ..linear_map import LinearMap
-    from ..sites import Site, SiteView
+    from ..base.linear_map import LinearMap
+    from ..site import Site, SiteView
 
 
 @dataclass(frozen=True)

@@ -25,14 +25,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
-from ..calibration.moments import Gram
-from ..calibration.reductions import Statistic
-from ..method import Leaves, require
+from ..errors import require
+from ..method import Leaves
+from ..statistics.moments import Gram
+from ..statistics.reduction import Statistic
 from ._moved_factors import MovedFactors
 from ._svd_core import calibrated
 
 if TYPE_CHECKING:
-    from ..sites import SiteView
+    from ..site import SiteView
 
 
 @dataclass(frozen=True)

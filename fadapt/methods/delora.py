@@ -30,12 +30,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..errors import require
 from ..linalg import lengths_after_step
-from ..method import Leaves, Method, require
+from ..method import Leaves, Method
 
 if TYPE_CHECKING:
-    from ..linear_map import LinearMap
-    from ..sites import SiteView
+    from ..base.linear_map import LinearMap
+    from ..site import SiteView
 
 FLOOR = 1e-4
 

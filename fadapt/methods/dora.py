@@ -21,14 +21,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..base.linear_map import without_bias
 from ..linalg import full_precision
-from ..linear_map import without_bias
 from ..method import Leaves
 from .lora import LoRA
 
 if TYPE_CHECKING:
-    from ..linear_map import LinearMap
-    from ..sites import SiteView
+    from ..base.linear_map import LinearMap
+    from ..site import SiteView
 
 
 @dataclass(frozen=True)

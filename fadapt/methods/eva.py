@@ -26,16 +26,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..calibration.moments import PCA
-from ..calibration.reductions import Statistic
-from ..calibration.spectrum import Spectrum
-from ..errors import CalibrationError
-from ..method import Leaves, require
+from ..errors import CalibrationError, require
+from ..method import Leaves
+from ..statistics.moments import PCA
+from ..statistics.reduction import Statistic
+from ..statistics.spectrum import Spectrum
 from .lora import LoRA
 
 if TYPE_CHECKING:
     from ..method import Method
-    from ..sites import Site, SiteView
+    from ..site import Site, SiteView
 
 
 @dataclass(frozen=True)

@@ -28,11 +28,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..errors import require
 from ..linalg import block_diagonal, full_precision, lengths_after_step
-from ..method import Leaves, Method, require
+from ..method import Leaves, Method
 
 if TYPE_CHECKING:
-    from ..sites import SiteView
+    from ..site import SiteView
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..method import Leaves, Method, require
+from ..errors import require
+from ..method import Leaves, Method
 
 if TYPE_CHECKING:
-    from ..linear_map import LinearMap
-    from ..sites import SiteView
+    from ..base.linear_map import LinearMap
+    from ..site import SiteView
 
 
 @dataclass(frozen=True)

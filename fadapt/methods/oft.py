@@ -25,11 +25,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..errors import require
 from ..linalg import cayley_minus_identity, skew
-from ..method import Leaves, Method, require
+from ..method import Leaves, Method
 
 if TYPE_CHECKING:
-    from ..sites import Site, SiteView
+    from ..site import Site, SiteView
 
 
 @dataclass(frozen=True)

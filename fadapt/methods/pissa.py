@@ -21,12 +21,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..errors import require
 from ..linalg import random_svd, top_svd
-from ..method import Leaves, require
+from ..method import Leaves
 from ._moved_factors import MovedFactors
 
 if TYPE_CHECKING:
-    from ..sites import SiteView
+    from ..site import SiteView
 
 
 @dataclass(frozen=True)

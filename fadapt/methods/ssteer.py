@@ -27,15 +27,21 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..calibration.compact import PairedSums, Pairs
-from ..calibration.reductions import Statistic
-from ..errors import CalibrationError
-from ..method import Leaves, Method, require
-from ._svd_core import calibrated, check_rank, coefficient, coordinates, direction_leaves
+from ..errors import CalibrationError, require
+from ..method import Leaves, Method
+from ..statistics.pairs import PairedSums, Pairs
+from ..statistics.reduction import Statistic
+from ._svd_core import (
+    calibrated,
+    check_rank,
+    coefficient,
+    coordinates,
+    direction_leaves,
+)
 
 if TYPE_CHECKING:
-    from ..linear_map import LinearMap
-    from ..sites import Site, SiteView
+    from ..base.linear_map import LinearMap
+    from ..site import Site, SiteView
 
 
 @dataclass(frozen=True)

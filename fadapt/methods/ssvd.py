@@ -27,13 +27,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from ..errors import require
 from ..linalg import cayley_minus_identity, skew
-from ..method import Leaves, Method, require
+from ..method import Leaves, Method
 from ._svd_core import check_rank, coefficient, singular_leaves
 
 if TYPE_CHECKING:
-    from ..linear_map import LinearMap
-    from ..sites import Site, SiteView
+    from ..base.linear_map import LinearMap
+    from ..site import Site, SiteView
 
 KINDS = ("strict", "first_order", "free")
 

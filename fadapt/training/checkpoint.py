@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..base.fingerprint import fingerprint
 from ..errors import CheckpointError, ConfigError
-from ..fingerprint import fingerprint
-from ..io import FORMAT_VERSION, read_tensors, write_tensors
-from ..tree import Params
+from ..io.tensors import FORMAT_VERSION, read_tensors, write_tensors
+from ..params.params import Params
 
 FILE = "checkpoint.safetensors"
 SEPARATOR = "|"

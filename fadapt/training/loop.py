@@ -13,23 +13,24 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from ..base.eval_mode import evaluating
 from ..errors import CheckpointError, ConfigError
-from ..evaluating import evaluating
-from ..io import save
-from ..stack import stack
+from ..io.adapters import save
+from ..params.stack import stack
 from . import snapshot
-from .arena import Arena
-from .board import Board, on_all
 from .checkpoint import Generators, start_digest
-from .compiler import Compiler
-from .feed import Feed, to_device
-from .optimise import Updater
-from .passes import Passes
+from .data import Feed, to_device
+from .engine.chunks import Passes
+from .engine.compiler import Compiler
+from .engine.flat_params import Arena
+from .engine.optimizer import Updater
+from .engine.rotary import tables_written
+from .history import Record
+from .leaderboard import Board, on_all
 from .progress import Bar
-from .record import Record
 from .report import Report
-from .setup import Settings, device_of, initial
-from .tables import tables_written
+from .settings import Settings, device_of
+from .starts import initial
 from .trial import Trial
 
 

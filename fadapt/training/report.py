@@ -12,7 +12,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..tree import Params
+from ..params.params import Params
 from .trial import Trial
 
 Goal = Literal["min", "max"]

@@ -6,21 +6,18 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..tree import Train
+from ..params.params import Train
 from . import checkpoint
-from .arena import LAYOUT, Arena
-from .board import Standing
-
-if TYPE_CHECKING:
-    from .loop import Loop
+from .engine.flat_params import LAYOUT, Arena
+from .leaderboard import Standing
 
 
-def write(loop: Loop, directory: Path) -> None:
+def write(loop: Any, directory: Path) -> None:
     """Writes the loop's state between two steps.
 
     Raises:
@@ -56,7 +53,7 @@ def write(loop: Loop, directory: Path) -> None:
     checkpoint.write(directory, meta, parts)
 
 
-def restore(loop: Loop, directory: Path) -> None:
+def restore(loop: Any, directory: Path) -> None:
     """Brings a fresh loop to the state of the checkpoint, if there is one.
 
     Raises:
@@ -92,7 +89,7 @@ def restore(loop: Loop, directory: Path) -> None:
     loop.quieten()
 
 
-def description(loop: Loop) -> dict[str, Any]:
+def description(loop: Any) -> dict[str, Any]:
     """What must be the same in a sweep that goes on: all that its numbers depend on."""
     s = loop.settings
     trials = dict(zip(loop.board.names, loop.board.trials, strict=True))

@@ -9,10 +9,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..config import Config, Rules, config_to_json
-from ..errors import ConfigError
-from ..method import Method, require
-from ..tree import Params
+from ..config import Config, Rules
+from ..errors import ConfigError, require
+from ..io.as_json import config_to_json
+from ..method import Method
+from ..params.params import Params
 
 Schedule = str | Callable[[float], float]
 SCHEDULES: dict[str, Callable[[float], float]] = {

@@ -1,0 +1,69 @@
+"""What is refused of a model: wrappers, lazy, offloaded and foreign weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
+
+from ..errors import TargetError
+
+STEP = "torch.compile(lambda params, batch: fadapt.run(model, params, batch))"
+
+
+def check_model(model: nn.Module) -> None:
+    """Refuses wrappers whose parameters are not the ones that their forward uses."""
+    if not isinstance(model, nn.Module):
+        raise TargetError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    if hasattr(model, "_orig_mod"):
+        raise TargetError(
+            "the model is already compiled: pass the model itself (model._orig_mod) and compile "
+            f"the step: {STEP}"
+        )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TargetError(
+            "the model is a ScriptModule, whose weights cannot be replaced: pass "
+            "the model that it was scripted or traced from"
+        )
+
+
+def check_module(name: str, module: nn.Module) -> None:
+    """Refuses a part of the model whose forward does not use its parameters as they are."""
+    if isinstance(module, nn.DataParallel):
+        raise TargetError(
+            f"{name or 'the model'} is an nn.DataParallel, which copies the parameters before its "
+            "forward: pass model.module"
+        )
+    hook = module.__dict__.get("_hf_hook")
+    for one in getattr(hook, "hooks", (hook,)):
+        if getattr(one, "offload", False) or type(one).__name__ == "CpuOffload":
+            raise TargetError(
+                f"{name or 'the model'} carries an offloading hook of accelerate "
+                f"({type(one).__name__}), which replaces the weights during the forward; load the "
+                "model onto one device (without device_map or offload_folder), or quantised"
+            )
+    if module._compiled_call_impl is not None or "_orig_mod" in module._modules:
+        raise TargetError(
+            f"{name or 'the model'} is compiled on its own (module.compile() or torch.compile("
+            f"module)); compile the step instead: {STEP}"
+        )
+
+
+def check_weight(name: str, module: nn.Module, weight: Tensor) -> None:
+    """Refuses weights that are not plain floating tensors, naming them."""
+    if isinstance(weight, UninitializedTensorMixin):
+        raise TargetError(
+            f"{name} is uninitialised (a lazy module); run the model once before fadapt"
+        )
+    if not weight.is_floating_point():
+        raise TargetError(
+            f"{name} holds {weight.dtype} of shape {tuple(weight.shape)} in a "
+            f"{type(module).__name__}: fadapt does not know this quantised layer. Dequantise it, "
+            "or quantise with bitsandbytes' Linear4bit or Linear8bitLt"
+        )
+    if type(weight) not in (Tensor, nn.Parameter):
+        raise TargetError(
+            f"{name} is a {type(weight).__name__} ({type(weight).__module__}): fadapt cannot read "
+            "or multiply this kind of tensor. Use plain floating weights, or "
+            "bitsandbytes' Linear4bit or Linear8bitLt"
+        )

@@ -1,0 +1,1 @@
+"""N adapters at once, in one pass over the base."""

@@ -1,0 +1,169 @@
+"""The loss over a frozen head, without the logits of all tokens at once."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from ..fusion import written
+from ..site import Site
+
+CHUNKED_FROM = 2**24
+"""Logits of a stack, in numbers, from which a causal language model's loss is taken in chunks."""
+
+# What else a causal language model's loss depends on, or its head's input.
+_LOSS_ARGUMENTS = frozenset(("shift_labels", "num_items_in_batch", "logits_to_keep"))
+
+
+def chunked_cross_entropy(
+    hidden: Tensor,
+    labels: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    adapters: int = 1,
+    ignore_index: int = -100,
+    chunk: int = 1024,
+) -> Tensor:
+    """Each adapter's mean next-token cross-entropy, without the logits of all tokens at once.
+
+    Equal to the causal language model loss on ``F.linear(hidden, weight, bias)``. The gradient of
+    a chunk is taken in the forward pass, while its logits exist, so nothing is computed twice and
+    only a gradient of the size of ``hidden`` is kept. Differentiable once, in ``hidden`` alone.
+
+    Args:
+        hidden: (N·B, T, d), the frozen head's input, adapter after adapter.
+        labels: (N·B, T) class indices; position t is predicted from t - 1.
+        weight: (vocabulary, d) of the frozen head.
+        bias: (vocabulary,), or None.
+        adapters: N.
+        ignore_index: label of positions that do not count.
+        chunk: tokens whose logits exist at the same time, in float32 or better.
+
+    Returns:
+        (N,) losses, NaN for an adapter without a counting position.
+    """
+    target = F.pad(labels[..., 1:], (0, 1), value=ignore_index).reshape(-1).to(hidden.device)
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    keep = torch.is_grad_enabled() and hidden.requires_grad
+    nll, _ = _LinearNLL.apply(rows, weight, bias, target, ignore_index, chunk, keep)  # type: ignore[misc]
+    counted = (target != ignore_index).reshape(adapters, -1).sum(1)
+    return nll.reshape(adapters, -1).sum(1) / counted
+
+
+class _LinearNLL(torch.autograd.Function):
+    """Negative log-likelihood per row of a frozen linear head, and its gradient per row."""
+
+    @staticmethod
+    def forward(
+        rows: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
+        ignore_index: int,
+        chunk: int,
+        keep: bool,
+    ) -> tuple[Tensor, Tensor]:
+        wide = torch.promote_types(rows.dtype, torch.float32)
+        losses, grads = [], []
+        for x, t in zip(rows.split(chunk), target.split(chunk), strict=True):
+            logits = F.linear(x, weight, bias).to(wide)
+            if torch.compiler.is_compiling():
+                # Else each kernel that reads them shifts and pads the labels again, per logit.
+                t = written(t)
+            counts = t != ignore_index
+            index = torch.where(counts, t, 0)[:, None]
+            both = torch.cat([logits.logsumexp(1, keepdim=True), logits.gather(1, index)], 1)
+            if torch.compiler.is_compiling():
+                # A kernel of its own. In one with what else reads the logits, a thread block would
+                # go along a whole row three times; and these would live until the loss is summed.
+                both = written(both)
+            total, picked = both.split(1, 1)
+            losses.append(torch.where(counts, (total - picked)[:, 0], 0))
+            if keep:
+                slope = _softmax_minus_target(logits, total, index) * counts[:, None]
+                grads.append(slope.to(x.dtype) @ weight.to(x.dtype))
+        return torch.cat(losses), torch.cat(grads) if keep else rows.new_empty(0)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(output[1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:  # type: ignore[override]
+        (slopes,) = ctx.saved_tensors
+        scaled = slopes.to(grads[0].dtype) * grads[0][:, None]
+        return scaled.to(slopes.dtype), None, None, None, None, None, None
+
+
+def _softmax_minus_target(logits: Tensor, total: Tensor, index: Tensor) -> Tensor:
+    """exp(logits - total) - onehot(index)."""
+    if torch.compiler.is_compiling():
+        # Fuses with what comes before and after it, where a scatter would be written in full.
+        place = torch.arange(logits.shape[1], device=logits.device)
+        return (logits - total).exp() - (place == index).to(logits.dtype)
+    slope = (logits - total).exp_()
+    return slope.scatter_add_(1, index, slope.new_full((), -1.0).expand_as(index))
+
+
+class FrozenHead:
+    """Stands where a causal language model's frozen head is, and hands its input through.
+
+    The model then returns the head's input as its logits, from which :meth:`losses` are taken in
+    chunks. A model that does more with its logits (caps or scales them) does not return that very
+    tensor; then the caller runs it again as it is.
+
+    Attributes:
+        hidden: what the head was given last.
+    """
+
+    acts_on_bias = False
+    device = None
+
+    def __init__(self, name: str, head: nn.Linear):
+        self.site = Site(name, head.out_features, head.in_features)
+        self.head = head
+        self.hidden: Tensor | None = None
+
+    def __call__(self, x: Tensor, base: Any) -> Tensor:
+        self.hidden = x
+        return x
+
+    def dense(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return weight, bias
+
+    def losses(self, labels: Tensor, adapters: int) -> Tensor:
+        """(N,) losses of the last forward."""
+        assert self.hidden is not None
+        weight, bias = self.head.weight.detach(), self.head.bias
+        bias = None if bias is None else bias.detach()
+        return chunked_cross_entropy(self.hidden, labels, weight, bias, adapters=adapters)
+
+
+def frozen_head(model: nn.Module, adapted: Container[str], batch: Any) -> FrozenHead | None:
+    """The head of a model whose losses can be taken in chunks, where that pays; or None.
+
+    It must be a plain nn.Linear without an adapter, in a model with the causal language model
+    loss, and the batch must hold labels and nothing else that bears on the loss.
+    """
+    if not isinstance(batch, Mapping) or not isinstance(batch.get("labels"), Tensor):
+        return None
+    function = getattr(model, "loss_function", None)
+    if getattr(function, "__name__", "") != "ForCausalLMLoss":
+        return None
+    if any(name in batch for name in _LOSS_ARGUMENTS):
+        return None
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if type(head) is not nn.Linear or batch["labels"].numel() * head.out_features < CHUNKED_FROM:
+        return None
+    names = [n for n, module in model.named_modules(remove_duplicate=False) if module is head]
+    if len(names) != 1 or f"{names[0]}.weight" in adapted:
+        return None
+    return FrozenHead(f"{names[0]}.weight", head)

@@ -1,0 +1,281 @@
+"""The fold: N adapters in one ordinary pass, their batches side by side on the batch axis.
+
+The trunk runs once as plain modules, on N x B rows; only ``shift`` and ``delta`` are mapped over
+the adapters. The adapters do not see each other's rows, so each gets exactly its own gradient
+from the sum of the losses.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+
+from ..base.linear_map import LinearMap
+from ..errors import ConfigError, FadaptError
+from ..linalg import inverse_permutation
+from ..method import Leaves, Method
+from ..overlay.embedding import OneHot
+from ..params.stack import Stack, StackedAdapter
+from ..site import Site
+
+APART = "Run the adapters one by one, or with torch.func.vmap over fadapt.run"
+
+
+class FoldedSite:
+    """One site of a stack: every group's adapters applied to their own rows.
+
+    Args:
+        name: of the site.
+        stack: the stack.
+        rows: batch rows per adapter, or None where that is not known (``bound``).
+    """
+
+    def __init__(self, name: str, stack: Stack, rows: int | None):
+        self.stack_size, self.rows = stack.size, rows
+        self.pieces: list[tuple[tuple[int, ...], StackedAdapter]] = [
+            (g.index, cast(StackedAdapter, g.params[name]))
+            for g in stack.groups
+            if name in g.params
+        ]
+        have = {i for index, _ in self.pieces for i in index}
+        self.rest = tuple(i for i in range(stack.size) if i not in have)
+        self.site: Site = self.pieces[0][1].site
+
+    @property
+    def acts_on_bias(self) -> bool:
+        return any(adapter.acts_on_bias for _, adapter in self.pieces)
+
+    @property
+    def device(self) -> torch.device | None:
+        return self.pieces[0][1].device
+
+    def __str__(self) -> str:
+        return " or ".join(sorted({str(adapter) for _, adapter in self.pieces}))
+
+    def __call__(self, x: Tensor, base: LinearMap) -> Tensor:
+        n = self.stack_size
+        self._check(x)
+        shifts = any(adapter.method.has_shift for _, adapter in self.pieces)
+        # First: torch.compile copies an x that it has not written down before it is seen as rows.
+        y = None if shifts else base(x)
+        rows = x.reshape(n, -1, x.shape[-1])
+        entered = [
+            adapter.over(adapter.method.enter, part)
+            for (_, adapter), part in zip(self.pieces, self._parts(rows), strict=True)
+        ]
+        if y is None:
+            y = base(self._gather([value for value, _ in entered], rows).reshape(x.shape))
+        # Not as rows: torch.compile would write the gradient of a sum that is seen as rows, and by
+        # the base's product as a matrix, twice.
+        split = y.unflatten(0, (n, -1))
+        left = [
+            adapter.over(functools.partial(_leave, adapter.method, base), saved, part)
+            for (_, adapter), (_, saved), part in zip(
+                self.pieces, entered, self._parts(split), strict=True
+            )
+        ]
+        return self._gather(left, split).reshape(y.shape)
+
+    def embed(self, one_hot: OneHot, base: LinearMap) -> Tensor:
+        """The adapted map on the one-hot rows of an embedding (N·B, ..., vocabulary)."""
+        n = self.stack_size
+        if any(adapter.method.has_shift for _, adapter in self.pieces):
+            raise FadaptError(
+                f"{one_hot.owner}: {self} changes the one-hot input of an embedding, which a stack "
+                "cannot do; run the adapters one by one"
+            )
+        self._check(one_hot)
+        y = base(one_hot)  # type: ignore[arg-type]
+        id_rows, y_rows = one_hot.ids.reshape(n, -1), y.reshape(n, -1, y.shape[-1])
+
+        def leave(method: Method, p: Leaves, ids: Tensor, y: Tensor) -> Tensor:
+            # Made inside, because vmap maps over tensors.
+            rows: Any = OneHot(ids, one_hot.width, one_hot.dtype, one_hot.owner)
+            return method.leave(p, method.enter(p, rows)[1], y, base)
+
+        left = [
+            torch.func.vmap(
+                functools.partial(leave, adapter.method),
+                in_dims=({k: None if k in adapter.shared else 0 for k in adapter.leaves}, 0, 0),
+            )(adapter.leaves, take(id_rows, index), take(y_rows, index))
+            for index, adapter in self.pieces
+        ]
+        return self._gather(left, y_rows).reshape(y.shape)
+
+    def dense(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        raise FadaptError(
+            f"{self.site.name} is used by an operation without a rule, and {self.stack_size} "
+            f"adapters in one pass have no common weight. {APART}"
+        )
+
+    def _parts(self, rows: Tensor) -> Sequence[Tensor]:
+        """The rows of each piece."""
+        if len(self.pieces) == 1 and not self.rest:
+            return [rows]  # as they are: torch.compile copies the only part of a split
+        if [i for index, _ in self.pieces for i in index] == list(range(self.stack_size)):
+            # One split: its gradient is one concatenation, where each slice's fills the whole.
+            return rows.split([len(index) for index, _ in self.pieces])
+        return [take(rows, index) for index, _ in self.pieces]
+
+    def _gather(self, parts: list[Tensor], rows: Tensor) -> Tensor:
+        """The parts and the rows without an adapter, in the order of the stack."""
+        order = [i for index, _ in self.pieces for i in index] + list(self.rest)
+        if self.rest:
+            parts = [*parts, take(rows, self.rest)]
+        whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return take(whole, inverse_permutation(order))
+
+    def _check(self, x: Tensor | OneHot) -> None:
+        batch = self.stack_size * (self.rows or 1)
+        whole = x.shape[0] == batch or (
+            (x.dim() == 2 or self.rows is None) and x.shape[0] % batch == 0
+        )
+        if x.dim() < 2 or not whole:
+            raise FadaptError(
+                f"{self.site.name} gets an input of shape {tuple(x.shape)}, where {self.stack_size}"
+                f" adapters x {self.rows or '?'} rows need a leading batch axis of {batch}: the "
+                f"model moves or mixes its batch axis. {APART}"
+            )
+
+
+def _leave(method: Any, base: LinearMap, p: Any, saved: Any, y: Tensor) -> Tensor:
+    return method.leave(p, saved, y, base)
+
+
+def take(rows: Tensor, index: Sequence[int]) -> Tensor:
+    """The rows at ``index``, a view where they are consecutive."""
+    first, last = index[0], index[-1]
+    if list(index) == list(range(first, last + 1)):
+        return rows if len(index) == rows.shape[0] else rows[first : last + 1]
+    return rows[torch.tensor(index, device=rows.device)]
+
+
+def folded_sites(stack: Stack, rows: int | None) -> dict[str, FoldedSite]:
+    """The overlays' contents for a stack, by site.
+
+    Raises:
+        FadaptError: a site whose layer cannot tell the rows of the adapters apart.
+    """
+    sites = {name: FoldedSite(name, stack, rows) for name in stack.sites}
+    for name, folded in sites.items():
+        if why := cannot_fold(folded.site):
+            raise FadaptError(
+                f"{name} {why}: a stack of {stack.size} adapters cannot be folded there. {APART}"
+            )
+    return sites
+
+
+def cannot_fold(site: Site) -> str:
+    """Why a layer needs its adapters one by one; "" where it does not."""
+    if site.experts:
+        return "holds expert weights, and routing mixes the rows of a batch"
+    if site.kernel:
+        return "is the kernel of a convolution, which takes one weight for all rows"
+    return ""
+
+
+def check_batch_first(model: nn.Module) -> None:
+    """Refuses modules that put time before the batch, where rows would reach other adapters."""
+    for name, module in model.named_modules():
+        if getattr(module, "batch_first", True) is False:
+            raise FadaptError(
+                f"{name} ({type(module).__name__}) has batch_first=False; a stack needs the batch "
+                "axis first. Build it with batch_first=True, or use torch.func.vmap over fadapt.run"
+            )
+
+
+def batch_rows(batch: Any, stack: Stack, per_adapter: bool) -> int:
+    """B, the rows per adapter, from the leaves of a batch.
+
+    Raises:
+        ConfigError: leaves that disagree, or a leading axis that is not the number of adapters.
+    """
+    tensors = _tensors(batch)
+    if not tensors:
+        raise ConfigError("the batch holds no tensor")
+    if stack.per_row:
+        for key, t in tensors:
+            if t.shape[0] not in (1, stack.size):
+                raise ConfigError(
+                    f"{key} has {t.shape[0]} rows, but select() chose an adapter for {stack.size}"
+                )
+        return 1
+    if not per_adapter:
+        return max(t.shape[0] for _, t in tensors)
+    for key, t in tensors:
+        if t.shape[0] != stack.size or t.dim() < 2:
+            raise ConfigError(
+                f"per_adapter=True needs (N, B, ...) with N = {stack.size} adapters; "
+                f"{key} has shape {tuple(t.shape)}"
+            )
+    return max(t.shape[1] for _, t in tensors)
+
+
+def fold_batch(batch: Any, stack: Stack, rows: int, per_adapter: bool) -> Any:
+    """The batch with N x B rows: per-adapter leaves flattened, shared ones repeated."""
+
+    def fold(t: Any) -> Any:
+        if not isinstance(t, Tensor) or t.dim() == 0 or stack.per_row:
+            return t
+        if per_adapter:
+            return t.flatten(0, 1)
+        if t.shape[0] == 1 and rows > 1:
+            return t
+        if t.shape[0] != rows:
+            raise ConfigError(
+                f"a shared batch of {rows} rows holds a tensor of shape {tuple(t.shape)}; give "
+                "every tensor the batch axis first"
+            )
+        return t.expand(stack.size, *t.shape).flatten(0, 1)
+
+    return pytree.tree_map(fold, batch)
+
+
+def reorder(batch: Any, order: Sequence[int]) -> Any:
+    """The batch with the parts of the adapters, or of their rows, in another order."""
+
+    def pick(t: Any) -> Any:
+        if not isinstance(t, Tensor) or t.dim() == 0 or t.shape[0] == 1:
+            return t
+        return take(t, order)
+
+    return pytree.tree_map(pick, batch)
+
+
+def unfold(output: Any, stack: Stack, rows: int) -> Any:
+    """The output with (N, B, ...) tensors in place of (N x B, ...) ones."""
+    if stack.per_row:
+        return output
+
+    def split(t: Any) -> Any:
+        if isinstance(t, Tensor) and t.dim() and t.shape[0] == stack.size * rows:
+            return t.unflatten(0, (stack.size, rows))
+        return t
+
+    return pytree.tree_map(split, output)
+
+
+def slices(tree: Any, stack: Stack, rows: int) -> Sequence[Any]:
+    """The part of each adapter of a folded batch or output."""
+    n = stack.size
+    leaves, spec = pytree.tree_flatten(tree)
+    # As in FoldedSite._parts: the gradient of n slices would fill the whole output n times.
+    columns = [
+        t.split(rows) if isinstance(t, Tensor) and t.dim() and t.shape[0] == n * rows else (t,) * n
+        for t in leaves
+    ]
+    return [pytree.tree_unflatten([c[i] for c in columns], spec) for i in range(n)]
+
+
+def _tensors(batch: Any) -> list[tuple[str, Tensor]]:
+    leaves, _ = pytree.tree_flatten_with_path(batch)
+    return [
+        (f"batch{pytree.keystr(path)}", leaf)
+        for path, leaf in leaves
+        if isinstance(leaf, Tensor) and leaf.dim()
+    ]

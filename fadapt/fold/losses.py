@@ -1,0 +1,52 @@
+"""Losses of single adapters from a folded pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+
+# What a Hugging Face model's own forward passes to its loss_function, by its loss type.
+_TOKEN_LOSSES = ("ForCausalLM", "ForConditionalGeneration", "ForMaskedLM")
+_CLASS_LOSSES = (
+    "ForSequenceClassification",
+    "ForImageClassification",
+    "ForVideoClassification",
+    "ForAudioClassification",
+)
+
+
+def hugging_face_loss(
+    model: nn.Module, batch: Any
+) -> tuple[Callable[[Any, Any], Tensor], Any, dict[str, Any]]:
+    """A Hugging Face model's own loss, to be applied to each adapter's logits.
+
+    Returns:
+        ``loss_fn(output, batch)``, the batch, and the inputs without the labels, so that the
+        model does not average over the adapters.
+
+    Raises:
+        ConfigError: no labels, or a model whose loss fadapt cannot call from outside.
+    """
+    advice = "pass loss_fn(output, batch) -> scalar to run"
+    if not isinstance(batch, Mapping) or batch.get("labels") is None:
+        raise ConfigError(f"no labels in the batch to make the losses of a stack from; {advice}")
+    function = getattr(model, "loss_function", None)
+    config: Any = getattr(model, "config", None)
+    kind = getattr(model, "loss_type", None) or "ForCausalLM"
+    inputs = {k: v for k, v in batch.items() if k != "labels"}
+    if function is not None and kind in _TOKEN_LOSSES:
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        return (
+            lambda out, part: function(
+                logits=out.logits, labels=part["labels"], vocab_size=text.vocab_size
+            ),
+            batch,
+            inputs,
+        )
+    if function is not None and kind in _CLASS_LOSSES:
+        return lambda out, part: function(part["labels"], out.logits, config), batch, inputs
+    raise ConfigError(f"the loss {kind} of {type(model).__name__} is not per row; {advice}")

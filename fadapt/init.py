@@ -1,0 +1,200 @@
+"""From calibration data to what each method's ``init`` receives."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from .base.checks import check_model
+from .base.fingerprint import fingerprint
+from .base.linear_map import DenseMap, LinearMap
+from .base.lock import exclusive, refuse_bound
+from .base.weights import Slot
+from .calibration.stats import Stats
+from .config import Config, Rules, as_config
+from .errors import CalibrationError, ConfigError, FadaptWarning, TargetError
+from .method import STRENGTH, Leaves, Method
+from .params.adapter import Adapter
+from .params.params import Params, trainable_leaves
+from .seeds import generator
+from .site import Site, SiteView
+from .statistics.reduction import statistics_of
+from .targeting import resolve
+
+Found = list[tuple[Slot, Site, Method]]
+
+
+def as_stats(
+    model: nn.Module, config: Config, found: Found, calib: Stats | Iterable[Any] | None
+) -> Stats | None:
+    """The statistics that the methods of ``config`` need; None if they need none.
+
+    Args:
+        found: the sites that the config means.
+        calib: batches, which are observed; or the Stats of an earlier pass over this model.
+
+    Raises:
+        CalibrationError: data that are missing or of another model.
+        FadaptError: the model is inside ``bound``.
+    """
+    refuse_bound(model, "calibrating")
+    for _, site, method in found:
+        if calib is None and any(True for _ in statistics_of(method.statistic)):
+            raise CalibrationError(
+                f"{method} at {site.name} starts from data: pass batches, "
+                "fadapt.init(model, cfg, batches), or stats = fadapt.observe(model, cfg, batches) "
+                "once and fadapt.init(model, cfg, stats)"
+            )
+    if not any(True for _, _, m in found for _ in statistics_of(m.statistic)):
+        return None
+    if isinstance(calib, Stats):
+        calib.check_base(model)
+        return calib
+    from .calibration.observe import observe
+
+    return observe(model, config, calib or ())
+
+
+def prepare(found: Found, stats: Stats | None) -> tuple[Found, Callable[[Site, Method], Any]]:
+    """Lets the methods plan over all sites.
+
+    Args:
+        found: the sites and methods of a config.
+        stats: from :func:`as_stats`.
+
+    Returns:
+        The sites that remain, with the methods that :meth:`Method.plan` chose; and a function that
+        gives ``init`` the statistic of a site, or None where its method asks for none.
+
+    Raises:
+        CalibrationError: data that are insufficient.
+    """
+    if stats is None:
+        return found, lambda site, method: None
+
+    def statistic(site: Site, method: Method) -> Any:
+        return _read(stats, site.name, method.statistic)
+
+    return _plan(found, statistic), statistic
+
+
+def _read(stats: Stats, site: str, wanted: Any) -> Any:
+    if isinstance(wanted, tuple):
+        return tuple(_read(stats, site, part) for part in wanted)
+    return None if wanted is None else stats.get(site, wanted)
+
+
+def _plan(found: Found, statistic: Callable[[Site, Method], Any]) -> Found:
+    chosen: dict[str, Method | None] = {site.name: m for _, site, m in found}
+    for cls in dict.fromkeys(type(m) for _, _, m in found):
+        if cls.plan.__func__ is not Method.plan.__func__:  # type: ignore[attr-defined]
+            mine = {s.name: (m, statistic(s, m)) for _, s, m in found if type(m) is cls}
+            chosen.update(cls.plan(mine))
+    if dropped := [name for name, method in chosen.items() if method is None]:
+        warnings.warn(
+            f"{len(dropped)} of {len(chosen)} sites got rank 0 and are not adapted: {dropped}",
+            FadaptWarning,
+            stacklevel=4,
+        )
+    return [(slot, s, m) for slot, s, _ in found if (m := chosen[s.name]) is not None]
+
+
+def init(
+    model: nn.Module, cfg: Config | Rules, calib: Stats | Iterable[Any] | None = None
+) -> Params:
+    """Makes fresh adapters; the adapted model equals the base to the last bit.
+
+    Args:
+        model: the frozen base; it is read, never changed.
+        cfg: a method (for every linear map), a {regex: method or None} dict, or a
+            :class:`Config`.
+        calib: batches, or the :class:`Stats` of an earlier pass over this model, for the methods
+            that are calibrated.
+
+    Returns:
+        Params, with trainable leaves that require grad, in the config's dtype, on the devices of
+        the weights. On a meta model the leaves are meta tensors, which can be counted.
+
+    Raises:
+        TargetError: a rule that matches nothing, or a weight that cannot be adapted.
+        ConfigError: hyper-parameters that do not fit a weight's shape.
+        CalibrationError: a method that needs statistics, without them or with insufficient ones.
+    """
+    config = as_config(cfg)
+    check_model(model)
+    with torch.no_grad(), exclusive(model):
+        found = resolve(model, config)
+        _check_finite([slot for slot, _, _ in found])
+    stats = as_stats(model, config, found, calib)
+    with torch.no_grad(), exclusive(model):
+        found, statistic = prepare(found, stats)
+        adapters = {
+            site.name: _init_one(slot, site, m, config, statistic(site, m))
+            for slot, site, m in found
+        }
+    return trainable_leaves(Params(adapters, config))
+
+
+def _init_one(slot: Slot, site: Site, method: Method, config: Config, stat: Any) -> Adapter:
+    weight, frozen = slot.weight.detach(), slot.quantized
+    at_least = torch.promote_types(frozen.dtype if frozen else weight.dtype, torch.float32)
+    parts = []
+    for own, base in _matrices(slot, site):
+        view = SiteView(own, base, weight.device, at_least)
+        parts.append(method.init(view, generator(config.seed, own.name), stat))
+        _check_leaves(method, own, *parts[-1])
+    train, fixed = parts[0] if not site.experts else map(_stacked, zip(*parts, strict=True))
+    dtype = config.dtype or at_least
+    exact = torch.promote_types(dtype, at_least)
+    mark = frozen.fingerprint() if frozen else fingerprint(weight)
+    return Adapter(replace(site, fingerprint=mark), method, {}, {}).replace(
+        train={k: t.detach().to(dtype).contiguous() for k, t in train.items()},
+        fixed={
+            k: t.detach().to(exact if k in method.keep_wide else dtype).contiguous()
+            for k, t in fixed.items()
+        },
+    )
+
+
+def _matrices(slot: Slot, site: Site) -> Iterator[tuple[Site, LinearMap]]:
+    """The matrix of a site, or each of a stack under its own name."""
+    if not site.experts:
+        yield site, slot.base
+    for i in range(site.experts):
+        own = replace(site, name=f"{site.name}[{i}]", experts=0)
+        yield own, DenseMap(slot.weight.detach()[i], None, site.transposed)
+
+
+def _stacked(leaves: tuple[Leaves, ...]) -> Leaves:
+    return {k: torch.stack([part[k] for part in leaves]) for k in leaves[0]}
+
+
+def _check_leaves(method: Method, site: Site, train: Leaves, fixed: Leaves) -> None:
+    who = f"{type(method).__name__}.init at {site.name}"
+    if shared := (train.keys() & fixed.keys()) | ({STRENGTH} & (train.keys() | fixed.keys())):
+        raise ConfigError(f"{who}: leaf names must be distinct and not 'strength': {shared}")
+    for name, leaf in {**train, **fixed}.items():
+        if not isinstance(leaf, torch.Tensor) or not leaf.is_floating_point():
+            raise ConfigError(f"{who}: leaf {name!r} must be a floating tensor, got {leaf!r}")
+
+
+def _check_finite(slots: list[Slot]) -> None:
+    # A sum carries NaN and Inf along, without a temporary of the weight's size.
+    values = [
+        (s, s.quantized.scales() if s.quantized else s.weight.detach())
+        for s in slots
+        if not s.weight.is_meta
+    ]
+    sums = [(s, v, v.sum(dtype=torch.float32)) for s, v in values]
+    for slot, value, total in sums:
+        if not torch.isfinite(total):
+            bad = int((~torch.isfinite(value)).sum())
+            if bad:
+                raise TargetError(
+                    f"{slot.name} holds {bad} NaN or Inf values; load sound weights first"
+                )

@@ -1,0 +1,1 @@
+"""Adapters in the place of weights, for the time of a call."""

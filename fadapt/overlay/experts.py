@@ -1,0 +1,94 @@
+"""Stacks of matrices, as mixture-of-experts layers hold them: one adapter with an expert axis.
+
+The leaves of a site with ``experts`` matrices have a leading axis over them, and the method is
+mapped over it. Routed tokens meet their own expert's matrix and leaves, whichever way the layer
+multiplies: one expert after the other, as a batch of gathered matrices, or in groups of rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..base.linear_map import DenseMap
+from ..method import STRENGTH
+from ..params.adapter import Adapter
+
+
+def at(adapter: Any, index: Any, count: int = 0) -> Adapter:
+    """The adapter of one expert, or of the experts ``index`` (count,) with repetitions."""
+
+    def take(leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {k: t if k == STRENGTH else t[index] for k, t in leaves.items()}
+
+    site = replace(adapter.site, experts=count)
+    return replace(adapter, site=site, train=take(adapter.train), fixed=take(adapter.fixed))
+
+
+def batched(adapter: Adapter, x: Tensor, weight: Tensor, product: Any) -> Tensor:
+    """Every matrix of a stack applied to its own rows.
+
+    Args:
+        adapter: leaves (s, ...).
+        x: (s, rows, in_features).
+        weight: the frozen matrices (s, ...) in their stored layout.
+        product: the base's own kernel: x' -> (s, rows, out_features).
+    """
+    method, transposed = adapter.method, adapter.site.transposed
+    p = adapter.leaves
+    axes = {name: None if name == STRENGTH else 0 for name in p}
+    entered, saved = torch.func.vmap(method.enter, in_dims=(axes, 0))(p, x)
+    y = product(entered if method.has_shift else x)
+
+    def leave(p: Any, saved: Any, y: Tensor, weight: Tensor) -> Tensor:
+        return method.leave(p, saved, y, DenseMap(weight, None, transposed))
+
+    return torch.func.vmap(leave, in_dims=(axes, 0, 0, 0))(p, saved, y, weight)
+
+
+def grouped(adapter: Adapter, x: Tensor, weight: Tensor, ends: list[int], product: Any) -> Tensor:
+    """Every matrix of a stack applied to its group of rows.
+
+    Args:
+        adapter: leaves (experts, ...).
+        x: (rows, in_features), sorted by expert.
+        weight: the frozen matrices (experts, ...) in their stored layout.
+        ends: the row after the last of each expert; rows after the last end have none.
+        product: the base's own kernel: x' -> (rows, out_features).
+    """
+    method, transposed = adapter.method, adapter.site.transposed
+    starts = [0, *ends[:-1]]
+    groups = [
+        (at(adapter, e).leaves, slice(start, end), weight[e])
+        for e, (start, end) in enumerate(zip(starts, ends, strict=True))
+        if end > start
+    ]
+    entered = [method.enter(p, x[rows]) for p, rows, _ in groups]
+    rest = slice(ends[-1], None)
+    y = product(torch.cat([*(x for x, _ in entered), x[rest]]) if method.has_shift else x)
+    left = [
+        method.leave(p, saved, y[rows], DenseMap(w, None, transposed))
+        for (p, rows, w), (_, saved) in zip(groups, entered, strict=True)
+    ]
+    return torch.cat([*left, y[rest]])
+
+
+def dense(adapter: Any, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """The adapted weight in the parameter's own shape, and bias; in the dtype of ``weight``.
+
+    Args:
+        adapter: of a matrix, a stack of matrices or a convolution kernel; or a fold, which refuses.
+        weight: float32 or float64, in the parameter's own shape.
+        bias: (out_features,) or None.
+    """
+    site = adapter.site
+    if site.experts:
+        parts = [at(adapter, e).dense(weight[e], None)[0] for e in range(site.experts)]
+        return torch.stack(parts), bias
+    if not site.kernel:
+        return adapter.dense(weight, bias)
+    new, new_bias = adapter.dense(weight.flatten(1), bias)
+    return new.reshape(weight.shape), new_bias

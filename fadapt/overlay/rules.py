@@ -1,0 +1,175 @@
+"""The rules: what a linear product, an embedding or an expert's matrix means for an overlay."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..base.linear_map import DenseMap
+from ..errors import TargetError
+from . import experts
+from .checkpointing import refuse_checkpoint
+from .embedding import adapt_embedding
+from .tensor import RULES, Overlay, overlay
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+    if not isinstance(weight, Overlay) or isinstance(x, Overlay):
+        return NotImplemented
+    return _product(x, weight, bias, rows_out=True)
+
+
+def _addmm(bias: Tensor, x: Tensor, weight: Tensor, *, beta: float = 1, alpha: float = 1) -> Any:
+    if not isinstance(weight, Overlay) or beta != 1 or alpha != 1 or bias.dim() != 1:
+        return NotImplemented
+    return _product(x, weight, bias, rows_out=False)
+
+
+def _matmul(x: Tensor, weight: Tensor) -> Any:
+    if not isinstance(weight, Overlay) or isinstance(x, Overlay):
+        return NotImplemented
+    return _product(x, weight, None, rows_out=False)
+
+
+def _product(x: Tensor, weight: Overlay, bias: Tensor | None, rows_out: bool) -> Any:
+    """The rule behind all products; ``rows_out``: the weight is used as (out, in)."""
+    site = weight.adapter.site
+    if weight.dim() != 2 or (site.transposed == weight.flipped) != rows_out:
+        return NotImplemented  # the transposed map, as in a tied decoder
+    if weight.adapter.acts_on_bias and bias is None and site.bias is not None:
+        raise TargetError(
+            f"{site.name}: the layer adds {site.bias} apart from its product, and "
+            f"{weight.adapter} acts on the bias; use another method there"
+        )
+    refuse_checkpoint(weight.adapter, weight.call)
+    return weight.adapter(x, DenseMap(weight.frozen, bias, site.transposed))
+
+
+def _transpose(weight: Tensor, *dims: int) -> Any:
+    if not isinstance(weight, Overlay):
+        return NotImplemented
+    n = weight.dim()
+    if n > 3 or (n == 3 and not dims) or (dims and {d % n for d in dims} != {n - 2, n - 1}):
+        return NotImplemented
+    return overlay(weight.frozen, weight.adapter, weight.call, not weight.flipped)
+
+
+def _flip(weight: Overlay) -> Any:
+    return _transpose(weight, -2, -1)
+
+
+def _embedding(
+    ids: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Any:
+    if not isinstance(weight, Overlay) or weight.flipped or not weight.adapter.site.transposed:
+        return NotImplemented
+    name = weight.adapter.site.name
+    if max_norm is not None:
+        raise TargetError(
+            f"{name}: an embedding with max_norm writes to its weight, which is frozen"
+        )
+    refuse_checkpoint(weight.adapter, weight.call)
+    base = DenseMap(weight.frozen, None, transposed=True)
+    return adapt_embedding(ids, weight.frozen, weight.adapter, base, padding_idx)
+
+
+def _getitem(weight: Tensor, index: Any) -> Any:
+    """One expert's matrix, or those of some experts, gathered."""
+    if not isinstance(weight, Overlay) or weight.flipped or not weight.adapter.site.experts:
+        return NotImplemented
+    if not isinstance(index, (int, Tensor)) or isinstance(index, bool):
+        return NotImplemented
+    if isinstance(index, Tensor) and (index.dim() > 1 or index.is_floating_point()):
+        return NotImplemented
+    if isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8):
+        return NotImplemented
+    count = len(index) if isinstance(index, Tensor) and index.dim() else 0
+    adapter = experts.at(weight.adapter, index, count)
+    return overlay(weight.frozen[index], adapter, weight.call)
+
+
+def _bmm(a: Tensor, b: Tensor) -> Any:
+    weight, x, rows_out = (a, b.mT, True) if isinstance(a, Overlay) else (b, a, False)
+    if not isinstance(weight, Overlay) or isinstance(x, Overlay):
+        return NotImplemented
+    site = weight.adapter.site
+    if not site.experts or (site.transposed == weight.flipped) != rows_out:
+        return NotImplemented
+    refuse_checkpoint(weight.adapter, weight.call)
+    frozen = weight.frozen.mT if weight.flipped else weight.frozen
+
+    def product(x: Tensor) -> Tensor:
+        return torch.bmm(frozen, x.mT).mT if rows_out else torch.bmm(x, frozen)
+
+    adapter = experts.at(weight.adapter, slice(None), site.experts)
+    y = experts.batched(adapter, x, weight.frozen, product)
+    return y.mT if rows_out else y
+
+
+def _grouped_mm(
+    x: Tensor, weight: Tensor, offs: Tensor | None = None, bias: Any = None, out_dtype: Any = None
+) -> Any:
+    if not isinstance(weight, Overlay) or isinstance(x, Overlay) or x.dim() != 2 or offs is None:
+        return NotImplemented
+    if bias is not None or out_dtype not in (None, weight.dtype):
+        return NotImplemented
+    site = weight.adapter.site
+    if not site.experts or site.transposed == weight.flipped:
+        return NotImplemented
+    ends = _values(offs)
+    if ends is None:
+        return NotImplemented
+    refuse_checkpoint(weight.adapter, weight.call)
+    frozen = weight.frozen.mT if weight.flipped else weight.frozen
+    adapter = experts.at(weight.adapter, slice(None), site.experts)
+    return experts.grouped(
+        adapter,
+        x,
+        weight.frozen,
+        ends,
+        lambda x: torch._grouped_mm(x, frozen, offs=offs),  # type: ignore[attr-defined]
+    )
+
+
+def _values(index: Tensor) -> list[int] | None:
+    """The numbers in an index tensor, or None where Python cannot know them."""
+    if torch.compiler.is_compiling():
+        return None
+    functorch = torch._C._functorch  # type: ignore[attr-defined]
+    while functorch.is_functorch_wrapped_tensor(index):
+        if functorch.is_batchedtensor(index):
+            return None
+        index = functorch.get_unwrapped(index)
+    return index.tolist()
+
+
+RULES |= {
+    F.linear: _linear,
+    torch.addmm: _addmm,
+    Tensor.addmm: _addmm,
+    torch.matmul: _matmul,
+    torch.mm: _matmul,
+    Tensor.matmul: _matmul,
+    Tensor.mm: _matmul,
+    Tensor.__matmul__: _matmul,
+    Tensor.T.__get__: _transpose,  # type: ignore[attr-defined]
+    Tensor.t: _transpose,
+    torch.t: _transpose,
+    Tensor.mT.__get__: _flip,  # type: ignore[attr-defined]
+    Tensor.transpose: _transpose,
+    torch.transpose: _transpose,
+    F.embedding: _embedding,
+    Tensor.__getitem__: _getitem,
+    torch.bmm: _bmm,
+    Tensor.bmm: _bmm,
+    torch._grouped_mm: _grouped_mm,  # type: ignore[attr-defined]
+}

@@ -1,0 +1,140 @@
+"""The overlay: a stand-in for a frozen weight that computes the adapted map instead.
+
+``functional_call`` puts it where the weight was. It has the weight's shape, dtype and device but
+holds one NaN, so an operation that escaped the rules would show, not pass as the unadapted model.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import torch.utils._pytree as pytree
+import torch.utils.checkpoint
+from torch import Tensor
+
+from ..errors import DenseFallbackWarning, FadaptError, TargetError
+from ..linalg import inverse_permutation
+from ..params.adapter import Adapted
+from . import experts
+from .checkpointing import Call, refuse_checkpoint
+
+
+class Overlay(Tensor):
+    """A weight whose linear products are those of its adapted map. Made by :func:`overlay`."""
+
+    frozen: Tensor
+    adapter: Adapted
+    flipped: bool
+    call: Call
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in RULES:
+            result = RULES[func](*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        if func in METADATA:
+            return func(*(a.frozen if isinstance(a, Overlay) else a for a in args), **kwargs)
+        return _dense_fallback(func, args, kwargs)
+
+
+def overlay(weight: Tensor, adapter: Adapted, call: Call, flipped: bool = False) -> Overlay:
+    """An overlay of ``weight`` (frozen, in its stored layout) that applies ``adapter``.
+
+    as_subclass, not _make_wrapper_subclass: torch.compile traces through it, and every overlay is
+    made inside the traced or transformed function.
+    """
+    shape = weight.mT.shape if flipped else weight.shape
+    nan = torch.full((), float("nan"), dtype=weight.dtype, device=weight.device)
+    result = nan.expand(shape).as_subclass(Overlay)
+    result.frozen, result.adapter, result.flipped, result.call = weight, adapter, flipped, call
+    return result
+
+
+def _dense_fallback(func: Callable, args: tuple, kwargs: dict) -> Any:
+    name = getattr(func, "__name__", str(func))
+    overlays = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Overlay)]
+    names = [o.adapter.site.name for o in overlays]
+    if name.endswith("_") and not name.endswith("__") and isinstance(args[0], Overlay):
+        raise FadaptError(f"the model's forward writes to {names[0]} ({name}); it is frozen")
+    args, with_bias = _adapt_biases(func, args)
+    for o in overlays:
+        if o.adapter.acts_on_bias and o.adapter.site.bias is not None and id(o) not in with_bias:
+            raise TargetError(
+                f"{o.adapter.site.name} is used by {name}, for which fadapt has no rule, and "
+                f"{o.adapter} acts on the bias; use another method there"
+            )
+        refuse_checkpoint(o.adapter, o.call)
+    if not torch.compiler.is_compiling():  # which cannot trace a warning
+        warnings.warn(
+            f"{names} used by {name}, for which fadapt has no rule: the adapted weight was "
+            "materialised (exact, but slower)",
+            DenseFallbackWarning,
+            stacklevel=4,
+        )
+    args, kwargs = pytree.tree_map_only(Overlay, materialise, (args, kwargs))
+    return func(*args, **kwargs)
+
+
+def materialise(weight: Overlay) -> Tensor:
+    """The adapted weight as an ordinary tensor, differentiable in the adapter's leaves."""
+    # Without the bias, whose rounding would keep an untrained adapter from being the identity.
+    new, _ = experts.dense(weight.adapter, _wide(weight.frozen))
+    new = _strided_like(new.to(weight.frozen.dtype), weight.frozen)
+    return new.mT if weight.flipped else new
+
+
+def _strided_like(tensor: Tensor, other: Tensor) -> Tensor:
+    """The tensor in the other's memory layout, on which the kernel and so the last bit depend."""
+    order = sorted(range(other.dim()), key=other.stride, reverse=True)
+    return tensor.permute(order).contiguous().permute(inverse_permutation(order))
+
+
+def _adapt_biases(func: Callable, args: tuple) -> tuple[tuple, set[int]]:
+    """The arguments with adapted biases, where a method acts on them; and whose these are."""
+    new_args, done = list(args), set()
+    for at, bias_at in BIASES.get(func, ()):
+        weight = args[at] if bias_at < len(args) else None
+        if isinstance(weight, Overlay) and weight.adapter.acts_on_bias and not weight.flipped:
+            bias = args[bias_at]
+            if bias is not None:
+                _, new = experts.dense(weight.adapter, _wide(weight.frozen), _wide(bias))
+                new_args[bias_at] = new.to(bias.dtype)  # type: ignore[union-attr]
+            done.add(id(weight))
+    return tuple(new_args), done
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+RULES: dict[Callable, Callable[..., Any]] = {}
+"""What stands for a torch function that gets an overlay; ``rules`` fills it."""
+
+BIASES: dict[Callable, tuple[tuple[int, int], ...]] = {
+    torch.conv1d: ((1, 2),),
+    torch.conv2d: ((1, 2),),
+    torch.conv3d: ((1, 2),),
+    F.multi_head_attention_forward: ((5, 6), (11, 12)),
+}
+"""Where functions without a rule take a weight and its bias."""
+
+METADATA: frozenset[Callable] = frozenset(
+    [
+        getattr(Tensor, name).__get__
+        for name in "shape dtype device ndim requires_grad is_leaf grad grad_fn layout itemsize "
+        "nbytes is_cuda is_cpu is_meta is_sparse is_quantized is_nested".split()
+    ]
+    + [
+        getattr(Tensor, name)
+        for name in "size dim numel stride is_floating_point is_complex is_contiguous "
+        "element_size get_device ndimension nelement is_inference __len__".split()
+    ]
+)

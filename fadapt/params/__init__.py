@@ -1,0 +1,1 @@
+"""The pytree: adapters, params, stacks."""

@@ -1,0 +1,125 @@
+"""Adapter: the method and the leaves of one site; Adapted: whatever may stand where a weight is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, Self
+
+import torch
+from torch import Tensor
+
+from ..base.linear_map import DenseMap, LinearMap
+from ..method import Leaves, Method
+from ..site import Site
+from .pytree import register_node
+
+
+class Adapted(Protocol):
+    """What stands behind an overlay: one adapter, or a fold of many."""
+
+    @property
+    def site(self) -> Site: ...
+
+    @property
+    def acts_on_bias(self) -> bool: ...
+
+    @property
+    def device(self) -> torch.device | None: ...
+
+    def __call__(self, x: Tensor, base: LinearMap) -> Tensor:
+        """The adapted map on (..., in_features)."""
+        ...
+
+    def embed(self, one_hot: Any, base: LinearMap) -> Tensor:
+        """The adapted map on the one-hot rows of an embedding (``overlay.embedding.OneHot``)."""
+        ...
+
+    def dense(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The adapted weight, in its stored layout, and bias; or an error."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """One site's adapter: static site and method, trainable and fixed leaves.
+
+    Attributes:
+        site: where it belongs; static.
+        method: its hyper-parameters; static.
+        train: trainable leaves, which start at the increment zero or at random.
+        fixed: constants the method needs (row norms, SVD factors) and the runtime strength.
+    """
+
+    site: Site
+    method: Method
+    train: Leaves
+    fixed: Leaves
+
+    @property
+    def leaves(self) -> Leaves:
+        """Trainable and fixed leaves together, as a method's functions receive them."""
+        return {**self.train, **self.fixed}
+
+    @property
+    def acts_on_bias(self) -> bool:
+        return self.method.acts_on_bias
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where the leaves are; None without leaves."""
+        return next((t.device for t in self.leaves.values()), None)
+
+    def __str__(self) -> str:
+        return type(self.method).__name__
+
+    def __call__(self, x: Tensor, base: LinearMap) -> Tensor:
+        """The adapted map on (..., in_features).
+
+        The base sees x in its own shape, so its kernel and rounding are those of the plain layer.
+        """
+        p = self.leaves
+        if self.method.broadcasts:
+            return self.method(p, x, base)
+        rows = x.reshape(-1, x.shape[-1])
+        shifted, saved = self.method.enter(p, rows)
+        y = base(x if shifted is rows else shifted.reshape(x.shape))
+        return self.method.leave(p, saved, y, base)
+
+    def embed(self, one_hot: Any, base: LinearMap) -> Tensor:
+        """The adapted map on the one-hot rows of an embedding."""
+        return self(one_hot, base)
+
+    def dense(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The adapted weight, in its stored layout, and bias; in the dtype of ``weight``.
+
+        Pass float32 or float64 tensors; the leaves are cast to them.
+        """
+        p = {k: t.to(weight.dtype) for k, t in self.leaves.items()}
+        transposed = self.site.transposed
+        new_weight, new_bias = self.method.dense(p, DenseMap(weight, bias, transposed))
+        return (new_weight.mT if transposed else new_weight), new_bias
+
+    def replace(self, train: Leaves | None = None, fixed: Leaves | None = None) -> Self:
+        """A copy with other leaves."""
+        return replace(
+            self,
+            train=self.train if train is None else _sorted(train),
+            fixed=self.fixed if fixed is None else _sorted(fixed),
+        )
+
+
+def _sorted(items: Mapping[str, Any]) -> dict[str, Any]:
+    # torch's pytree keeps a dict's insertion order, optree sorts it: sorted keys agree in both.
+    return {k: items[k] for k in sorted(items)}
+
+
+def _flatten_adapter(a: Adapter) -> tuple[tuple[Leaves, Leaves], tuple[Site, Method]]:
+    return (a.train, a.fixed), (a.site, a.method)
+
+
+def _unflatten_adapter(aux: Any, children: Any) -> Adapter:
+    return Adapter(*aux, *children)
+
+
+register_node(Adapter, _flatten_adapter, _unflatten_adapter)

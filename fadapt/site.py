@@ -1,0 +1,104 @@
+"""Site: the saved address of one adapted parameter; SiteView: what a method sees of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .base.linear_map import LinearMap
+from .base.weights import (
+    LINEAR,
+)
+
+
+@dataclass(frozen=True)
+class Site:
+    """What is static about one adapted parameter; part of the treespec, saved with the params.
+
+    Attributes:
+        name: the parameter's name in ``model.named_parameters(remove_duplicate=False)``.
+        out_features, in_features: of the linear map, whatever the storage.
+        transposed: whether the weight is stored (in, out), as in GPT-2's Conv1D.
+        bias: the name of the layer's bias parameter, or None.
+        role: "reader", "writer" or "inner" relative to the residual width; "" if not a layer.
+        note: how the role was chosen where the shape alone does not tell.
+        tied: the other names under which the same tensor is used, unadapted.
+        fingerprint: of the frozen weight that the adapter was made for.
+        experts: the number of matrices in a stack (the first axis of the parameter and of the
+            leaves), or 0 for a single matrix.
+        kernel: of a convolution, the axes of the parameter after the first, which are flattened.
+    """
+
+    name: str
+    out_features: int
+    in_features: int
+    transposed: bool = False
+    bias: str | None = None
+    kind: str = LINEAR
+    role: str = ""
+    note: str = ""
+    tied: tuple[str, ...] = ()
+    fingerprint: str = ""
+    experts: int = 0
+    kernel: tuple[int, ...] = ()
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """(out_features, in_features)."""
+        return self.out_features, self.in_features
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """The shape of the parameter itself, except in a quantised layer."""
+        rows, columns = self.matrix_shape[::-1] if self.transposed else self.matrix_shape
+        if self.kernel:
+            return rows, *self.kernel
+        return (self.experts, rows, columns) if self.experts else (rows, columns)
+
+
+@dataclass(frozen=True)
+class SiteView:
+    """What :meth:`Method.init` sees of a site: its shape, its frozen map, and tensor factories.
+
+    All factories make tensors in ``dtype`` on the site's device; random ones are drawn on the CPU,
+    so that values do not depend on the device.
+    """
+
+    site: Site
+    base: LinearMap
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def name(self) -> str:
+        return self.site.name
+
+    @property
+    def out_features(self) -> int:
+        return self.site.out_features
+
+    @property
+    def in_features(self) -> int:
+        return self.site.in_features
+
+    def weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The frozen matrix (out_features, in_features), in float32 or better."""
+        return self.base.weight().detach().to(dtype or self.dtype)
+
+    def zeros(self, *shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=self.dtype, device=self.device)
+
+    def uniform(self, rng: torch.Generator, shape: Sequence[int], bound: float) -> Tensor:
+        """Uniform on [-bound, bound)."""
+        unit = torch.rand(*shape, generator=rng, dtype=self.dtype, device="cpu")
+        return self._place(unit * 2 - 1) * bound
+
+    def normal(self, rng: torch.Generator, shape: Sequence[int], std: float = 1.0) -> Tensor:
+        unit = torch.randn(*shape, generator=rng, dtype=self.dtype, device="cpu")
+        return self._place(unit) * std
+
+    def _place(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device)

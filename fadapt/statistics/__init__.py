@@ -1,0 +1,1 @@
+"""The maths of rows: reductions that combine. Nothing here knows of models."""

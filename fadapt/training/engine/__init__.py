@@ -1,0 +1,1 @@
+"""What makes a step of a sweep fast: flat buffers, chunks, compilation, graphs."""

@@ -1,0 +1,274 @@
+"""Passes: losses and gradients of an arena, in chunks that fit into memory, compiled or not."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+
+from ...batch import arguments
+from ...errors import ConfigError
+from ...fold.fold import cannot_fold
+from ...params.params import Params, trainable_leaves
+from ...params.stack import Stack, alone
+from ...run import LossFn, apply, run
+from ..data import rows_of
+from .compiler import Compiler
+from .flat_params import Arena
+
+T = TypeVar("T")
+
+CPU_BYTES = 2**28
+"""What one pass may keep for its gradient on a CPU. More is slower: the memory of every step is
+given back and asked for again, and nothing stays in the caches."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Rows ``low`` to ``high`` of the arena, which run in one pass.
+
+    Attributes:
+        trials: their trial numbers.
+        stack: their adapters, sharing the arena's memory.
+        params: what is trained: the stack, or its only member.
+        step: (batch, weights) -> losses; the arena takes the weighted gradients.
+    """
+
+    low: int
+    high: int
+    trials: list[int]
+    stack: Stack
+    params: Stack | Params
+    step: Callable[[Any], Tensor]
+
+
+class Passes:
+    """Runs an arena chunk by chunk; a chunk that runs out of memory is halved and run again.
+
+    Args:
+        model: the frozen base.
+        arena: the adapters.
+        loss_fn: as for :func:`fadapt.run`.
+        per_adapter: whether batches are (N, B, ...), with N all trials of the sweep.
+        max_adapters: "auto" starts with all in one chunk, on a CPU with what is fast; an int is
+            the largest chunk; None is one chunk that is never halved.
+        compiler: a :class:`Compiler`.
+        accumulates: whether gradients add up over several batches.
+        chosen: the width that an earlier object of the same sweep had come to, or None.
+
+    Attributes:
+        chosen: the width to hand on to a later object; None before the first pass of "auto".
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        arena: Arena,
+        loss_fn: LossFn | None,
+        per_adapter: bool,
+        max_adapters: int | str | None,
+        compiler: Compiler,
+        accumulates: bool,
+        chosen: int | None = None,
+    ):
+        self.model, self.arena, self.loss_fn = model, arena, loss_fn
+        self.per_adapter, self.compiler = per_adapter, compiler
+        self.accumulates = accumulates
+        self.halves = max_adapters is not None
+        self._auto = max_adapters == "auto"
+        self.chosen = chosen or (max_adapters if isinstance(max_adapters, int) else None)
+        self._split(self.chosen or len(arena))
+        self.idle: frozenset[int] = frozenset()
+
+    @property
+    def width(self) -> int:
+        """The largest chunk at present."""
+        return max(c.high - c.low for c in self.chunks)
+
+    def gradients(self, batch: Any, weights: Sequence[float]) -> Tensor:
+        """Puts each trial's gradient, times its weight, into the arena; returns the (N,) losses."""
+        if self._auto and self.chosen is None:
+            self._choose(batch)
+
+        device = self.compiler.device
+        wide = torch.float32 if device.type == "mps" else torch.float64
+
+        def work(chunk: Chunk) -> Tensor:
+            # Made before the pass, which is not to wait for the device.
+            seeds = torch.tensor(weights[chunk.low : chunk.high], dtype=wide, device=device)
+            return chunk.step((self._part(batch, chunk), seeds))
+
+        return self._join(self._each(work))
+
+    def _step(self, params: Stack | Params, low: int, high: int) -> Any:
+        """See :class:`Chunk`."""
+        leaves = params.trainable()
+
+        def step(given: tuple[Any, Tensor]) -> Tensor:
+            batch, weights = given
+            losses = self.compiler.run(params)(
+                self.model, params, batch, self.loss_fn, per_adapter=self.per_adapter
+            ).reshape(-1)
+            if not losses.requires_grad:
+                raise ConfigError(
+                    "the loss does not depend on any adapter: loss_fn detaches it, or no adapted "
+                    "layer takes part"
+                )
+            found = torch.autograd.grad(losses, leaves, weights.to(losses), allow_unused=True)
+            self.arena.take_gradients(low, high, found, self.accumulates)
+            # A copy: torch's own CUDA graphs use the same memory again in the next pass.
+            return losses.detach().clone()
+
+        return self.compiler.recorded(step)
+
+    def _choose(self, batch: Any) -> None:
+        """Settles the width before the first pass."""
+        width = len(self.arena)
+        groups = self.chunks[0].stack.groups
+        sites = [adapter.site for group in groups for adapter in group.params.values()]
+        if any(cannot_fold(site) for site in sites):
+            width = 1
+            self._split(width)
+        if self.compiler.device.type == "cpu" and width > 1:
+            _, each = self._attempt(lambda first: self._kept_bytes(first, batch), self._chunk(0, 1))
+            assert each is not None
+            while width > 1 and width * each > CPU_BYTES:
+                width = -(-width // 2)
+            self._split(width)
+        self.chosen = width
+
+    def _kept_bytes(self, chunk: Chunk, batch: Any) -> int:
+        """Bytes that a forward keeps for its gradient."""
+        tensors = [*self.model.parameters(), *pytree.tree_leaves(chunk.params)]
+        known = {t.untyped_storage().data_ptr() for t in tensors}
+        kept: dict[int, int] = {}
+
+        def note(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in known:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        args, kwargs = arguments(self._part(batch, chunk))
+        with (
+            torch.random.fork_rng(devices=[]),
+            torch.autograd.graph.saved_tensors_hooks(note, lambda t: t),
+        ):
+            # The output keeps the graph, and so the storages, until all are counted.
+            _ = apply(self.model, chunk.params, *args, **kwargs)
+        return sum(kept.values())
+
+    @torch.no_grad()
+    def losses(self, batch: Any) -> Tensor:
+        """The (N,) losses, without gradients, on a batch that all trials share."""
+        return self._join(self._each(lambda c: run(self.model, c.stack, batch, self.loss_fn)))
+
+    @torch.no_grad()
+    def scores(self, evaluate: Callable[[nn.Module, Stack], Any]) -> dict[str, Tensor]:
+        """What the user's function returns for each chunk's stack, put together: (N,) each."""
+
+        def work(chunk: Chunk) -> dict[str, Tensor]:
+            found = evaluate(self.model, chunk.stack)
+            named = found if isinstance(found, Mapping) else {"score": found}
+            n = chunk.high - chunk.low
+            result = {}
+            for name, value in named.items():
+                value = torch.as_tensor(value)
+                if value.shape != (n,):
+                    raise ConfigError(
+                        f"eval(model, stack) returned {name!r} of shape {tuple(value.shape)} for a "
+                        f"stack of {n}; return one number per adapter"
+                    )
+                result[name] = value.detach().to(torch.float64)
+            if not result:
+                raise ConfigError("eval(model, stack) returned no scores")
+            return result
+
+        parts = self._each(work)
+        names = next(part for part in parts if part is not None)
+        return {k: self._join([None if p is None else p[k] for p in parts]) for k in names}
+
+    def _part(self, batch: Any, chunk: Chunk) -> Any:
+        if not self.per_adapter:
+            return batch
+        batch = rows_of(batch, chunk.trials)
+        if isinstance(chunk.params, Stack):
+            return batch
+        return pytree.tree_map_only(Tensor, lambda t: t[0], batch)
+
+    def _split(self, width: int) -> None:
+        self.chunks = [self._chunk(*b) for b in _bounds(0, len(self.arena), width)]
+
+    def _chunk(self, low: int, high: int) -> Chunk:
+        stack = self.arena.part(low, high)
+        params = trainable_leaves(alone(stack)) if high - low == 1 else stack
+        step = self._step(params, low, high)
+        return Chunk(low, high, self.arena.order[low:high], stack, params, step)
+
+    def _each(self, work: Callable[[Chunk], T]) -> list[T | None]:
+        """``work`` on every chunk, None for chunks of idle trials only."""
+        results: list[T | None] = []
+        while len(results) < len(self.chunks):
+            chunk = self.chunks[len(results)]
+            if self.idle.issuperset(chunk.trials):
+                results.append(None)
+                continue
+            fits, result = self._attempt(work, chunk)
+            if fits:
+                results.append(result)
+            else:
+                self._halve(len(results))
+        return results
+
+    def _attempt(self, work: Callable[[Chunk], T], chunk: Chunk) -> tuple[bool, T | None]:
+        try:
+            return True, work(chunk)
+        except RuntimeError as error:
+            size = chunk.high - chunk.low
+            if not _out_of_memory(error):
+                raise
+            if not self.halves or size == 1:
+                error.add_note(
+                    f"fadapt: {size} adapter(s) in one pass do not fit; use smaller batches with "
+                    "accumulate=, gradient checkpointing, or max_adapters='auto'"
+                )
+                raise
+        # Only here, where the exception no longer keeps the pass's tensors alive.
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return False, None
+
+    def _halve(self, first: int) -> None:
+        """Splits this chunk and those after it; the ones before have done this step's work."""
+        width = -(-(self.chunks[first].high - self.chunks[first].low) // 2)
+        self.chosen = width
+        later = self.chunks[first:]
+        self.chunks = self.chunks[:first] + [
+            self._chunk(*bounds) for c in later for bounds in _bounds(c.low, c.high, width)
+        ]
+
+    def _join(self, parts: Sequence[Tensor | None]) -> Tensor:
+        like = next(p for p in parts if p is not None)
+        return torch.cat(
+            [
+                like.new_full((c.high - c.low,), torch.nan) if p is None else p.to(like.device)
+                for c, p in zip(self.chunks, parts, strict=True)
+            ]
+        )
+
+
+def _bounds(low: int, high: int, width: int) -> list[tuple[int, int]]:
+    """Consecutive ranges of at most ``width``, as equal as can be: equal ones compile once."""
+    count = -(-(high - low) // width)
+    edges = [low + (high - low) * i // count for i in range(count + 1)]
+    return list(itertools.pairwise(edges))
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    signs = "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED"
+    return isinstance(error, torch.OutOfMemoryError) or any(s in str(error) for s in signs)

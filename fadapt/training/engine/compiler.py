@@ -1,0 +1,61 @@
+"""Compiler: torch.compile and CUDA graphs for the passes of a sweep."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+from ...params.params import Params
+from ...params.stack import Stack
+from ...run import run
+from .cuda_graphs import Recorded
+
+# What torch calls the modes that record CUDA graphs without that part of them.
+_RECORDING = {"reduce-overhead": None, "max-autotune": "max-autotune-no-cudagraphs"}
+
+
+class Compiler:
+    """torch.compile of ``run`` in one graph, once per structure of what it runs.
+
+    Args:
+        options: for torch.compile, such as {"dynamic": False}; True for its defaults, False to
+            leave everything as it is. With one of the modes that stand for CUDA graphs,
+            "reduce-overhead" and "max-autotune", on a CUDA device each pass, its gradient
+            included, is recorded as one. torch's own modes record forward and backward apart, and
+            check their guards between them at every step.
+        device: of the model.
+    """
+
+    def __init__(self, options: bool | Mapping[str, Any], device: torch.device):
+        self.compiles = options is not False
+        self.options: dict[str, Any] = {"fullgraph": True}
+        if isinstance(options, Mapping):
+            self.options |= options
+        self.device = device
+        self.records = device.type == "cuda" and self.options.get("mode") in _RECORDING
+        if self.records:
+            mode = _RECORDING[self.options.pop("mode")]
+            self.options |= {"mode": mode} if mode else {}
+        # Otherwise the chunks of all sweeps of a process would share torch's small limit.
+        if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
+            self.options.setdefault("isolate_recompiles", True)
+        self._made: dict[Any, Callable[..., Tensor]] = {}
+
+    def run(self, params: Stack | Params) -> Callable[..., Tensor]:
+        """:func:`fadapt.run`, compiled for params of this structure."""
+        if not self.compiles:
+            return run
+        leaves, spec = pytree.tree_flatten(params)
+        key = spec, tuple((t.shape, t.dtype, t.device) for t in leaves)
+        if key not in self._made:
+            self._made[key] = torch.compile(run, **self.options)
+        return self._made[key]
+
+    def recorded(self, function: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
+        """A pass with its gradient, recorded where that was asked for; see :class:`Recorded`."""
+        return Recorded(function, self.device) if self.records else function

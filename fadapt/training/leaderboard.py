@@ -1,0 +1,145 @@
+"""Board: where each trial of a sweep stands, which of them stop, and the report."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..params.params import Params, Train, join, split, trainable_leaves
+from .history import Record
+from .report import Goal, Report, Result
+from .trial import Trial
+
+LAST = 10
+"""Training losses that a report averages."""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where one trial stands; the fields are those of :class:`Result`."""
+
+    status: str = "running"
+    step: int = 0
+    reason: str = ""
+    score: float = math.nan
+    best_step: int = 0
+
+
+class Board:
+    """The standings, the best weights, and the last ones of trials that left the stack.
+
+    Args:
+        trials: by name.
+        starts: their initial params.
+        goal: whether a lower or a higher score is better.
+
+    Attributes:
+        metric: the score that trials are ranked by.
+        best: {trial: train leaves} of the best evaluation.
+        left: {trial: train leaves} of trials that are no longer in the stack.
+    """
+
+    def __init__(self, trials: Mapping[str, Trial], starts: Sequence[Params], goal: Goal):
+        self.names, self.trials = list(trials), list(trials.values())
+        self.goal: Goal = goal
+        self.devices = [p.trainable()[0].device for p in starts]
+        self.frames = [split(p)[1] for p in starts]
+        self.metric = "loss"
+        self.standings = [Standing() for _ in self.trials]
+        self.best: dict[int, Train] = {}
+        self.left: dict[int, Train] = {}
+
+    def running(self) -> list[int]:
+        """The trials that still train."""
+        return [t for t, x in enumerate(self.standings) if x.status == "running"]
+
+    def leave(self, trial: int, status: str, reason: str, step: int) -> None:
+        """A trial diverged, was stopped or finished."""
+        new = replace(self.standings[trial], status=status, reason=reason, step=step)
+        self.standings[trial] = new
+
+    def improved(self, step: int, scores: Tensor) -> list[int]:
+        """Takes in an evaluation, (trials,); returns the trials that are better than before."""
+        found = []
+        for trial, score in enumerate(scores.tolist()):
+            old = self.standings[trial]
+            better = score < old.score if self.goal == "min" else score > old.score
+            if math.isfinite(score) and (better or math.isnan(old.score)):
+                self.standings[trial] = replace(old, score=score, best_step=step)
+                found.append(trial)
+        return found
+
+    def losers(self, kept: int, scores: Tensor) -> list[tuple[int, str]]:
+        """The running trials that are not among the best ``kept`` by scores (trials,), and why."""
+        values, sign = scores.tolist(), 1 if self.goal == "min" else -1
+        running = self.running()
+        ranked = sorted(running, key=lambda t: (math.isnan(values[t]), sign * values[t]))
+        return [
+            (t, f"place {place} of {len(ranked)}, {self.metric} {values[t]:.4g}")
+            for place, t in enumerate(ranked, 1)
+            if place > kept
+        ]
+
+    def leader(self) -> str:
+        """The best trial so far, in words; nothing without evaluation."""
+        scored = [
+            (x.score, n)
+            for x, n in zip(self.standings, self.names, strict=True)
+            if math.isfinite(x.score)
+        ]
+        if not scored:
+            return ""
+        score, name = min(scored) if self.goal == "min" else max(scored)
+        return f"best {self.metric} {score:.4g} ({name})"
+
+    def report(
+        self, last: Mapping[int, Train], step: int, record: Record, seconds: float, chunk: int
+    ) -> Report:
+        """The outcome so far; ``last`` holds the weights of the trials in the stack."""
+        last = {**last, **self.left}
+        results = [
+            Result(
+                name, self.trials[t], x.status, x.step or step, self._loss(t, record),
+                x.score, x.best_step, x.reason,
+            )
+            for t, (name, x) in enumerate(zip(self.names, self.standings, strict=True))
+        ]  # fmt: skip
+        final = {r.name: self._params(t, last[t]) for t, r in enumerate(results)}
+        best = {
+            r.name: self._params(t, self.best[t]) for t, r in enumerate(results) if t in self.best
+        }
+        results.sort(key=self._rank)
+        return Report(
+            results, {r.name: best.get(r.name, final[r.name]) for r in results}, final, self.names,
+            record.losses, record.scores, self.metric, self.goal, seconds, chunk,
+        )  # fmt: skip
+
+    def _params(self, trial: int, train: Train) -> Params:
+        device = self.devices[trial]
+        moved = {s: {k: t.to(device) for k, t in leaves.items()} for s, leaves in train.items()}
+        return trainable_leaves(join(moved, self.frames[trial]))
+
+    def _loss(self, trial: int, record: Record) -> float:
+        values = [float(record.losses[s][trial]) for s in sorted(record.losses)]
+        values = [v for v in values if not math.isnan(v)][-LAST:]
+        return sum(values) / len(values) if values else math.nan
+
+    def _rank(self, r: Result) -> tuple[bool, bool, float, float]:
+        """Diverged trials come last; without scores the losses decide."""
+        sign = 1 if self.goal == "min" else -1
+        unscored = math.isnan(r.score)
+        loss = r.loss if not math.isnan(r.loss) else math.inf
+        return r.status == "diverged", unscored, 0.0 if unscored else sign * r.score, loss
+
+
+def on_all(order: Sequence[int], values: Tensor, take: set[int], count: int) -> Tensor:
+    """(count,) float64 by trial, NaN outside ``take``, from values in the order of an arena."""
+    row = torch.full((count,), math.nan, dtype=torch.float64)
+    for trial, value in zip(order, values.tolist(), strict=True):
+        if trial in take:
+            row[trial] = value
+    return row

@@ -1,0 +1,54 @@
+"""The initial adapters of a sweep."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from torch import nn
+
+from ..base.fingerprint import fingerprint
+from ..config import Config
+from ..errors import ConfigError, require
+from ..init import init
+from ..params.params import Params
+from .trial import Trial
+
+
+def initial(
+    model: nn.Module, trials: Mapping[str, Trial], calib: Iterable[Any] | None
+) -> list[Params]:
+    """The adapters that the trials begin with. Trials of one config and seed share an init.
+
+    Raises:
+        ConfigError: Params of another model, or adapters with nothing to train.
+    """
+    made: dict[Config, Params] = {}
+    if isinstance(calib, Iterator):
+        calib = list(calib)
+    result = []
+    for name, trial in trials.items():
+        config = trial.resolved()
+        if isinstance(config, Params):
+            _check_base(name, model, config)
+            params = config
+        else:
+            if config not in made:
+                made[config] = init(model, config, calib)
+            params = made[config]
+        require(bool(params.trainable()), f"{name} has nothing to train: {params!r}")
+        if any(leaf.is_meta for leaf in params.trainable()):
+            raise ConfigError(f"{name}: a model on the meta device has no values to train on")
+        result.append(params)
+    return result
+
+
+def _check_base(name: str, model: nn.Module, params: Params) -> None:
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    for site, adapter in params.items():
+        weight = weights.get(site)
+        if weight is None or fingerprint(weight) != adapter.site.fingerprint:
+            raise ConfigError(
+                f"{name} adapts {site} of another base model than this {type(model).__name__}; "
+                "all trials of a sweep share one base"
+            )
