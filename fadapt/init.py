@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -11,10 +11,8 @@ import torch
 from torch import nn
 
 from .base.checks import check_model
-from .base.fingerprint import fingerprint
-from .base.linear_map import DenseMap, LinearMap
 from .base.lock import exclusive, refuse_bound
-from .base.weights import Slot
+from .base.weights import BaseWeight
 from .calibration.stats import Stats
 from .config import Config, Rules, as_config
 from .errors import CalibrationError, ConfigError, FadaptWarning, TargetError
@@ -26,7 +24,7 @@ from .site import Site, SiteView
 from .statistics.reduction import statistics_of
 from .targeting import resolve
 
-Found = list[tuple[Slot, Site, Method]]
+Found = list[tuple[BaseWeight, Site, Method]]
 
 
 def as_stats(
@@ -101,7 +99,7 @@ def _plan(found: Found, statistic: Callable[[Site, Method], Any]) -> Found:
             FadaptWarning,
             stacklevel=4,
         )
-    return [(slot, s, m) for slot, s, _ in found if (m := chosen[s.name]) is not None]
+    return [(weight, s, m) for weight, s, _ in found if (m := chosen[s.name]) is not None]
 
 
 def init(
@@ -129,45 +127,36 @@ def init(
     check_model(model)
     with torch.no_grad(), exclusive(model):
         found = resolve(model, config)
-        _check_finite([slot for slot, _, _ in found])
+        _check_finite([weight for weight, _, _ in found])
     stats = as_stats(model, config, found, calib)
     with torch.no_grad(), exclusive(model):
         found, statistic = prepare(found, stats)
         adapters = {
-            site.name: _init_one(slot, site, m, config, statistic(site, m))
-            for slot, site, m in found
+            site.name: _init_one(weight, site, m, config, statistic(site, m))
+            for weight, site, m in found
         }
     return trainable_leaves(Params(adapters, config))
 
 
-def _init_one(slot: Slot, site: Site, method: Method, config: Config, stat: Any) -> Adapter:
-    weight, frozen = slot.weight.detach(), slot.quantized
-    at_least = torch.promote_types(frozen.dtype if frozen else weight.dtype, torch.float32)
+def _init_one(weight: BaseWeight, site: Site, method: Method, config: Config, stat: Any) -> Adapter:
+    at_least = torch.promote_types(weight.dtype, torch.float32)
     parts = []
-    for own, base in _matrices(slot, site):
+    for i, base in enumerate(weight.maps):
+        # Each matrix of a stack under its own name, from which its random values follow.
+        own = replace(site, name=f"{site.name}[{i}]", experts=0) if site.experts else site
         view = SiteView(own, base, weight.device, at_least)
         parts.append(method.init(view, generator(config.seed, own.name), stat))
         _check_leaves(method, own, *parts[-1])
     train, fixed = parts[0] if not site.experts else map(_stacked, zip(*parts, strict=True))
     dtype = config.dtype or at_least
     exact = torch.promote_types(dtype, at_least)
-    mark = frozen.fingerprint() if frozen else fingerprint(weight)
-    return Adapter(replace(site, fingerprint=mark), method, {}, {}).replace(
+    return Adapter(replace(site, fingerprint=weight.fingerprint()), method, {}, {}).replace(
         train={k: t.detach().to(dtype).contiguous() for k, t in train.items()},
         fixed={
             k: t.detach().to(exact if k in method.keep_wide else dtype).contiguous()
             for k, t in fixed.items()
         },
     )
-
-
-def _matrices(slot: Slot, site: Site) -> Iterator[tuple[Site, LinearMap]]:
-    """The matrix of a site, or each of a stack under its own name."""
-    if not site.experts:
-        yield site, slot.base
-    for i in range(site.experts):
-        own = replace(site, name=f"{site.name}[{i}]", experts=0)
-        yield own, DenseMap(slot.weight.detach()[i], None, site.transposed)
 
 
 def _stacked(leaves: tuple[Leaves, ...]) -> Leaves:
@@ -183,18 +172,12 @@ def _check_leaves(method: Method, site: Site, train: Leaves, fixed: Leaves) -> N
             raise ConfigError(f"{who}: leaf {name!r} must be a floating tensor, got {leaf!r}")
 
 
-def _check_finite(slots: list[Slot]) -> None:
+def _check_finite(weights: list[BaseWeight]) -> None:
     # A sum carries NaN and Inf along, without a temporary of the weight's size.
-    values = [
-        (s, s.quantized.scales() if s.quantized else s.weight.detach())
-        for s in slots
-        if not s.weight.is_meta
-    ]
-    sums = [(s, v, v.sum(dtype=torch.float32)) for s, v in values]
-    for slot, value, total in sums:
+    values = [(w.name, w.scales()) for w in weights if not w.is_meta]
+    sums = [(name, value, value.sum(dtype=torch.float32)) for name, value in values]
+    for name, value, total in sums:
         if not torch.isfinite(total):
             bad = int((~torch.isfinite(value)).sum())
             if bad:
-                raise TargetError(
-                    f"{slot.name} holds {bad} NaN or Inf values; load sound weights first"
-                )
+                raise TargetError(f"{name} holds {bad} NaN or Inf values; load sound weights first")

@@ -9,9 +9,8 @@ from torch import Tensor, nn
 
 from .base.checks import check_model
 from .base.lock import exclusive
-from .base.weights import find_slots, quantized_at
+from .base.weights import BaseWeight, weights_by_name
 from .errors import ConfigError, FadaptWarning, TargetError
-from .overlay import experts
 from .params.adapter import Adapter
 from .params.params import Params
 
@@ -48,32 +47,24 @@ def merge(
         raise ConfigError(f"params must come from fadapt.init, load or join; got {type(params)}")
     merged: dict[str, Tensor] = {}
     with torch.no_grad(), exclusive(model):
-        named = dict(model.named_parameters(remove_duplicate=False))
-        biases = {n: s.bias for s in find_slots(model) for n in s.names}
+        weights = weights_by_name(model)
         for name, adapter in params.items():
-            weight = named.get(name)
-            frozen = quantized_at(model, name)
-            shape = frozen.shape if frozen else None if weight is None else tuple(weight.shape)
-            if weight is None or shape != adapter.site.stored_shape:
-                found = "missing" if weight is None else f"of shape {shape}"
+            weight = weights.get(name)
+            what = "is missing" if weight is None else adapter.site.mismatch(weight)
+            if weight is None or what:
                 raise TargetError(
-                    f"{name} is {found} in this {type(model).__name__}, but the adapter was made "
-                    f"for shape {adapter.site.stored_shape}; merge into the base it was made for"
-                )
-            if biases[name] != adapter.site.bias:
-                raise TargetError(
-                    f"the bias of {name} is {biases[name]} in this model, but the adapter was made "
-                    f"for {adapter.site.bias}; merge into the base it was made for"
+                    f"{name} {what} in this {type(model).__name__}: its adapter was made for "
+                    "another base model; merge into that one"
                 )
             if weight.is_meta or any(t.is_meta for t in adapter.leaves.values()):
                 raise TargetError(f"{name} or its adapter is a meta tensor without values")
-            if frozen:
-                frozen.check(name)
-                weight = frozen.weight()
-            own = frozen.dtype if frozen else weight.dtype
-            for key, tensor in _merge_site(adapter, weight, named).items():
-                other = named[key].dtype if key != name else own
-                merged[key] = _own(tensor.to(dtype or other).contiguous(), named[key])
+            weight.check()
+            bias = weights[adapter.site.bias].parameter if adapter.site.bias else None
+            new_weight, new_bias = _merge_site(adapter, weight, bias)
+            merged[name] = _own(new_weight.to(dtype or weight.dtype), weight.parameter)
+            if bias is not None and new_bias is not None and adapter.method.acts_on_bias:
+                assert adapter.site.bias is not None
+                merged[adapter.site.bias] = _own(new_bias.to(dtype or bias.dtype), bias)
             if adapter.site.tied:
                 warnings.warn(
                     f"{name} is tied to {', '.join(adapter.site.tied)}: the merged value is for "
@@ -86,20 +77,14 @@ def merge(
 
 
 def _merge_site(
-    adapter: Adapter, weight: Tensor, named: dict[str, nn.Parameter]
-) -> dict[str, Tensor]:
+    adapter: Adapter, weight: BaseWeight, bias: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     wide = torch.float32 if weight.device.type == "mps" else torch.float64
-    bias = named[adapter.site.bias] if adapter.site.bias else None
-    wide_bias = None if bias is None else bias.to(wide)
-    new_weight, new_bias = experts.dense(adapter, weight.to(wide), wide_bias)
-    merged = {adapter.site.name: new_weight}
-    if adapter.site.bias and bias is not None and adapter.method.acts_on_bias:
-        assert new_bias is not None
-        merged[adapter.site.bias] = new_bias
-    return merged
+    return adapter.dense(weight.dense().to(wide), None if bias is None else bias.to(wide))
 
 
 def _own(value: Tensor, frozen: Tensor) -> Tensor:
     # A method's own dense may return the frozen tensor itself.
+    value = value.contiguous()
     shared = value.untyped_storage().data_ptr() == frozen.untyped_storage().data_ptr()
     return value.clone() if shared else value

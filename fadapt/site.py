@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 
 from .base.linear_map import LinearMap
-from .base.weights import (
-    LINEAR,
-)
+from .base.weights import BaseWeight, Kind
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,7 @@ class Site:
     in_features: int
     transposed: bool = False
     bias: str | None = None
-    kind: str = LINEAR
+    kind: Kind = Kind.LINEAR
     role: str = ""
     note: str = ""
     tied: tuple[str, ...] = ()
@@ -57,6 +55,30 @@ class Site:
         if self.kernel:
             return rows, *self.kernel
         return (self.experts, rows, columns) if self.experts else (rows, columns)
+
+    def matrix(self, parameter: Tensor) -> Tensor:
+        """The stored parameter as (out_features, in_features), or (experts, out, in): a view."""
+        flat = parameter.flatten(1) if self.kernel else parameter
+        return flat.mT if self.transposed else flat
+
+    def parameter(self, matrix: Tensor) -> Tensor:
+        """The inverse of :meth:`matrix`: the matrix in the shape in which it is stored."""
+        stored = matrix.mT if self.transposed else matrix
+        return stored.reshape(self.stored_shape) if self.kernel else stored
+
+    def mismatch(self, weight: BaseWeight) -> str | None:
+        """In what the model's weight is unlike the one that the adapter was made for, or None.
+
+        The values are not compared: see ``fingerprint``.
+        """
+        if weight.stored_shape != self.stored_shape:
+            return f"has shape {weight.stored_shape}, not {self.stored_shape}"
+        if weight.bias != self.bias:
+            return f"has the bias {weight.bias}, not {self.bias}"
+        if weight.transposed != self.transposed:
+            order = "(in, out), not (out, in)" if weight.transposed else "(out, in), not (in, out)"
+            return f"is stored {order}"
+        return None
 
 
 @dataclass(frozen=True)

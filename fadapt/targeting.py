@@ -7,25 +7,16 @@ import re
 
 from torch import nn
 
-from .base.checks import check_model, check_weight
+from .base.checks import check_model
 from .base.roles import find_roles
-from .base.weights import (
-    CONVOLUTION,
-    EMBEDDING,
-    EXPERTS,
-    LINEAR_KINDS,
-    PARAMETRISED,
-    TENSOR,
-    Slot,
-    find_slots,
-)
+from .base.weights import LINEAR_KINDS, BaseWeight, Kind, find_weights
 from .config import DEFAULT_EXCLUDE, Config
 from .errors import ConfigError, TargetError
 from .method import Method
 from .site import Site
 
 
-def resolve(model: nn.Module, config: Config) -> list[tuple[Slot, Site, Method]]:
+def resolve(model: nn.Module, config: Config) -> list[tuple[BaseWeight, Site, Method]]:
     """The sites that a config means, in the model's order. See :class:`Config` for the rules.
 
     Raises:
@@ -34,118 +25,126 @@ def resolve(model: nn.Module, config: Config) -> list[tuple[Slot, Site, Method]]
         ConfigError: a shape that the method cannot take.
     """
     check_model(model)
-    slots = find_slots(model)
-    excluded = _excluded(slots, config)
-    chosen, taken = _apply_rules(slots, config, excluded)
-    roles = find_roles(slots)
-    chosen = _filter(chosen, slots, config, roles)
-    _check_ties(chosen, slots, excluded, taken, config)
+    weights = [w for w in find_weights(model) if w.kind is not Kind.VECTOR]
+    excluded = _excluded(weights, config)
+    chosen, taken = _apply_rules(weights, config, excluded)
+    roles = find_roles(weights)
+    chosen = _filter(chosen, weights, config, roles)
+    _check_ties(chosen, weights, excluded, taken, config)
     found = []
-    for slot, _, method in chosen:
-        role, note = roles.get(slot.name, ("", ""))
-        d_out, d_in = slot.shape
-        tied = tuple(n for s in slots if s is not slot and s.weight is slot.weight for n in s.names)
+    for weight, _, method in chosen:
+        role, note = roles.get(weight.name, ("", ""))
+        d_out, d_in = weight.shape
+        tied = tuple(
+            n
+            for w in weights
+            if w is not weight and w.parameter is weight.parameter
+            for n in w.names
+        )
         site = Site(
-            name=slot.name,
+            name=weight.name,
             out_features=d_out,
             in_features=d_in,
-            transposed=slot.transposed,
-            bias=slot.bias,
-            kind=slot.kind,
+            transposed=weight.transposed,
+            bias=weight.bias,
+            kind=weight.kind,
             role=role,
             note=note,
             tied=tied,
-            experts=len(slot.weight) if slot.kind == EXPERTS else 0,
-            kernel=tuple(slot.weight.shape[1:]) if slot.kind == CONVOLUTION else (),
+            experts=weight.experts,
+            kernel=weight.kernel,
         )
-        _check_weight(slot)
-        if slot.kind in (EXPERTS, EMBEDDING, CONVOLUTION) and _is_calibrated(method):
+        weight.check()
+        if weight.kind in (Kind.EXPERTS, Kind.EMBEDDING, Kind.CONVOLUTION) and _is_calibrated(
+            method
+        ):
             raise TargetError(
-                f"{site.name} ({slot.kind}): no statistics are collected there, and {method!r} "
+                f"{site.name} ({weight.kind}): no statistics are collected there, and {method!r} "
                 "starts from them; use a method without calibration"
             )
         try:
             method.check(site)
         except ConfigError as error:
             raise ConfigError(f"{site.name} ({d_out} x {d_in}): {error}") from None
-        found.append((slot, site, method))
+        found.append((weight, site, method))
     return found
 
 
-Chosen = list[tuple[Slot, str, Method]]
+Chosen = list[tuple[BaseWeight, str, Method]]
 
 
-def _excluded(slots: list[Slot], config: Config) -> set[str]:
-    names = [n for s in slots for n in s.names]
+def _excluded(weights: list[BaseWeight], config: Config) -> set[str]:
+    names = [n for w in weights for n in w.names]
     for pattern in config.exclude:
         if pattern not in DEFAULT_EXCLUDE and not any(re.search(pattern, n) for n in names):
             raise TargetError(f"exclude {pattern!r} matches no parameter; {_near(pattern, names)}")
-    return {s.name for s in slots for p in config.exclude for n in s.names if re.search(p, n)}
+    return {w.name for w in weights for p in config.exclude for n in w.names if re.search(p, n)}
 
 
 def _apply_rules(
-    slots: list[Slot], config: Config, excluded: set[str]
+    weights: list[BaseWeight], config: Config, excluded: set[str]
 ) -> tuple[Chosen, dict[str, int]]:
     taken: dict[str, int] = {}
     for i, (pattern, _) in enumerate(config.rule_list):
-        for slot in slots:
-            hits = [n for n in slot.names if re.search(pattern, n)]
-            if hits and len(hits) < len(slot.names):
+        for weight in weights:
+            hits = [n for n in weight.names if re.search(pattern, n)]
+            if hits and len(hits) < len(weight.names):
                 raise TargetError(
-                    f"rule {pattern!r} matches {hits} but not {sorted(set(slot.names) - set(hits))}"
-                    ", which is the same module used again: an adapter there changes every use. "
-                    f"Match them all: {'|'.join(map(re.escape, slot.names))!r}"
+                    f"rule {pattern!r} matches {hits} but not "
+                    f"{sorted(set(weight.names) - set(hits))}, which is the same module used "
+                    "again: an adapter there changes every use. "
+                    f"Match them all: {'|'.join(map(re.escape, weight.names))!r}"
                 )
             if hits:
-                taken.setdefault(slot.name, i)
+                taken.setdefault(weight.name, i)
     chosen: Chosen = []
     for i, (pattern, method) in enumerate(config.rule_list):
-        mine = [s for s in slots if taken.get(s.name) == i and s.name not in excluded]
+        mine = [w for w in weights if taken.get(w.name) == i and w.name not in excluded]
         if not mine:
-            raise TargetError(_nothing(pattern, i, slots, taken, excluded, config))
+            raise TargetError(_nothing(pattern, i, weights, taken, excluded, config))
         if method is None:
             continue
         # A broad pattern means the linear maps; other parameters are adapted when they are named.
         linear = [
-            s
-            for s in mine
-            if s.kind in (*LINEAR_KINDS, PARAMETRISED) or (pattern and _is_named(pattern, s))
+            w
+            for w in mine
+            if w.kind in (*LINEAR_KINDS, Kind.PARAMETRIZED) or (pattern and _is_named(pattern, w))
         ]
         if not linear and not pattern:
             raise TargetError(
                 f"{type(method).__name__} for all linear maps, but the model has none; its other "
-                f"parameters are {[s.name for s in mine][:8]}: name one in a rule"
+                f"parameters are {[w.name for w in mine][:8]}: name one in a rule"
             )
-        for slot in linear or mine:
-            if slot.kind == PARAMETRISED:
+        for weight in linear or mine:
+            if weight.kind is Kind.PARAMETRIZED:
                 raise TargetError(
-                    f"{slot.name} belongs to a parametrised layer, whose weight is computed from "
+                    f"{weight.name} belongs to a parametrized layer, whose weight is computed from "
                     "it: call torch.nn.utils.parametrize.remove_parametrizations, or put "
                     "{pattern: None} for it before this rule"
                 )
-            if slot.kind == TENSOR:
+            if weight.kind is Kind.TENSOR:
                 raise TargetError(
-                    f"rule {pattern!r} matches {slot.name} of shape {tuple(slot.weight.shape)}; "
+                    f"rule {pattern!r} matches {weight.name} of shape {weight.stored_shape}; "
                     "adapters need a matrix (2-D), a stack of expert matrices (3-D) or a "
                     "convolution kernel. Put {pattern: None} for it before this rule"
                 )
         chosen += [(s, pattern, method) for s in linear or mine]
-    order = {s.name: k for k, s in enumerate(slots)}
+    order = {w.name: k for k, w in enumerate(weights)}
     return sorted(chosen, key=lambda c: order[c[0].name]), taken
 
 
-def _is_named(pattern: str, slot: Slot) -> bool:
+def _is_named(pattern: str, weight: BaseWeight) -> bool:
     """Whether the pattern needs the module's own name to match, not its path or ".weight"."""
-    parts = slot.name.split(".")
+    parts = weight.name.split(".")
     parts[-2 if len(parts) > 1 and parts[-1].endswith("weight") else -1] = "module"
     return not re.search(pattern, ".".join(parts))
 
 
 def _filter(
-    chosen: Chosen, slots: list[Slot], config: Config, roles: dict[str, tuple[str, str]]
+    chosen: Chosen, weights: list[BaseWeight], config: Config, roles: dict[str, tuple[str, str]]
 ) -> Chosen:
     if config.layers is not None:
-        present = sorted({s.layer for s in slots if s.layer is not None})
+        present = sorted({w.layer for w in weights if w.layer is not None})
         count = present[-1] + 1 if present else 0
         wanted = {i + count if i < 0 else i for i in config.layers}
         if absent := [i for i in config.layers if (i + count if i < 0 else i) not in present]:
@@ -170,12 +169,16 @@ def _filter(
 
 
 def _check_ties(
-    chosen: Chosen, slots: list[Slot], excluded: set[str], taken: dict[str, int], config: Config
+    chosen: Chosen,
+    weights: list[BaseWeight],
+    excluded: set[str],
+    taken: dict[str, int],
+    config: Config,
 ) -> None:
     patterns = [pattern for pattern, _ in config.rule_list]
-    for slot, pattern, method in chosen:
-        uses = [s for s in slots if s.weight is slot.weight and s.name not in excluded]
-        named = [s.name for s in uses if taken.get(s.name) == patterns.index(pattern)]
+    for weight, pattern, method in chosen:
+        uses = [w for w in weights if w.parameter is weight.parameter and w.name not in excluded]
+        named = [w.name for w in uses if taken.get(w.name) == patterns.index(pattern)]
         if len(named) > 1:
             one, other = (re.escape(n) for n in named[:2])
             raise TargetError(
@@ -189,23 +192,16 @@ def _is_calibrated(method: Method) -> bool:
     return any(part.statistic is not None for part in getattr(method, "methods", (method,)))
 
 
-def _check_weight(slot: Slot) -> None:
-    if slot.quantized is not None:
-        slot.quantized.check(slot.name)
-    else:
-        check_weight(slot.name, slot.module, slot.weight)
-
-
 def _nothing(
     pattern: str,
     i: int,
-    slots: list[Slot],
+    weights: list[BaseWeight],
     taken: dict[str, int],
     excluded: set[str],
     config: Config,
 ) -> str:
-    names = [n for s in slots for n in s.names]
-    hits = [s.name for s in slots if any(re.search(pattern, n) for n in s.names)]
+    names = [n for w in weights for n in w.names]
+    hits = [w.name for w in weights if any(re.search(pattern, n) for n in w.names)]
     if not hits:
         return f"rule {pattern!r} matches no weight; {_near(pattern, names)}"
     if earlier := [n for n in hits if taken[n] < i]:

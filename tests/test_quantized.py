@@ -543,3 +543,32 @@ def test_4bit_training_lowers_the_loss_and_leaves_the_codes() -> None:
     assert losses[-1] < 0.5 * losses[0]
     for a, b in zip(model.parameters(), codes, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_params_train_through_fit_and_sweep(kind: str) -> None:
+    """Params that were made before the sweep belong to this base; on another they are refused."""
+    model, other = two_layers(kind), two_layers(kind, seed=1)
+    params = fadapt.init(model, LoRA(r=2))
+    x = reals(8, WIDTHS[0])
+    options: dict[str, Any] = {"steps": 3, "lr": 1e-2, "loss_fn": lambda y, _: y.square().mean()}
+    trained = fadapt.fit(model, params, [x], **options)
+
+    byhand = fadapt.init(model, LoRA(r=2))
+    optimizer = torch.optim.AdamW(fadapt.trainable(byhand), lr=1e-2, weight_decay=0.0)
+    for _ in range(3):
+        optimizer.zero_grad()
+        fadapt.run(model, byhand, x, options["loss_fn"]).backward()
+        optimizer.step()
+    assert any(
+        not t.eq(0).all() for _, a in trained.items() for k, t in a.train.items() if k == "B"
+    )
+    for site, adapter in trained.items():
+        torch.testing.assert_close(adapter.train, byhand[site].train, rtol=1e-5, atol=1e-7)
+
+    del options["lr"]
+    trials = [fadapt.Trial(params, lr=1e-2), fadapt.Trial(LoRA(r=4), lr=1e-2)]
+    report = fadapt.sweep(model, trials, [x], **options)
+    assert {r.status for r in report.results} == {"finished"}
+    with pytest.raises(fadapt.ConfigError, match="another base model"):
+        fadapt.fit(other, params, [x], lr=1e-2, **options)

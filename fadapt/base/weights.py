@@ -1,77 +1,155 @@
-"""The weights of a model that can be adapted, as places in its module tree."""
+"""The weights of a model: what each is to its layer, and how it is stored."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from enum import StrEnum
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 from torch.nn.utils.parametrize import ParametrizationList
 
 from .checks import check_module, check_weight
+from .fingerprint import fingerprint
 from .linear_map import DenseMap, LinearMap
 from .quantized import QuantizedMap, quantized_map
 
-LINEAR, QUANTIZED, EXPERTS = "linear", "quantized", "experts"
-EMBEDDING, MATRIX, CONVOLUTION, TENSOR = "embedding", "matrix", "convolution", "tensor"
-PARAMETRISED = "parametrised"
+
+class Kind(StrEnum):
+    """What a parameter is to its layer."""
+
+    LINEAR = "linear"
+    QUANTIZED = "quantized"
+    """A linear layer of bitsandbytes."""
+    EXPERTS = "experts"
+    """A 3-D stack of matrices, one for each expert."""
+    EMBEDDING = "embedding"
+    MATRIX = "matrix"
+    """A bare 2-D parameter."""
+    CONVOLUTION = "convolution"
+    TENSOR = "tensor"
+    """Three or more axes that are none of the above: a class token, say."""
+    PARAMETRIZED = "parametrized"
+    """The stored part of a weight that torch computes."""
+    VECTOR = "vector"
+    """One axis or none: a bias, a norm's gain."""
+
+
+LINEAR_KINDS = (Kind.LINEAR, Kind.QUANTIZED, Kind.EXPERTS)
+"""What a broad rule means."""
+
 CONVOLUTIONS = (
     *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
     *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
 )
-LINEAR_KINDS = (LINEAR, QUANTIZED, EXPERTS)
-"""What a broad rule means."""
 
 
 @dataclass(eq=False)
-class Slot:
-    """One parameter of one module: the place where an overlay goes.
+class BaseWeight:
+    """One parameter of one module of the frozen model; the one place that knows its storage.
 
     Attributes:
         name: as in ``named_parameters(remove_duplicate=False)``; the first, if a module is shared.
+        module: the layer that holds it.
+        key: its name in the layer.
+        parameter: as stored: packed in a quantised layer, (in, out) in GPT-2's Conv1D, 3-D in a
+            stack of experts, with its kernel's axes in a convolution.
+        kind: what it is to the layer.
+        transposed: whether it is stored (in, out).
+        bias: the name of the layer's bias parameter, or None.
         names: all names of this place (a module used twice has several).
-        kind: "linear"; "quantized" (a linear layer of bitsandbytes); "experts" (a 3-D stack of
-            matrices); "embedding"; "matrix" (a bare 2-D parameter); "convolution"; "tensor" (a
-            class token, say); or "parametrised" (the stored part of a weight that torch
-            computes).
-        transposed: whether the weight is stored (in, out).
-        bias: the name of the bias parameter, or None.
     """
 
     name: str
     module: nn.Module
     key: str
-    weight: Tensor
-    kind: str
+    parameter: Tensor
+    kind: Kind
     transposed: bool
     bias: str | None
     names: list[str] = field(default_factory=list)
 
     @property
+    def quantized(self) -> QuantizedMap | None:
+        """The map of a quantised layer, else None."""
+        return quantized_map(self.module) if self.kind is Kind.QUANTIZED else None
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """Of the parameter; (out_features, in_features) of a quantised layer."""
+        return tuple(self.parameter.shape) if self.quantized is None else self.quantized.shape
+
+    @property
     def shape(self) -> tuple[int, int]:
-        """(out_features, in_features)."""
-        if self.quantized is not None:
-            return self.quantized.shape
-        if self.kind == CONVOLUTION:
-            rows, columns = self.weight.shape[0], self.weight[:1].numel()
+        """(out_features, in_features) of the matrix, or of each in a stack."""
+        if self.kind is Kind.CONVOLUTION:
+            rows, columns = self.parameter.shape[0], self.parameter[:1].numel()
         else:
-            rows, columns = self.weight.shape[-2:]
+            rows, columns = self.stored_shape[-2:]
         return (columns, rows) if self.transposed else (rows, columns)
 
     @property
-    def quantized(self) -> QuantizedMap | None:
-        """The map of a quantised layer."""
-        return quantized_map(self.module) if self.kind == QUANTIZED else None
+    def experts(self) -> int:
+        """The number of matrices in a stack; 0 for a single one."""
+        return len(self.parameter) if self.kind is Kind.EXPERTS else 0
 
     @property
-    def base(self) -> LinearMap:
-        """The frozen map."""
+    def kernel(self) -> tuple[int, ...]:
+        """Of a convolution, the axes of the parameter after the first; else ()."""
+        return tuple(self.parameter.shape[1:]) if self.kind is Kind.CONVOLUTION else ()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the layer's arithmetic."""
+        return self.parameter.dtype if self.quantized is None else self.quantized.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.parameter.device
+
+    @property
+    def is_meta(self) -> bool:
+        """Whether it has no values."""
+        return self.parameter.is_meta
+
+    @property
+    def map(self) -> LinearMap:
+        """The frozen affine map of a single matrix."""
+        if self.quantized is not None:
+            return self.quantized
         bias = getattr(self.module, self.bias.rsplit(".", 1)[-1]) if self.bias else None
-        weight = self.weight.detach()
-        if self.kind == CONVOLUTION:
-            weight = weight.flatten(1)
-        return self.quantized or DenseMap(weight, bias, self.transposed)
+        weight = self.parameter.detach()
+        return DenseMap(weight.flatten(1) if self.kernel else weight, bias, self.transposed)
+
+    @property
+    def maps(self) -> list[LinearMap]:
+        """The frozen maps of a stack of experts; of a single matrix, that one."""
+        if not self.experts:
+            return [self.map]
+        return [DenseMap(weight, None, self.transposed) for weight in self.parameter.detach()]
+
+    def dense(self) -> Tensor:
+        """The values in the stored shape: the parameter itself, or a new dequantised matrix."""
+        return self.parameter.detach() if self.quantized is None else self.quantized.weight()
+
+    def scales(self) -> Tensor:
+        """What is finite where all values are: the parameter, or the scales of its codes."""
+        return self.parameter.detach() if self.quantized is None else self.quantized.scales()
+
+    def fingerprint(self) -> str:
+        """32 hex digits over shape, dtype and values; "meta" without values."""
+        return (
+            fingerprint(self.parameter) if self.quantized is None else self.quantized.fingerprint()
+        )
+
+    def check(self) -> None:
+        """Raises TargetError unless it is a plain floating tensor or a known quantised layer."""
+        if self.quantized is None:
+            check_weight(self.name, self.module, self.parameter)
+        else:
+            self.quantized.check(self.name)
 
     @property
     def layer(self) -> int | None:
@@ -79,7 +157,33 @@ class Slot:
         return next((int(part) for part in self.name.split(".") if part.isdigit()), None)
 
 
-def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
+def find_weights(model: nn.Module) -> list[BaseWeight]:
+    """Every parameter, in the model's order, each place once.
+
+    Raises:
+        TargetError: an uninitialised parameter, or a wrapper that does not use its own weights.
+    """
+    found: dict[tuple[int, str], BaseWeight] = {}
+    for name, module, key, parameter in _walk(model):
+        weight = found.get((id(module), key))
+        if weight is None:
+            if isinstance(parameter, UninitializedTensorMixin):
+                check_weight(name, module, parameter)
+            kind, transposed, bias = _classify(module, key, parameter)
+            if bias is not None:
+                bias = name.removesuffix(key) + bias
+            weight = BaseWeight(name, module, key, parameter, kind, transposed, bias)
+            found[id(module), key] = weight
+        weight.names.append(name)
+    return list(found.values())
+
+
+def weights_by_name(model: nn.Module) -> dict[str, BaseWeight]:
+    """{name: weight} of every parameter, under each of its names; as :func:`find_weights`."""
+    return {name: weight for weight in find_weights(model) for name in weight.names}
+
+
+def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
     """(name, module, key, parameter) of every parameter of every module, shared ones repeated."""
     for prefix, module in model.named_modules(remove_duplicate=False):
         check_module(prefix, module)
@@ -87,55 +191,30 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
             yield (f"{prefix}.{key}" if prefix else key), module, key, parameter
 
 
-def quantized_at(model: nn.Module, name: str) -> QuantizedMap | None:
-    """The map of the quantised layer whose weight has this name, or None."""
-    prefix, _, key = name.rpartition(".")
-    try:
-        return quantized_map(model.get_submodule(prefix)) if key == "weight" else None
-    except AttributeError:
-        return None
-
-
-def find_slots(model: nn.Module) -> list[Slot]:
-    """Every parameter with two or more dimensions, in the model's order, each place once."""
-    slots: dict[tuple[int, str], Slot] = {}
-    for name, module, key, weight in walk(model):
-        slot = slots.get((id(module), key))
-        if slot is None:
-            if isinstance(weight, UninitializedTensorMixin):
-                check_weight(name, module, weight)
-            if weight.dim() < 2:
-                continue
-            kind, transposed, bias = _classify(module, key, weight)
-            if bias is not None:
-                bias = name.removesuffix(key) + bias
-            slot = Slot(name, module, key, weight, kind, transposed, bias)
-            slots[id(module), key] = slot
-        slot.names.append(name)
-    return list(slots.values())
-
-
-def _classify(module: nn.Module, key: str, weight: Tensor) -> tuple[str, bool, str | None]:
+def _classify(module: nn.Module, key: str, weight: Tensor) -> tuple[Kind, bool, str | None]:
     def has(bias: str) -> str | None:
         return bias if getattr(module, bias, None) is not None else None
 
     if key == "weight" and quantized_map(module) is not None:
-        return QUANTIZED, False, has("bias")
+        return Kind.QUANTIZED, False, has("bias")
+    if weight.dim() < 2:
+        return Kind.VECTOR, False, None
     if weight.dim() == 2 and isinstance(module, ParametrizationList):
-        return PARAMETRISED, False, None
+        return Kind.PARAMETRIZED, False, None
     if isinstance(module, CONVOLUTIONS) and key == "weight":
         flipped = getattr(module, "transposed", False)
-        return CONVOLUTION, flipped, None if flipped else has("bias")
+        return Kind.CONVOLUTION, flipped, None if flipped else has("bias")
     if weight.dim() > 2:
         stack = weight.dim() == 3 and min(weight.shape) > 1 and not hasattr(module, "kernel_size")
-        return (EXPERTS if stack else TENSOR), getattr(module, "is_transposed", False), None
+        kind = Kind.EXPERTS if stack else Kind.TENSOR
+        return kind, getattr(module, "is_transposed", False), None
     if isinstance(module, nn.Linear) and key == "weight":
-        return LINEAR, False, has("bias")
+        return Kind.LINEAR, False, has("bias")
     # transformers' Conv1D, recognised without importing transformers.
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf") and key == "weight":
-        return LINEAR, True, has("bias")
+        return Kind.LINEAR, True, has("bias")
     if isinstance(module, nn.MultiheadAttention) and key.endswith("proj_weight"):
-        return LINEAR, False, has("in_proj_bias") if key == "in_proj_weight" else None
+        return Kind.LINEAR, False, has("in_proj_bias") if key == "in_proj_weight" else None
     if isinstance(module, nn.Embedding):
-        return EMBEDDING, True, None
-    return MATRIX, False, None
+        return Kind.EMBEDDING, True, None
+    return Kind.MATRIX, False, None

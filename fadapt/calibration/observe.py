@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..base.eval_mode import evaluating
 from ..base.lock import refuse_bound
-from ..base.weights import EXPERTS, Slot
+from ..base.weights import BaseWeight, Kind
 from ..config import Config, Rules, as_config
 from ..errors import CalibrationError, FadaptWarning
 from ..method import Method
@@ -69,10 +69,10 @@ def observe(
     configs = cfg if isinstance(cfg, Sequence) else [cfg]
     found = [part for c in configs for part in resolve(model, as_config(c))]
     wanted = _wanted(found, tuple(statistics))
-    _check_slots(found)
+    _check_weights(found)
     sites = {site.name: site for _, site, _ in found}
-    slots = {site.name: slot for slot, site, _ in found}
-    feed = _Feed(model, label_mask, head=any(_is_head(model, slot) for slot, _, _ in found))
+    weights = {site.name: weight for weight, site, _ in found}
+    feed = _Feed(model, label_mask, head=any(_is_head(model, weight) for weight, _, _ in found))
     source, again = _source(batches)
 
     streams = {name: name for name in sites}
@@ -88,14 +88,14 @@ def observe(
 
     by_stream = _by_stream(wanted, streams)
     widths: dict[Stream, int] = {
-        (site, side): slots[site].shape[side == "in"] for site, side in by_stream
+        (site, side): weights[site].shape[side == "in"] for site, side in by_stream
     }
     plan = plan_passes(by_stream, widths, max_memory, again)
     if plan.note:
         warnings.warn(plan.note, FadaptWarning, stacklevel=2)
     states: dict[Stream, dict[Reduction, State]] = {}
     for kinds in plan.passes:
-        recorder = Recorder(streams, zero_states(kinds, slots))
+        recorder = Recorder(streams, zero_states(kinds, weights))
         count = 0
         with _recording(model, sites, recorder.see):
             for batch in _bar(source, progress):
@@ -150,7 +150,7 @@ EMPTY = (
 
 
 def _wanted(
-    found: list[tuple[Slot, Site, Method]], extra: tuple[Statistic, ...]
+    found: list[tuple[BaseWeight, Site, Method]], extra: tuple[Statistic, ...]
 ) -> dict[Stream, list[Reduction]]:
     wanted: dict[Stream, list[Reduction]] = {}
     for _, site, method in found:
@@ -186,20 +186,20 @@ def _source(batches: Iterable[Any]) -> tuple[Iterable[Any], bool]:
     return batches, not isinstance(batches, Iterator)
 
 
-def _check_slots(found: list[tuple[Slot, Site, Method]]) -> None:
-    for slot, site, method in found:
-        if slot.weight.is_meta:
+def _check_weights(found: list[tuple[BaseWeight, Site, Method]]) -> None:
+    for weight, site, method in found:
+        if weight.is_meta:
             raise CalibrationError(f"{site.name} is a meta tensor without values; load the weights")
-        if slot.kind == EXPERTS:
+        if weight.kind is Kind.EXPERTS:
             raise CalibrationError(
                 f"{site.name} is a stack of experts, which cannot be calibrated; put a method "
                 f"there that needs no data, not {method}"
             )
 
 
-def _is_head(model: nn.Module, slot: Slot) -> bool:
+def _is_head(model: nn.Module, weight: BaseWeight) -> bool:
     get = getattr(model, "get_output_embeddings", None)
-    return get is not None and slot.module is get()
+    return get is not None and weight.module is get()
 
 
 @contextmanager

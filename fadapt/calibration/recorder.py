@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..base.linear_map import LinearMap
-from ..base.weights import Slot
+from ..base.weights import BaseWeight
 from ..errors import CalibrationError
 from ..params.adapter import Adapter
 from ..statistics.reduction import Reduction, State, Stream, as_rows
@@ -168,18 +168,18 @@ def _without(bias: Tensor | None, y: Tensor) -> Tensor:
     return y.to(wide) - bias.to(wide)
 
 
-def zero_states(kinds: Kinds, slots: Mapping[str, Slot]) -> States:
+def zero_states(kinds: Kinds, weights: Mapping[str, BaseWeight]) -> States:
     """Empty states on the devices of the weights.
 
     Args:
-        slots: {site: its place in the model}.
+        weights: {site: its frozen weight}.
     """
     return {
         (site, side): {
             r: r.zero(
-                slots[site].shape[side == "in"],
-                slots[site].weight.device,
-                slots[site].base.weight() if r.constants else None,
+                weights[site].shape[side == "in"],
+                weights[site].device,
+                weights[site].map.weight() if r.constants else None,
             )
             for r in reductions
         }

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..base.fingerprint import fingerprint
-from ..base.weights import find_slots
+from ..base.weights import BaseWeight, find_weights
 from ..errors import CalibrationError
 from ..statistics.moments import PCA
 from ..statistics.reduction import Reduction, Side, State, Statistic, Stream
@@ -181,11 +180,10 @@ UNSEEN = "the layer did not run, or its weight is used by an operation without a
 
 def base_fingerprints(model: nn.Module) -> dict[str, str]:
     """{name: fingerprint} of every parameter."""
-    quantized = {s.name: s.quantized for s in find_slots(model) if s.quantized is not None}
-    return {
-        name: quantized[name].fingerprint() if name in quantized else fingerprint(parameter)
-        for name, parameter in model.named_parameters()
-    }
+    first: dict[int, BaseWeight] = {}  # of the names of a tied tensor
+    for weight in find_weights(model):
+        first.setdefault(id(weight.parameter), weight)
+    return {weight.name: weight.fingerprint() for weight in first.values()}
 
 
 def combine_all(parts: Iterable[Stats]) -> Stats:

@@ -15,7 +15,7 @@ from typing import overload
 
 from torch import Tensor, nn
 
-from ..base.weights import find_slots
+from ..base.weights import weights_by_name
 from ..errors import CalibrationError
 from ..statistics.reduction import Statistic
 from ..statistics.sums import SumSq
@@ -60,9 +60,9 @@ def wanda_scores(
     if not isinstance(stats, Stats):
         raise CalibrationError("a model needs the Stats of fadapt.observe")
     stats.check_base(weight)
-    slots = {slot.name: slot for slot in find_slots(weight)}
+    weights = weights_by_name(weight)
     result = {}
     for name in stats.streams if sites is None else sites:
         norms = (stats.get(name, MEAN_SQUARES) * stats.tokens(name)).sqrt()
-        result[name] = wanda_scores(slots[name].base.weight(), norms)
+        result[name] = wanda_scores(weights[name].map.weight(), norms)
     return result

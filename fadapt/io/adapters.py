@@ -10,11 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..base.checks import check_model
-from ..base.fingerprint import fingerprint
 from ..base.linear_map import DenseMap
 from ..base.lock import exclusive
-from ..base.quantized import QuantizedMap
-from ..base.weights import find_slots, quantized_at
+from ..base.weights import BaseWeight, Kind, weights_by_name
 from ..errors import CheckpointError, ConfigError
 from ..method import STRENGTH
 from ..params.adapter import Adapter
@@ -103,20 +101,15 @@ def load(
     if extra := sorted(tensors.keys() - set(keys)):
         raise CheckpointError(f"{where}: the key {extra[0]} belongs to no site")
     with exclusive(model):
-        named = dict(model.named_parameters(remove_duplicate=False))
-        biases = {n: s.bias for s in find_slots(model) for n in s.names}
+        weights = weights_by_name(model)
         adapters = {}
         for name, (site, method, *parts) in records.items():
             if name != site.name:
                 raise CheckpointError(f"{where}: the record of {name} is that of {site.name}")
-            weight = named.get(name)
-            mark = _check_base(where, site, weight, quantized_at(model, name), allow_other_base)
-            assert weight is not None
-            if biases.get(name) != site.bias:
-                raise CheckpointError(
-                    f"{where}: the bias of {name} is {biases.get(name)} in the model, the adapter "
-                    f"was made for {site.bias}"
-                )
+            weight = weights.get(name)
+            if weight is None:
+                raise CheckpointError(f"{where}: the model has no parameter {name}")
+            mark = _check_base(where, site, weight, allow_other_base)
             adapter = Adapter(
                 dataclasses.replace(site, fingerprint=mark),
                 method,
@@ -155,35 +148,27 @@ def _check_leaves(where: str, adapter: Adapter) -> None:
         raise CheckpointError(f"{where}: the leaves of {site.name} do not fit its shape")
 
 
-def _check_base(
-    where: str,
-    site: Site,
-    weight: Tensor | None,
-    quantized: QuantizedMap | None,
-    allow_other: bool,
-) -> str:
+def _check_base(where: str, site: Site, weight: BaseWeight, allow_other: bool) -> str:
     """The fingerprint of the model's weight, after the checks."""
-    if weight is None:
-        raise CheckpointError(f"{where}: the model has no parameter {site.name}")
     if weight.is_meta:
         raise CheckpointError(
             f"{where}: {site.name} is a meta tensor in the model; load the weights first"
         )
-    shape = quantized.shape if quantized else tuple(weight.shape)
-    if shape != site.stored_shape:
+    if what := site.mismatch(weight):
         raise CheckpointError(
-            f"{where}: {site.name} has shape {shape} in the model, "
-            f"the adapter was made for {site.stored_shape}"
+            f"{where}: in the model, {site.name} {what} as in the base that the adapter was made "
+            "for"
         )
-    mark = quantized.fingerprint() if quantized else fingerprint(weight)
+    mark = weight.fingerprint()
     if not allow_other and mark != site.fingerprint:
         raise CheckpointError(
-            f"{where}: {site.name} has other values or another dtype ({weight.dtype}) than the "
-            "base that the adapter was made for. Load that base, or pass allow_other_base=True"
+            f"{where}: {site.name} has other values or another dtype ({weight.parameter.dtype}) "
+            "than the base that the adapter was made for. Load that base, or pass "
+            "allow_other_base=True"
         )
     return mark
 
 
 def _site(record: dict[str, Any]) -> Site:
     fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in record.items()}
-    return Site(**fields)
+    return Site(**{**fields, "kind": Kind(record["kind"])})

@@ -7,7 +7,6 @@ multiplies: one expert after the other, as a batch of gathered matrices, or in g
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,13 +18,8 @@ from ..params.adapter import Adapter
 
 
 def at(adapter: Any, index: Any, count: int = 0) -> Adapter:
-    """The adapter of one expert, or of the experts ``index`` (count,) with repetitions."""
-
-    def take(leaves: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {k: t if k == STRENGTH else t[index] for k, t in leaves.items()}
-
-    site = replace(adapter.site, experts=count)
-    return replace(adapter, site=site, train=take(adapter.train), fixed=take(adapter.fixed))
+    """See :meth:`Adapter.expert`; a fold of many has none, and is refused where it is made."""
+    return adapter.expert(index, count)
 
 
 def batched(adapter: Adapter, x: Tensor, weight: Tensor, product: Any) -> Tensor:
@@ -62,7 +56,7 @@ def grouped(adapter: Adapter, x: Tensor, weight: Tensor, ends: list[int], produc
     method, transposed = adapter.method, adapter.site.transposed
     starts = [0, *ends[:-1]]
     groups = [
-        (at(adapter, e).leaves, slice(start, end), weight[e])
+        (adapter.expert(e).leaves, slice(start, end), weight[e])
         for e, (start, end) in enumerate(zip(starts, ends, strict=True))
         if end > start
     ]
@@ -74,21 +68,3 @@ def grouped(adapter: Adapter, x: Tensor, weight: Tensor, ends: list[int], produc
         for (p, rows, w), (_, saved) in zip(groups, entered, strict=True)
     ]
     return torch.cat([*left, y[rest]])
-
-
-def dense(adapter: Any, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """The adapted weight in the parameter's own shape, and bias; in the dtype of ``weight``.
-
-    Args:
-        adapter: of a matrix, a stack of matrices or a convolution kernel; or a fold, which refuses.
-        weight: float32 or float64, in the parameter's own shape.
-        bias: (out_features,) or None.
-    """
-    site = adapter.site
-    if site.experts:
-        parts = [at(adapter, e).dense(weight[e], None)[0] for e in range(site.experts)]
-        return torch.stack(parts), bias
-    if not site.kernel:
-        return adapter.dense(weight, bias)
-    new, new_bias = adapter.dense(weight.flatten(1), bias)
-    return new.reshape(weight.shape), new_bias

@@ -19,7 +19,6 @@ from torch import Tensor
 from ..errors import DenseFallbackWarning, FadaptError, TargetError
 from ..linalg import inverse_permutation
 from ..params.adapter import Adapted
-from . import experts
 from .checkpointing import Call, refuse_checkpoint
 
 
@@ -86,7 +85,7 @@ def _dense_fallback(func: Callable, args: tuple, kwargs: dict) -> Any:
 def materialise(weight: Overlay) -> Tensor:
     """The adapted weight as an ordinary tensor, differentiable in the adapter's leaves."""
     # Without the bias, whose rounding would keep an untrained adapter from being the identity.
-    new, _ = experts.dense(weight.adapter, _wide(weight.frozen))
+    new, _ = weight.adapter.dense(_wide(weight.frozen), None)
     new = _strided_like(new.to(weight.frozen.dtype), weight.frozen)
     return new.mT if weight.flipped else new
 
@@ -105,7 +104,7 @@ def _adapt_biases(func: Callable, args: tuple) -> tuple[tuple, set[int]]:
         if isinstance(weight, Overlay) and weight.adapter.acts_on_bias and not weight.flipped:
             bias = args[bias_at]
             if bias is not None:
-                _, new = experts.dense(weight.adapter, _wide(weight.frozen), _wide(bias))
+                _, new = weight.adapter.dense(_wide(weight.frozen), _wide(bias))
                 new_args[bias_at] = new.to(bias.dtype)  # type: ignore[union-attr]
             done.add(id(weight))
     return tuple(new_args), done

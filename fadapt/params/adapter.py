@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..base.linear_map import DenseMap, LinearMap
-from ..method import Leaves, Method
+from ..method import STRENGTH, Leaves, Method
 from ..site import Site
 from .pytree import register_node
 
@@ -36,7 +36,7 @@ class Adapted(Protocol):
         ...
 
     def dense(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The adapted weight, in its stored layout, and bias; or an error."""
+        """The adapted parameter, in its stored shape, and bias; or an error."""
         ...
 
 
@@ -90,15 +90,31 @@ class Adapter:
         """The adapted map on the one-hot rows of an embedding."""
         return self(one_hot, base)
 
+    def expert(self, index: Any, count: int = 0) -> Self:
+        """The adapter of one expert, or of the experts ``index`` (count,) with repetitions."""
+
+        def take(leaves: Leaves) -> Leaves:
+            return {k: t if k == STRENGTH else t[index] for k, t in leaves.items()}
+
+        site = replace(self.site, experts=count)
+        return replace(self, site=site, train=take(self.train), fixed=take(self.fixed))
+
     def dense(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The adapted weight, in its stored layout, and bias; in the dtype of ``weight``.
+        """The adapted parameter, in its stored shape, and bias; in the dtype of ``weight``.
 
         Pass float32 or float64 tensors; the leaves are cast to them.
         """
-        p = {k: t.to(weight.dtype) for k, t in self.leaves.items()}
-        transposed = self.site.transposed
-        new_weight, new_bias = self.method.dense(p, DenseMap(weight, bias, transposed))
-        return (new_weight.mT if transposed else new_weight), new_bias
+        matrix = self.site.matrix(weight)
+        if self.site.experts:
+            each = range(self.site.experts)
+            new = torch.stack([self.expert(e)._dense(matrix[e], None)[0] for e in each])
+            return self.site.parameter(new), bias
+        new, new_bias = self._dense(matrix, bias)
+        return self.site.parameter(new), new_bias
+
+    def _dense(self, matrix: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        p = {k: t.to(matrix.dtype) for k, t in self.leaves.items()}
+        return self.method.dense(p, DenseMap(matrix, bias))
 
     def replace(self, train: Leaves | None = None, fixed: Leaves | None = None) -> Self:
         """A copy with other leaves."""

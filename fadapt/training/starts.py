@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ..base.fingerprint import fingerprint
+from ..base.weights import weights_by_name
 from ..config import Config
 from ..errors import ConfigError, require
 from ..init import init
@@ -44,10 +44,10 @@ def initial(
 
 
 def _check_base(name: str, model: nn.Module, params: Params) -> None:
-    weights = dict(model.named_parameters(remove_duplicate=False))
+    weights = weights_by_name(model)
     for site, adapter in params.items():
         weight = weights.get(site)
-        if weight is None or fingerprint(weight) != adapter.site.fingerprint:
+        if weight is None or weight.fingerprint() != adapter.site.fingerprint:
             raise ConfigError(
                 f"{name} adapts {site} of another base model than this {type(model).__name__}; "
                 "all trials of a sweep share one base"
