@@ -220,7 +220,9 @@ def write_tensors(
     where = _path(path, "write")
     host = {key: _on_host(key, tensors[key]) for key in sorted(tensors)}
     try:
-        text = json.dumps({**meta, "leaves": {k: _leaf(t) for k, t in host.items()}}, sort_keys=True)
+        text = json.dumps(
+            {**meta, "leaves": {k: _leaf(t) for k, t in host.items()}}, sort_keys=True
+        )
     except (TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{where}: metadata that JSON cannot hold: {error}") from error
     header: dict[str, Any] = {"__metadata__": {"fadapt": text, "sha256": _digest(text, host)}}
