@@ -190,8 +190,9 @@ def open_tensors(path: str | os.PathLike[str]) -> Iterator[TensorFile]:
 
 
 def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The metadata and tensors of a file; where something is expected of them, see
-    :func:`open_tensors`.
+    """The metadata and tensors of a file.
+
+    Where something is expected of them, compare it before they are read: :func:`open_tensors`.
 
     Raises:
         CheckpointError: see :func:`open_tensors` and :meth:`TensorFile.read`.
