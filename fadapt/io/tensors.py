@@ -21,8 +21,9 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,7 +80,7 @@ class TensorFile:
         specs: {key: shape and dtype}, sorted by key.
     """
 
-    def __init__(self, where: str, file: BinaryIO):
+    def __init__(self, where: str, file: BufferedReader):
         self.where, self._file = where, file
         header, self._start, size = _header(where, file)
         metadata = header.pop("__metadata__", {})
@@ -319,7 +320,7 @@ def _on_host(key: Any, tensor: Any) -> Tensor:
     return host
 
 
-def _header(where: str, file: BinaryIO) -> tuple[dict[str, Any], int, int]:
+def _header(where: str, file: BufferedReader) -> tuple[dict[str, Any], int, int]:
     """The header, where the values start, and the size of the file."""
     try:
         size = os.fstat(file.fileno()).st_size
@@ -333,7 +334,7 @@ def _header(where: str, file: BinaryIO) -> tuple[dict[str, Any], int, int]:
             raise CheckpointError(f"{where} is not safetensors: its header is no JSON object")
         file.seek(8)
         data = bytearray(length)
-        if file.readinto(data) != length:  # type: ignore[attr-defined]
+        if file.readinto(data) != length:
             raise CheckpointError(f"{where} is truncated")
         header = _json(data.decode())
     except (OSError, ValueError, RecursionError, MemoryError) as error:
