@@ -305,8 +305,10 @@ def test_recorded_sweep_equals_an_ordinary_one(count: int, chunked: bool, monkey
 
     pytest.importorskip("transformers", minversion="5")
     made: list[Any] = []
-    record = graphs.Recorded._record
-    monkeypatch.setattr(graphs.Recorded, "_record", lambda *args: made.append(1) or record(*args))
+    record = graphs.CUDAGraphed._record
+    monkeypatch.setattr(
+        graphs.CUDAGraphed, "_record", lambda *args: made.append(1) or record(*args)
+    )
     from tests.models import qwen3
 
     model = qwen3().to(DEVICE).requires_grad_(False)
@@ -359,9 +361,9 @@ def test_one_tensor_in_two_places_of_a_recorded_batch() -> None:
 
 
 def test_what_cannot_be_recorded_says_so_and_leaves_the_device_usable() -> None:
-    from fadapt.training.engine.cuda_graphs import Recorded
+    from fadapt.training.engine.cuda_graphs import CUDAGraphed
 
-    function = Recorded(lambda x: x * x.sum().item(), torch.device(DEVICE))
+    function = CUDAGraphed(lambda x: x * x.sum().item(), torch.device(DEVICE))
     x = torch.ones(2, device=DEVICE)
     assert [function(x).tolist() for _ in range(2)] == [[2, 2]] * 2
     with pytest.raises(RuntimeError, match="captur"):

@@ -44,13 +44,13 @@ def fake_cuda(monkeypatch):
     )  # fmt: skip
     for name, value in replacements.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    record = graphs.Recorded._record
+    record = graphs.CUDAGraphed._record
 
     def recorded(self: Any, recording: Any) -> None:
         record(self, recording)
         recording.graph.recording, recording.graph.function = recording, self._function
 
-    monkeypatch.setattr(graphs.Recorded, "_record", recorded)
+    monkeypatch.setattr(graphs.CUDAGraphed, "_record", recorded)
 
 
 class Work:
@@ -70,7 +70,7 @@ def batch(rows: int, value: float, scale: int = 2) -> dict[str, Any]:
 
 def test_each_form_is_recorded_once_and_replayed_with_new_values(fake_cuda):
     work = Work()
-    recorded = graphs.Recorded(work, torch.device("cpu"))
+    recorded = graphs.CUDAGraphed(work, torch.device("cpu"))
     results = []
     for i in range(6):
         for rows, scale in ((2, 2), (3, 2), (2, 5)):
@@ -83,7 +83,7 @@ def test_each_form_is_recorded_once_and_replayed_with_new_values(fake_cuda):
 
 def test_warm_up_runs_on_the_recordings_own_tensors(fake_cuda):
     work = Work()
-    recorded = graphs.Recorded(work, torch.device("cpu"))
+    recorded = graphs.CUDAGraphed(work, torch.device("cpu"))
     for i in range(4):
         recorded(batch(2, float(i)))
     assert len({id(a) for a, _ in work.seen}) == 1
@@ -92,7 +92,7 @@ def test_warm_up_runs_on_the_recordings_own_tensors(fake_cuda):
 
 def test_one_tensor_in_two_places_stays_one(fake_cuda):
     work = Work()
-    recorded = graphs.Recorded(work, torch.device("cpu"))
+    recorded = graphs.CUDAGraphed(work, torch.device("cpu"))
     for i in range(4):
         x = torch.full((2,), float(i))
         assert recorded({"a": x, "b": x, "scale": 1}).tolist() == [2 * i] * 2
@@ -103,7 +103,7 @@ def test_one_tensor_in_two_places_stays_one(fake_cuda):
 
 def test_beyond_the_limit_it_runs_as_it_is(fake_cuda):
     work = Work()
-    recorded = graphs.Recorded(work, torch.device("cpu"))
+    recorded = graphs.CUDAGraphed(work, torch.device("cpu"))
     for _ in range(4):
         for rows in range(1, graphs.MOST + 3):
             assert recorded(batch(rows, 1.0)).tolist() == [3] * rows
@@ -128,7 +128,7 @@ def test_out_of_memory_while_recording_is_raised_as_such(fake_cuda, monkeypatch)
 
     calls: list[int] = []
     monkeypatch.setattr(torch.cuda, "graph", breaking)
-    recorded = graphs.Recorded(greedy, torch.device("cpu"))
+    recorded = graphs.CUDAGraphed(greedy, torch.device("cpu"))
     for _ in range(graphs.WARMUP):
         recorded(torch.ones(2))
     with pytest.raises(torch.OutOfMemoryError):

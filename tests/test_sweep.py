@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fadapt
 from fadapt.training import Halving, Trial, fit, grid, sweep
-from fadapt.training.engine.flat_params import Arena
+from fadapt.training.engine.flat_params import FlatParams
 from fadapt.training.grid import named
 from fadapt.training.loop import Loop
 from fadapt.training.settings import Settings
@@ -247,7 +247,7 @@ def test_trials_of_one_pace_share_a_call_of_the_optimizer(optimizer, groups):
     settings = Settings(steps=8, loss_fn=loss_fn, optimizer=optimizer)
     loop = Loop(model, trials, batches, settings)
     report = loop.run()
-    assert len(loop.updater.optimizer.param_groups) == groups
+    assert len(loop.optimizer.optimizer.param_groups) == groups
     for name, trial in trials.items():
         params, _ = plain_training(model, trial, batches, 8, optimizer)
         assert_close(report.params[name], params, 1e-10)
@@ -260,11 +260,11 @@ def test_padded_entries_stay_zero(optimizer):
     settings = Settings(steps=12, loss_fn=loss_fn, optimizer=optimizer)
     loop = Loop(model, named(trials), batches, settings)
     loop.run()
-    (block,) = loop.arena.blocks
+    (block,) = loop.flat.blocks
     seen = 0
     for place in block.places:
         leaf = place.view(block.values)
-        for row, trial in enumerate(loop.arena.order):
+        for row, trial in enumerate(loop.flat.order):
             rank, axis = trials[trial].config.r, 0 if place.leaf == "A" else 1
             padded = leaf[row].narrow(axis, rank, 7 - rank)
             assert (padded == 0).all()
@@ -302,7 +302,7 @@ def test_ranks_in_any_mix_and_after_stops(optimizer, kept):
         loop._one_step()
     for trial in kept:
         params, _ = plain_training(model, trials[trial], batches, 9, optimizer)
-        block, row = next((b, r) for t, b, r in loop.arena.rows() if t == trial)
+        block, row = next((b, r) for t, b, r in loop.flat.rows() if t == trial)
         assert_close(params.join(block.train(row)), params, 1e-10)
 
 
@@ -865,7 +865,9 @@ BAD = {name: (call, match) for name, call, match in bad_inputs()}
 def test_bad_input_is_refused_before_the_first_step(name, monkeypatch):
     call, match = BAD[name]
     steps = []
-    monkeypatch.setattr("fadapt.training.engine.optimizer.Updater.step", lambda *a: steps.append(a))
+    monkeypatch.setattr(
+        "fadapt.training.engine.optimizer.TrialOptimizer.step", lambda *a: steps.append(a)
+    )
     with pytest.raises(fadapt.ConfigError, match=match):
         call()
     assert not steps
@@ -888,7 +890,7 @@ class TestGradientsOfAnArena:
     def arena(self):
         model = net(torch.float32)
         methods = [fadapt.LoRA(r=2), fadapt.IA3(), fadapt.LoRA(r=3), fadapt.DoRA(r=2)]
-        return Arena(fadapt.stack([fadapt.init(model, m) for m in methods]), range(4))
+        return FlatParams(fadapt.stack([fadapt.init(model, m) for m in methods]), range(4))
 
     @staticmethod
     def own(stack, grads):

@@ -1,4 +1,4 @@
-"""Record: the losses and scores of a sweep in memory, as JSON lines on disk, in TensorBoard."""
+"""History: the losses and scores of a sweep in memory, as JSON lines on disk, in TensorBoard."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from ..errors import CheckpointError, ConfigError
 
 
-class Record:
+class History:
     """What happened, per step and trial.
 
     Args:
@@ -58,7 +58,7 @@ class Record:
     def add(
         self, step: int, order: list[int], losses: Tensor, alive: Tensor, rates: dict[int, float]
     ) -> None:
-        """One step's losses and flags, in the arena's order; not read before :meth:`flush`."""
+        """One step's losses and flags, in the stack's order; not read before :meth:`flush`."""
         self._pending.append((step, order, losses, alive, rates))
 
     def flush(self) -> list[tuple[int, int, float]]:

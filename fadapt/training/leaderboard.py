@@ -1,4 +1,4 @@
-"""Board: where each trial of a sweep stands, which of them stop, and the report."""
+"""Leaderboard: where each trial of a sweep stands, which of them stop, and the report."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..params.params import Params, Train, join, split, trainable_leaves
-from .history import Record
+from .history import History
 from .report import Goal, Report, Result
 from .trial import Trial
 
@@ -29,7 +29,7 @@ class Standing:
     best_step: int = 0
 
 
-class Board:
+class Leaderboard:
     """The standings, the best weights, and the last ones of trials that left the stack.
 
     Args:
@@ -57,7 +57,7 @@ class Board:
         """The trials that still train."""
         return [t for t, x in enumerate(self.standings) if x.status == "running"]
 
-    def leave(self, trial: int, status: str, reason: str, step: int) -> None:
+    def close(self, trial: int, status: str, reason: str, step: int) -> None:
         """A trial diverged, was stopped or finished."""
         new = replace(self.standings[trial], status=status, reason=reason, step=step)
         self.standings[trial] = new
@@ -97,7 +97,7 @@ class Board:
         return f"best {self.metric} {score:.4g} ({name})"
 
     def report(
-        self, last: Mapping[int, Train], step: int, record: Record, seconds: float, chunk: int
+        self, last: Mapping[int, Train], step: int, record: History, seconds: float, chunk: int
     ) -> Report:
         """The outcome so far; ``last`` holds the weights of the trials in the stack."""
         last = {**last, **self.left}
@@ -123,7 +123,7 @@ class Board:
         moved = {s: {k: t.to(device) for k, t in leaves.items()} for s, leaves in train.items()}
         return trainable_leaves(join(moved, self.frames[trial]))
 
-    def _loss(self, trial: int, record: Record) -> float:
+    def _loss(self, trial: int, record: History) -> float:
         values = [float(record.losses[s][trial]) for s in sorted(record.losses)]
         values = [v for v in values if not math.isnan(v)][-LAST:]
         return sum(values) / len(values) if values else math.nan
@@ -137,7 +137,7 @@ class Board:
 
 
 def on_all(order: Sequence[int], values: Tensor, take: set[int], count: int) -> Tensor:
-    """(count,) float64 by trial, NaN outside ``take``, from values in the order of an arena."""
+    """(count,) float64 by trial, NaN outside ``take``, from values in the order of flat params."""
     row = torch.full((count,), math.nan, dtype=torch.float64)
     for trial, value in zip(order, values.tolist(), strict=True):
         if trial in take:

@@ -20,13 +20,13 @@ from ..params.stack import stack
 from . import snapshot
 from .checkpoint import Generators, start_digest
 from .data import Feed, to_device
-from .engine.chunks import Passes
+from .engine.chunks import ChunkRunner
 from .engine.compiler import Compiler
-from .engine.flat_params import Arena
-from .engine.optimizer import Updater
+from .engine.flat_params import FlatParams
+from .engine.optimizer import TrialOptimizer
 from .engine.rotary import tables_written
-from .history import Record
-from .leaderboard import Board, on_all
+from .history import History
+from .leaderboard import Leaderboard, on_all
 from .progress import Bar
 from .report import Report
 from .settings import Settings, device_of
@@ -48,20 +48,20 @@ class Loop:
         self.model, self.settings, self.trials = model, s, list(trials.values())
         self.device = device_of(model)
         seeds = [t.data_seed for t in self.trials]
-        self.feed = Feed(batches, seeds, s.order, s.per_adapter, self.device)
+        self.data = Feed(batches, seeds, s.order, s.per_adapter, self.device)
         starts = initial(model, trials, s.calib)
         self.digests = {n: start_digest(p) for n, p in zip(trials, starts, strict=True)}
-        self.board = Board(trials, starts, s.goal)
-        self.arena = Arena(stack(starts), range(len(starts)))
+        self.board = Leaderboard(trials, starts, s.goal)
+        self.flat = FlatParams(stack(starts), range(len(starts)))
         self.compiler = Compiler(s.compile, self.device)
-        self.updater = self._make_updater()
-        self.passes = self._make_passes()
+        self.optimizer = self._make_optimizer()
+        self.runner = self._make_runner()
         self.chunk, self.step, self.seconds = 0, 0, 0.0
         self.rungs = s.halving.rungs(self.steps, len(trials)) if s.halving else {}
         self.generators = Generators(self.device)
         path = s.path
         tensorboard = path / "tensorboard" if path is not None and s.tensorboard else None
-        self.record = Record(self.board.names, path and path / "log.jsonl", tensorboard)
+        self.history = History(self.board.names, path and path / "log.jsonl", tensorboard)
 
     def run(self) -> Report:
         """Trains to the end; the global generators are as before afterwards."""
@@ -72,9 +72,9 @@ class Loop:
             self.generators.seed(self.settings.seed)
             self._resume()
             try:
-                self.record.start(self.step)
+                self.history.start(self.step)
                 self._train()
-                self.record.close()
+                self.history.close()
             except (CheckpointError, ConfigError) as error:
                 # Nothing is lost to a full disk: the weights so far go with the error.
                 error.report = self.report()  # type: ignore[attr-defined]
@@ -83,22 +83,22 @@ class Loop:
 
     def report(self) -> Report:
         """The outcome so far."""
-        last = {trial: block.train(row) for trial, block, row in self.arena.rows()}
-        return self.board.report(last, self.step, self.record, self.elapsed(), self.chunk)
+        last = {trial: block.train(row) for trial, block, row in self.flat.rows()}
+        return self.board.report(last, self.step, self.history, self.elapsed(), self.chunk)
 
     def elapsed(self) -> float:
         """Seconds of this sweep, over all restarts."""
         return self.seconds + time.monotonic() - self._started
 
-    def _make_updater(self) -> Updater:
+    def _make_optimizer(self) -> TrialOptimizer:
         s = self.settings
-        return Updater(self.arena, self.trials, s.optimizer, s.optimizer_args, self.steps)
+        return TrialOptimizer(self.flat, self.trials, s.optimizer, s.optimizer_args, self.steps)
 
-    def _make_passes(self, chosen: int | None = None) -> Passes:
+    def _make_runner(self, chosen: int | None = None) -> ChunkRunner:
         s = self.settings
-        return Passes(
-            self.model, self.arena, s.loss_fn, self.feed.per_adapter, s.max_adapters,
-            self.compiler, self.updater.accumulates, chosen,
+        return ChunkRunner(
+            self.model, self.flat, s.loss_fn, self.data.per_adapter, s.max_adapters,
+            self.compiler, self.optimizer.accumulates, chosen,
         )  # fmt: skip
 
     def _resume(self) -> None:
@@ -116,20 +116,20 @@ class Loop:
                 self._after_step(bar)
         self._note()
         for trial in self.board.running():
-            self.board.leave(trial, "finished", "", self.step)
+            self.board.close(trial, "finished", "", self.step)
         self._save()
         self._save_adapters()
 
     def _one_step(self) -> None:
-        order = self.arena.order
+        order = self.flat.order
         weights = [1 / self.trials[t].accumulate for t in order]
-        losses = self.passes.gradients(next(self.feed), weights)
-        rates = self.updater.rates(self.step)
-        self.updater.step(self.step, losses)
+        losses = self.runner.gradients(next(self.data), weights)
+        rates = self.optimizer.rates(self.step)
+        self.optimizer.step(self.step, losses)
         self.step += 1
-        self.chunk = max(self.chunk, self.passes.width)
-        alive = torch.cat([a.to(losses.device) for a in self.updater.alive])
-        self.record.add(self.step, order, losses, alive, rates)
+        self.chunk = max(self.chunk, self.runner.width)
+        alive = torch.cat([a.to(losses.device) for a in self.optimizer.alive])
+        self.history.add(self.step, order, losses, alive, rates)
 
     def _after_step(self, bar: Bar) -> None:
         s, ends, rung = self.settings, self.step == self.steps, self.step in self.rungs
@@ -148,7 +148,7 @@ class Loop:
     def _note(self) -> list[float]:
         """Waits for the device and notes what has diverged; returns the running losses."""
         running = set(self.board.running())
-        for step, trial, loss in self.record.flush():
+        for step, trial, loss in self.history.flush():
             if trial in running:
                 finite = math.isfinite(loss)
                 self._leave(
@@ -158,40 +158,40 @@ class Loop:
                     step,
                 )
         self.quieten()
-        last = self.record.losses.get(self.step)
+        last = self.history.losses.get(self.step)
         return [] if last is None else [x for x in last.tolist() if math.isfinite(x)]
 
     def _leave(self, trial: int, status: str, reason: str, step: int) -> None:
-        self.board.leave(trial, status, reason, step)
-        self.record.event(step, status, trial, reason)
+        self.board.close(trial, status, reason, step)
+        self.history.event(step, status, trial, reason)
 
     def quieten(self) -> None:
         """Trials that do not train but are still in the stack run idle."""
-        self.passes.idle = frozenset(self.arena.order) - set(self.board.running())
-        self.updater.freeze(self.passes.idle)
+        self.runner.idle = frozenset(self.flat.order) - set(self.board.running())
+        self.optimizer.freeze(self.runner.idle)
 
     def _evaluate(self) -> Tensor:
         s, running = self.settings, set(self.board.running())
         with evaluating(self.model):
-            found = self.passes.scores(s.eval) if callable(s.eval) else self._mean_losses()
-        order, count = self.arena.order, len(self.trials)
+            found = self.runner.scores(s.eval) if callable(s.eval) else self._mean_losses()
+        order, count = self.flat.order, len(self.trials)
         scores = {k: on_all(order, v, running, count) for k, v in found.items()}
-        self.record.score(self.step, scores)
+        self.history.score(self.step, scores)
         self.board.metric = next(iter(scores))
         ranked = scores[self.board.metric]
         better = set(self.board.improved(self.step, ranked))
-        for trial, block, row in self.arena.rows():
+        for trial, block, row in self.flat.rows():
             if trial in better:
                 self.board.best[trial] = block.train(row)
         return ranked
 
     def _mean_losses(self) -> dict[str, Tensor]:
         """The mean over the evaluation batches, weighted by their rows."""
-        total, count = torch.zeros(len(self.arena), dtype=torch.float64), 0
+        total, count = torch.zeros(len(self.flat), dtype=torch.float64), 0
         for batch in self.settings.eval:
             tensors = [t for t in pytree.tree_leaves(batch) if isinstance(t, Tensor) and t.dim()]
             rows = max((t.shape[0] for t in tensors), default=1)
-            losses = self.passes.losses(to_device(batch, self.device))
+            losses = self.runner.losses(to_device(batch, self.device))
             total, count = total + rows * losses.to("cpu", torch.float64), count + rows
         if not count:
             raise ConfigError("eval is empty")
@@ -208,21 +208,21 @@ class Loop:
 
     def shrink(self, members: list[int]) -> None:
         """Takes all other trials out of the stack."""
-        positions = [i for i, t in enumerate(self.arena.order) if t in set(members)]
-        if not positions or len(positions) == len(self.arena):
+        positions = [i for i, t in enumerate(self.flat.order) if t in set(members)]
+        if not positions or len(positions) == len(self.flat):
             return
-        for trial, block, row in self.arena.rows():
+        for trial, block, row in self.flat.rows():
             if trial not in members:
                 self.board.left[trial] = block.train(row)
-        states = self.updater.states()
-        self.arena = self.arena.keep(positions)
-        self.updater = self._make_updater()
-        self.updater.load_states(states)
-        self.rechunk(self.passes.chosen)
+        states = self.optimizer.states()
+        self.flat = self.flat.keep(positions)
+        self.optimizer = self._make_optimizer()
+        self.optimizer.load_states(states)
+        self.rechunk(self.runner.chosen)
 
     def rechunk(self, chosen: int | None) -> None:
         """Makes the passes anew, at a width that was settled before."""
-        self.passes = self._make_passes(chosen and min(chosen, len(self.arena)))
+        self.runner = self._make_runner(chosen and min(chosen, len(self.flat)))
 
     def _checkpoint_due(self) -> bool:
         s, minutes = self.settings, self.settings.checkpoint_minutes
@@ -234,7 +234,7 @@ class Loop:
 
     def _save(self) -> None:
         if self.settings.path is not None:
-            self.record.write()
+            self.history.write()
             snapshot.write(self, self.settings.path)
             self._saved = time.monotonic()
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..errors import CheckpointError
 from ..params.params import Train
 from . import checkpoint
-from .engine.flat_params import LAYOUT, Arena
+from .engine.flat_params import LAYOUT, FlatParams
 from .leaderboard import Standing
 
 
@@ -23,9 +23,9 @@ def write(loop: Any, directory: Path) -> None:
     Raises:
         CheckpointError: the disk refuses; the earlier checkpoint is untouched.
     """
-    numbers, states = checkpoint.pack_states(loop.updater.states())
-    position, epoch = loop.feed.state()
-    history, records = loop.record.state()
+    numbers, states = checkpoint.pack_states(loop.optimizer.states())
+    position, epoch = loop.data.state()
+    history, records = loop.history.state()
     meta = {
         "kind": "sweep",
         "sweep": description(loop),
@@ -33,8 +33,8 @@ def write(loop: Any, directory: Path) -> None:
         "step": loop.step,
         "seconds": loop.elapsed(),
         "chunk": loop.chunk,
-        "chosen": loop.passes.chosen,
-        "members": loop.arena.order,
+        "chosen": loop.runner.chosen,
+        "members": loop.flat.order,
         "metric": loop.board.metric,
         "standings": [dataclasses.asdict(x) for x in loop.board.standings],
         "optimizer": numbers,
@@ -42,7 +42,7 @@ def write(loop: Any, directory: Path) -> None:
         "history": history,
     }
     parts = {
-        "rows": dict(_rows(loop.arena)),
+        "rows": dict(_rows(loop.flat)),
         "optimizer": states,
         "best": _flatten(loop.board.best),
         "left": _flatten(loop.board.left),
@@ -76,14 +76,14 @@ def restore(loop: Any, directory: Path) -> None:
     loop.board.best = _unflatten(parts.get("best", {}))
     loop.board.metric = meta["metric"]
     loop.board.standings = [Standing(**x) for x in meta["standings"]]
-    for key, values in _rows(loop.arena):
+    for key, values in _rows(loop.flat):
         values.copy_(parts["rows"][key])
-    devices = {trial: block.device for trial, block, _ in loop.arena.rows()}
+    devices = {trial: block.device for trial, block, _ in loop.flat.rows()}
     states = checkpoint.unpack_states(meta["optimizer"], parts.get("optimizer", {}), devices)
-    loop.updater.load_states(states)
-    loop.record.restore(meta["history"], parts.get("history", {}))
+    loop.optimizer.load_states(states)
+    loop.history.restore(meta["history"], parts.get("history", {}))
     loop.step, loop.seconds, loop.chunk = meta["step"], meta["seconds"], meta["chunk"]
-    loop.feed.restore(meta["position"], parts.get("epoch", {}))
+    loop.data.restore(meta["position"], parts.get("epoch", {}))
     # Last: the feed has used the generators to find its place.
     loop.generators.restore(parts["generators"])
     loop.quieten()
@@ -110,9 +110,9 @@ def description(loop: Any) -> dict[str, Any]:
     return json.loads(json.dumps(data))
 
 
-def _rows(arena: Arena) -> Iterator[tuple[str, Tensor]]:
+def _rows(flat: FlatParams) -> Iterator[tuple[str, Tensor]]:
     """Each trial's own values and gradients, views, by name."""
-    for trial, block, row in arena.rows():
+    for trial, block, row in flat.rows():
         for kind, buffers in (("value", block.values), ("grad", block.grads)):
             for k, view in enumerate(block.row(row, buffers)):
                 yield f"{trial}|{k}|{kind}", view

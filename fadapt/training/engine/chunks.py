@@ -1,4 +1,4 @@
-"""Passes: losses and gradients of an arena, in chunks that fit into memory, compiled or not."""
+"""ChunkRunner: losses and gradients of flat params, in chunks that fit into memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ...params.stack import Stack, alone
 from ...run import LossFn, apply, run
 from ..data import rows_of
 from .compiler import Compiler
-from .flat_params import Arena
+from .flat_params import FlatParams
 
 T = TypeVar("T")
 
@@ -30,13 +30,13 @@ given back and asked for again, and nothing stays in the caches."""
 
 @dataclass(frozen=True)
 class Chunk:
-    """Rows ``low`` to ``high`` of the arena, which run in one pass.
+    """Rows ``low`` to ``high`` of the flat params, which run in one pass.
 
     Attributes:
         trials: their trial numbers.
-        stack: their adapters, sharing the arena's memory.
+        stack: their adapters, sharing the flat's memory.
         params: what is trained: the stack, or its only member.
-        step: (batch, weights) -> losses; the arena takes the weighted gradients.
+        step: (batch, weights) -> losses; the flat params take the weighted gradients.
     """
 
     low: int
@@ -47,12 +47,12 @@ class Chunk:
     step: Callable[[Any], Tensor]
 
 
-class Passes:
-    """Runs an arena chunk by chunk; a chunk that runs out of memory is halved and run again.
+class ChunkRunner:
+    """Runs flat params chunk by chunk; a chunk that runs out of memory is halved and run again.
 
     Args:
         model: the frozen base.
-        arena: the adapters.
+        flat: the adapters.
         loss_fn: as for :func:`fadapt.run`.
         per_adapter: whether batches are (N, B, ...), with N all trials of the sweep.
         max_adapters: "auto" starts with all in one chunk, on a CPU with what is fast; an int is
@@ -68,7 +68,7 @@ class Passes:
     def __init__(
         self,
         model: nn.Module,
-        arena: Arena,
+        flat: FlatParams,
         loss_fn: LossFn | None,
         per_adapter: bool,
         max_adapters: int | str | None,
@@ -76,13 +76,13 @@ class Passes:
         accumulates: bool,
         chosen: int | None = None,
     ):
-        self.model, self.arena, self.loss_fn = model, arena, loss_fn
+        self.model, self.flat, self.loss_fn = model, flat, loss_fn
         self.per_adapter, self.compiler = per_adapter, compiler
         self.accumulates = accumulates
         self.halves = max_adapters is not None
         self._auto = max_adapters == "auto"
         self.chosen = chosen or (max_adapters if isinstance(max_adapters, int) else None)
-        self._split(self.chosen or len(arena))
+        self._split(self.chosen or len(flat))
         self.idle: frozenset[int] = frozenset()
 
     @property
@@ -91,7 +91,7 @@ class Passes:
         return max(c.high - c.low for c in self.chunks)
 
     def gradients(self, batch: Any, weights: Sequence[float]) -> Tensor:
-        """Puts each trial's gradient, times its weight, into the arena; returns the (N,) losses."""
+        """Puts each trial's gradient, times its weight, into the flat; returns the (N,) losses."""
         if self._auto and self.chosen is None:
             self._choose(batch)
 
@@ -120,7 +120,7 @@ class Passes:
                     "layer takes part"
                 )
             found = torch.autograd.grad(losses, leaves, weights.to(losses), allow_unused=True)
-            self.arena.take_gradients(low, high, found, self.accumulates)
+            self.flat.take_gradients(low, high, found, self.accumulates)
             # A copy: torch's own CUDA graphs use the same memory again in the next pass.
             return losses.detach().clone()
 
@@ -128,7 +128,7 @@ class Passes:
 
     def _choose(self, batch: Any) -> None:
         """Settles the width before the first pass."""
-        width = len(self.arena)
+        width = len(self.flat)
         groups = self.chunks[0].stack.groups
         sites = [adapter.site for group in groups for adapter in group.params.values()]
         if any(cannot_fold(site) for site in sites):
@@ -202,13 +202,13 @@ class Passes:
         return pytree.tree_map_only(Tensor, lambda t: t[0], batch)
 
     def _split(self, width: int) -> None:
-        self.chunks = [self._chunk(*b) for b in _bounds(0, len(self.arena), width)]
+        self.chunks = [self._chunk(*b) for b in _bounds(0, len(self.flat), width)]
 
     def _chunk(self, low: int, high: int) -> Chunk:
-        stack = self.arena.part(low, high)
+        stack = self.flat.part(low, high)
         params = trainable_leaves(alone(stack)) if high - low == 1 else stack
         step = self._step(params, low, high)
-        return Chunk(low, high, self.arena.order[low:high], stack, params, step)
+        return Chunk(low, high, self.flat.order[low:high], stack, params, step)
 
     def _each(self, work: Callable[[Chunk], T]) -> list[T | None]:
         """``work`` on every chunk, None for chunks of idle trials only."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from ...params.params import Params
 from ...params.stack import Stack
 from ...run import run
-from .cuda_graphs import Recorded
+from .cuda_graphs import CUDAGraphed
 
 # What torch calls the modes that record CUDA graphs without that part of them.
 _RECORDING = {"reduce-overhead": None, "max-autotune": "max-autotune-no-cudagraphs"}
@@ -57,5 +57,5 @@ class Compiler:
         return self._made[key]
 
     def recorded(self, function: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
-        """A pass with its gradient, recorded where that was asked for; see :class:`Recorded`."""
-        return Recorded(function, self.device) if self.records else function
+        """A pass with its gradient, recorded where that was asked for; see :class:`CUDAGraphed`."""
+        return CUDAGraphed(function, self.device) if self.records else function

@@ -1,4 +1,4 @@
-"""Recorded: device work as a CUDA graph, so that a step does not launch its kernels one by one."""
+"""CUDAGraphed: device work as one CUDA graph, so that a step launches no kernels one by one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MOST = 8
 """Forms of arguments that are recorded; each keeps its memory."""
 
 
-class Recorded:
+class CUDAGraphed:
     """A function that is recorded once for each form of its argument, and from then on replayed.
 
     Args:

@@ -1,4 +1,4 @@
-"""Arena: the trainable values of a stack in few buffers per group, one row per trial.
+"""FlatParams: the trainable values of a stack in few buffers per group, one row per trial.
 
 The stack's leaves are views of it. An optimiser sees each trial's row as a parameter of its own,
 so nothing that it computes, norms included, is shared between trials.
@@ -27,7 +27,7 @@ LAYOUT = 2
 
 
 @dataclass(frozen=True)
-class Part:
+class Buffer:
     """One buffer of a block: (rows, lines, columns).
 
     Leaves that are padded to a common rank lie in lines, one per rank, so that a trial's own
@@ -52,7 +52,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Place:
+class LeafView:
     """Where one stacked leaf lies: columns ``start`` to ``stop`` of buffer ``part``.
 
     Attributes:
@@ -78,7 +78,7 @@ class Place:
         return columns.view(*columns.shape[:2], *others).movedim(1, self.axis)
 
 
-class Block:
+class FlatGroup:
     """The values and gradients of one group of a stack.
 
     Args:
@@ -106,16 +106,16 @@ class Block:
             own = tuple(rank_of(original[site].method) for original in group.originals)
             if axis is None or min(own) == leaf.shape[axis]:  # nobody's is padded
                 axis, own = None, (1,) * len(rows)
-            part = Part(leaf.dtype, leaf.device, own, 1 if axis is None else leaf.shape[axis])
+            part = Buffer(leaf.dtype, leaf.device, own, 1 if axis is None else leaf.shape[axis])
             alike.setdefault((part, leaf.shape[1:], axis), []).append(i)
         parts = list(dict.fromkeys(part for part, *_ in alike))
         widths = [0] * len(parts)
-        places: dict[int, Place] = {}
+        places: dict[int, LeafView] = {}
         for (part, shape, axis), members in alike.items():
             k = parts.index(part)
             for i in members:
                 start, stop = widths[k], widths[k] + shape.numel() // part.lines
-                places[i] = Place(*leaves[i][:2], k, start, stop, shape, axis)
+                places[i] = LeafView(*leaves[i][:2], k, start, stop, shape, axis)
                 widths[k] = stop
         self.places = [places[i] for i in range(len(leaves))]
         self._alike = list(alike.values())
@@ -128,10 +128,10 @@ class Block:
         self._hold(group, parts, values, [torch.zeros_like(v) for v in values])
 
     def _hold(
-        self, group: Group, parts: list[Part], values: list[Tensor], grads: list[Tensor]
+        self, group: Group, parts: list[Buffer], values: list[Tensor], grads: list[Tensor]
     ) -> None:
         self._group, self.size = group, len(group.index)
-        self.parts, self.values, self.grads = parts, values, grads
+        self.buffers, self.values, self.grads = parts, values, grads
         self.own_values, self.own_grads = (
             [
                 (rows, buffer[rows, :own].flatten(1))
@@ -156,7 +156,7 @@ class Block:
         group = _members(self._group, rows, lambda t: take(t, rows), train)
         return replace(group, index=tuple(range(at, at + len(rows))))
 
-    def keep(self, rows: Sequence[int]) -> Block:
+    def keep(self, rows: Sequence[int]) -> FlatGroup:
         """A block of some rows, laid out as this one."""
 
         def copied(tensor: Tensor) -> Tensor:
@@ -166,7 +166,7 @@ class Block:
         smaller = copy.copy(self)
         smaller._hold(
             _members(self._group, rows, copied),
-            [replace(p, own=tuple(p.own[row] for row in rows)) for p in self.parts],
+            [replace(p, own=tuple(p.own[row] for row in rows)) for p in self.buffers],
             [copied(v) for v in self.values],
             [copied(g) for g in self.grads],
         )
@@ -174,7 +174,7 @@ class Block:
 
     def row(self, row: int, buffers: Sequence[Tensor]) -> list[Tensor]:
         """One member's own values, a flat view per part."""
-        pairs = zip(self.parts, buffers, strict=True)
+        pairs = zip(self.buffers, buffers, strict=True)
         return [buffer[row, : part.own[row]].view(-1) for part, buffer in pairs]
 
     def member(self, row: int, buffers: Sequence[Tensor]) -> list[Tensor]:
@@ -206,7 +206,7 @@ class Block:
             some = [found[i] for i in members]
             new = _stacked([zero if g is None else g.reshape(zero.shape) for g in some])
             new = new.unsqueeze(1) if first.axis is None else new.movedim(first.axis, 1)
-            for rows, own in self.parts[first.part].runs(start, stop):
+            for rows, own in self.buffers[first.part].runs(start, stop):
                 total = grads[rows, :own]
                 total = total.view(*total.shape[:2], *new.shape[2:])
                 yield total, new[rows.start - start : rows.stop - start, :own]
@@ -221,7 +221,7 @@ class Block:
                 leaves[leaf].copy_(new)
 
 
-class Arena:
+class FlatParams:
     """All blocks of a stack. Trials are counted by ``order``, group after group, rank after rank.
 
     Attributes:
@@ -229,26 +229,26 @@ class Arena:
     """
 
     def __init__(self, stack: Stack, trials: Sequence[int]):
-        self.blocks: list[Block] = []
+        self.blocks: list[FlatGroup] = []
         self.order: list[int] = []
         for group in stack.groups:
             # Members of one rank beside each other make long runs.
             ranks = [[rank_of(a.method) for a in member.values()] for member in group.originals]
             rows = sorted(range(len(ranks)), key=ranks.__getitem__)
-            self.blocks.append(Block(group, rows))
+            self.blocks.append(FlatGroup(group, rows))
             self.order += [trials[group.index[row]] for row in rows]
 
     def __len__(self) -> int:
         return len(self.order)
 
-    def spans(self) -> Iterator[tuple[Block, slice]]:
+    def spans(self) -> Iterator[tuple[FlatGroup, slice]]:
         """Each block with its rows' places in ``order``."""
         start = 0
         for block in self.blocks:
             yield block, slice(start, start + block.size)
             start += block.size
 
-    def rows(self) -> Iterator[tuple[int, Block, int]]:
+    def rows(self) -> Iterator[tuple[int, FlatGroup, int]]:
         """(trial, block, row in the block) in ``order``."""
         for block, span in self.spans():
             for row, trial in enumerate(self.order[span]):
@@ -287,15 +287,15 @@ class Arena:
             yield from block.gradients(low, high, found[at : at + len(block.places)])
             at += len(block.places)
 
-    def _within(self, start: int, stop: int) -> Iterator[tuple[Block, int, int]]:
+    def _within(self, start: int, stop: int) -> Iterator[tuple[FlatGroup, int, int]]:
         """The blocks with their own rows between ``start`` and ``stop``."""
         for block, span in self.spans():
             low, high = max(start, span.start) - span.start, min(stop, span.stop) - span.start
             if low < high:
                 yield block, low, high
 
-    def keep(self, positions: Sequence[int]) -> Arena:
-        """A smaller arena of some rows, gradients included."""
+    def keep(self, positions: Sequence[int]) -> FlatParams:
+        """Smaller flat params of some rows, gradients included."""
         smaller = copy.copy(self)
         smaller.blocks, smaller.order = [], []
         for block, span in self.spans():
