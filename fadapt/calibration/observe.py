@@ -18,13 +18,12 @@ from ..base.weights import BaseWeight, Kind
 from ..config import Config, Rules, as_config
 from ..errors import CalibrationError, FadaptWarning
 from ..method import Method
-from ..params.params import Params
-from ..run import bound
+from ..overlay.call import bind
 from ..site import Site
 from ..statistics.reduction import Reduction, State, Statistic, Stream, statistics_of
 from ..targeting import resolve
 from .memory_plan import plan_passes
-from .recorder import Discovery, Recorder, See, Tap, zero_states
+from .recorder import Discovery, Probe, Recorder, See, zero_states
 from .stats import Stats, base_fingerprints
 from .token_mask import RowFilter, arguments, halves
 
@@ -205,8 +204,8 @@ def _is_head(model: nn.Module, weight: BaseWeight) -> bool:
 @contextmanager
 def _recording(model: nn.Module, sites: Mapping[str, Site], see: See) -> Iterator[None]:
     """Inside, the model runs in eval mode without gradients, and ``see`` sees every site."""
-    taps = Params({name: Tap(site, Method(), {}, {}, see) for name, site in sites.items()})
-    with bound(model, taps), torch.no_grad(), evaluating(model):
+    probes = {name: Probe(site, see) for name, site in sites.items()}
+    with bind(model, probes, owner=probes), torch.no_grad(), evaluating(model):
         yield
 
 

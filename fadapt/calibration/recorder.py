@@ -6,7 +6,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch import Tensor
 from ..base.linear_map import LinearMap
 from ..base.weights import BaseWeight
 from ..errors import CalibrationError
-from ..params.adapter import Adapter
+from ..site import Site
 from ..statistics.reduction import Reduction, State, Stream, as_rows
 from .memory_plan import Kinds
 from .token_mask import RowFilter
@@ -28,13 +28,23 @@ Last = dict[Stream, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
-class Tap(Adapter):
-    """An adapter that leaves its map alone and lets ``see`` watch."""
+class Probe:
+    """Stands where a weight is, leaves its map alone and lets ``see`` watch (an ``Adapted``)."""
 
+    site: Site
     see: See
+
+    acts_on_bias: bool = False
+    device: torch.device | None = None
 
     def __call__(self, x: Tensor, base: LinearMap) -> Tensor:
         return self.see(self.site.name, x, base)
+
+    def embed(self, one_hot: Any, base: LinearMap) -> Tensor:
+        return self(one_hot, base)
+
+    def dense(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return weight, bias
 
 
 class _Seen:

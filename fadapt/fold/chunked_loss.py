@@ -124,8 +124,8 @@ class FrozenHead:
         hidden: what the head was given last.
     """
 
-    acts_on_bias = False
-    device = None
+    acts_on_bias: bool = False
+    device: torch.device | None = None
 
     def __init__(self, name: str, head: nn.Linear):
         self.site = Site(name, head.out_features, head.in_features)
@@ -135,6 +135,9 @@ class FrozenHead:
     def __call__(self, x: Tensor, base: Any) -> Tensor:
         self.hidden = x
         return x
+
+    def embed(self, one_hot: Any, base: Any) -> Tensor:
+        return base(one_hot)
 
     def dense(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return weight, bias

@@ -9,6 +9,9 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 
+LossFn = Callable[[Any, Any], Tensor]
+"""(output, batch) -> a scalar loss."""
+
 # What a Hugging Face model's own forward passes to its loss_function, by its loss type.
 _TOKEN_LOSSES = ("ForCausalLM", "ForConditionalGeneration", "ForMaskedLM")
 _CLASS_LOSSES = (
@@ -50,3 +53,16 @@ def hugging_face_loss(
     if function is not None and kind in _CLASS_LOSSES:
         return lambda out, part: function(part["labels"], out.logits, config), batch, inputs
     raise ConfigError(f"the loss {kind} of {type(model).__name__} is not per row; {advice}")
+
+
+def scalar_loss(loss: Any, loss_fn: LossFn | None) -> Tensor:
+    """The loss, which must be one number; of the model's own where there is no ``loss_fn``."""
+    if isinstance(loss, Tensor) and loss.dim() == 0:
+        return loss
+    if isinstance(loss, Tensor) and loss.shape == (1,):
+        return loss.squeeze(0)
+    what = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+    raise ConfigError(
+        f"no scalar loss: {'loss_fn returned' if loss_fn else 'the model returned'} {what}. "
+        "Pass loss_fn(output, batch) -> scalar, or labels in the batch of a Hugging Face model"
+    )

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import FrameType
+from typing import Any
 
 import torch
 import torch.utils.checkpoint
+from torch import nn
 
 from ..errors import FadaptError
 from ..params.adapter import Adapted
 
 
 @dataclass(frozen=True)
-class Call:
+class CallContext:
     """What the overlays of one call share.
 
     Attributes:
@@ -26,7 +31,7 @@ class Call:
     grad: bool
 
 
-def refuse_checkpoint(adapter: Adapted, call: Call) -> None:
+def refuse_checkpoint(adapter: Adapted, call: CallContext) -> None:
     """Refuses a checkpointed section whose recomputation would see the frozen weights.
 
     torch runs it again in the backward pass, after functional_call has put the weights back;
@@ -43,3 +48,27 @@ def refuse_checkpoint(adapter: Adapted, call: Call) -> None:
                 "with fadapt.bound(model, params): loss = ...; loss.backward()"
             )
         frame = frame.f_back
+
+
+@contextmanager
+def recomputed(
+    modules: Sequence[nn.Module], again: Callable[[], AbstractContextManager[Any]]
+) -> Iterator[None]:
+    """Makes the layers' checkpoint function recompute within ``again()``.
+
+    Hugging Face layers keep theirs in ``_gradient_checkpointing_func``. For the duration of the
+    forward it is replaced by the non-reentrant one (equal gradients; the reentrant one loses them
+    where no input requires grad) with a context that mounts the overlays again in backward.
+    """
+    key = "_gradient_checkpointing_func"
+    before = [(m, m.__dict__[key]) for m in modules if key in m.__dict__]
+    try:
+        for module, func in before:
+            adapted = functools.partial(
+                func, use_reentrant=False, context_fn=lambda: (nullcontext(), again())
+            )
+            setattr(module, key, adapted)
+        yield
+    finally:
+        for module, func in before:
+            setattr(module, key, func)

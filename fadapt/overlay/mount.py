@@ -14,9 +14,9 @@ from ..base.checks import check_module, check_weight
 from ..base.quantized import QuantizedMap, quantized_map
 from ..errors import ConfigError, FadaptError, TargetError
 from ..params.adapter import Adapted
-from . import rules as rules  # fills the table of the overlays
-from .checkpointing import refuse_checkpoint
-from .tensor import Call, Overlay, overlay
+from .checkpointing import CallContext, refuse_checkpoint
+from .rules import overlay
+from .tensor import Overlay
 
 
 class SwappedForward:
@@ -29,7 +29,7 @@ class SwappedForward:
         call: as for an overlay.
     """
 
-    def __init__(self, base: QuantizedMap, adapter: Adapted | None, call: Call):
+    def __init__(self, base: QuantizedMap, adapter: Adapted | None, call: CallContext):
         self.base, self.adapter, self.call = base, adapter, call
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -54,7 +54,7 @@ class Mount:
 
 def prepare(model: nn.Module, sites: Mapping[str, Adapted], lasting: bool) -> Mount:
     """An overlay for every site, and a detached alias for every other trainable base parameter."""
-    call = Call(lasting, torch.is_grad_enabled())
+    call = CallContext(lasting, torch.is_grad_enabled())
     by_name: dict[str, Tensor] = {}
     places: list[tuple[nn.Module, str, Tensor]] = []
     forwards: list[tuple[nn.Module, str, SwappedForward]] = []
@@ -96,7 +96,7 @@ def prepare(model: nn.Module, sites: Mapping[str, Adapted], lasting: bool) -> Mo
 
 
 def _swap(
-    name: str, module: nn.Module, base: QuantizedMap, adapter: Adapted | None, call: Call
+    name: str, module: nn.Module, base: QuantizedMap, adapter: Adapted | None, call: CallContext
 ) -> tuple[nn.Module, str, SwappedForward]:
     # accelerate's hooks keep the layer's own forward under this name, and call it.
     key = "_old_forward" if "_old_forward" in module.__dict__ else "forward"
@@ -109,7 +109,7 @@ def _swap(
 
 
 def _overlay_site(
-    name: str, module: nn.Module, weight: Tensor, adapter: Adapted, call: Call
+    name: str, module: nn.Module, weight: Tensor, adapter: Adapted, call: CallContext
 ) -> Overlay:
     if isinstance(weight, Overlay):
         raise FadaptError(f"{name} is already adapted: the model is inside fadapt.bound")

@@ -13,21 +13,24 @@ from ..errors import TargetError
 from . import experts
 from .checkpointing import refuse_checkpoint
 from .embedding import adapt_embedding
-from .tensor import RULES, Overlay, overlay
+from .tensor import Overlay, implements, overlay
 
 
+@implements(F.linear)
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     if not isinstance(weight, Overlay) or isinstance(x, Overlay):
         return NotImplemented
     return _product(x, weight, bias, rows_out=True)
 
 
+@implements(torch.addmm, Tensor.addmm)
 def _addmm(bias: Tensor, x: Tensor, weight: Tensor, *, beta: float = 1, alpha: float = 1) -> Any:
     if not isinstance(weight, Overlay) or beta != 1 or alpha != 1 or bias.dim() != 1:
         return NotImplemented
     return _product(x, weight, bias, rows_out=False)
 
 
+@implements(torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
 def _matmul(x: Tensor, weight: Tensor) -> Any:
     if not isinstance(weight, Overlay) or isinstance(x, Overlay):
         return NotImplemented
@@ -48,6 +51,7 @@ def _product(x: Tensor, weight: Overlay, bias: Tensor | None, rows_out: bool) ->
     return weight.adapter(x, DenseMap(weight.frozen, bias, site.transposed))
 
 
+@implements(Tensor.T.__get__, Tensor.t, torch.t, Tensor.transpose, torch.transpose)  # type: ignore[attr-defined]
 def _transpose(weight: Tensor, *dims: int) -> Any:
     if not isinstance(weight, Overlay):
         return NotImplemented
@@ -57,10 +61,12 @@ def _transpose(weight: Tensor, *dims: int) -> Any:
     return overlay(weight.frozen, weight.adapter, weight.call, not weight.flipped)
 
 
+@implements(Tensor.mT.__get__)  # type: ignore[attr-defined]
 def _flip(weight: Overlay) -> Any:
     return _transpose(weight, -2, -1)
 
 
+@implements(F.embedding)
 def _embedding(
     ids: Tensor,
     weight: Tensor,
@@ -82,6 +88,7 @@ def _embedding(
     return adapt_embedding(ids, weight.frozen, weight.adapter, base, padding_idx)
 
 
+@implements(Tensor.__getitem__)
 def _getitem(weight: Tensor, index: Any) -> Any:
     """One expert's matrix, or those of some experts, gathered."""
     if not isinstance(weight, Overlay) or weight.flipped or not weight.adapter.site.experts:
@@ -97,6 +104,7 @@ def _getitem(weight: Tensor, index: Any) -> Any:
     return overlay(weight.frozen[index], adapter, weight.call)
 
 
+@implements(torch.bmm, Tensor.bmm)
 def _bmm(a: Tensor, b: Tensor) -> Any:
     weight, x, rows_out = (a, b.mT, True) if isinstance(a, Overlay) else (b, a, False)
     if not isinstance(weight, Overlay) or isinstance(x, Overlay):
@@ -115,6 +123,7 @@ def _bmm(a: Tensor, b: Tensor) -> Any:
     return y.mT if rows_out else y
 
 
+@implements(torch._grouped_mm)  # type: ignore[attr-defined]
 def _grouped_mm(
     x: Tensor, weight: Tensor, offs: Tensor | None = None, bias: Any = None, out_dtype: Any = None
 ) -> Any:
@@ -150,26 +159,3 @@ def _values(index: Tensor) -> list[int] | None:
             return None
         index = functorch.get_unwrapped(index)
     return index.tolist()
-
-
-RULES |= {
-    F.linear: _linear,
-    torch.addmm: _addmm,
-    Tensor.addmm: _addmm,
-    torch.matmul: _matmul,
-    torch.mm: _matmul,
-    Tensor.matmul: _matmul,
-    Tensor.mm: _matmul,
-    Tensor.__matmul__: _matmul,
-    Tensor.T.__get__: _transpose,  # type: ignore[attr-defined]
-    Tensor.t: _transpose,
-    torch.t: _transpose,
-    Tensor.mT.__get__: _flip,  # type: ignore[attr-defined]
-    Tensor.transpose: _transpose,
-    torch.transpose: _transpose,
-    F.embedding: _embedding,
-    Tensor.__getitem__: _getitem,
-    torch.bmm: _bmm,
-    Tensor.bmm: _bmm,
-    torch._grouped_mm: _grouped_mm,  # type: ignore[attr-defined]
-}

@@ -19,7 +19,24 @@ from torch import Tensor
 from ..errors import DenseFallbackWarning, FadaptError, TargetError
 from ..linalg import inverse_permutation
 from ..params.adapter import Adapted
-from .checkpointing import Call, refuse_checkpoint
+from .checkpointing import CallContext, refuse_checkpoint
+
+RULES: dict[Callable, Callable[..., Any]] = {}
+"""What stands for a torch function that gets an overlay."""
+
+
+def implements(*functions: Callable) -> Callable[[Callable], Callable]:
+    """Makes the decorated function the rule for what these torch functions do with an overlay.
+
+    A rule returns NotImplemented for what it does not know; then the adapted weight is
+    materialised.
+    """
+
+    def register(rule: Callable) -> Callable:
+        RULES.update(dict.fromkeys(functions, rule))
+        return rule
+
+    return register
 
 
 class Overlay(Tensor):
@@ -28,7 +45,7 @@ class Overlay(Tensor):
     frozen: Tensor
     adapter: Adapted
     flipped: bool
-    call: Call
+    call: CallContext
 
     @classmethod
     def __torch_function__(
@@ -44,7 +61,7 @@ class Overlay(Tensor):
         return _dense_fallback(func, args, kwargs)
 
 
-def overlay(weight: Tensor, adapter: Adapted, call: Call, flipped: bool = False) -> Overlay:
+def overlay(weight: Tensor, adapter: Adapted, call: CallContext, flipped: bool = False) -> Overlay:
     """An overlay of ``weight`` (frozen, in its stored layout) that applies ``adapter``.
 
     as_subclass, not _make_wrapper_subclass: torch.compile traces through it, and every overlay is
@@ -113,9 +130,6 @@ def _adapt_biases(func: Callable, args: tuple) -> tuple[tuple, set[int]]:
 def _wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
-
-RULES: dict[Callable, Callable[..., Any]] = {}
-"""What stands for a torch function that gets an overlay; ``rules`` fills it."""
 
 BIASES: dict[Callable, tuple[tuple[int, int], ...]] = {
     torch.conv1d: ((1, 2),),

@@ -1,0 +1,134 @@
+"""One adapted call: a model run with something adapted in the place of some of its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from ..base.lock import bound_params, exclusive
+from ..base.quantized import has_quantized
+from ..batch import Batch, arguments
+from ..errors import ConfigError, FadaptError
+from ..params.adapter import Adapted
+from .checkpointing import recomputed
+from .mount import Mount, forwards_swapped, mounted, prepare
+
+# Dynamo traces the removal of a module's attribute, which forwards_swapped needs, since 2.13.
+_COMPILES_QUANTIZED = torch.__version__ >= "2.13"
+
+
+def call(
+    model: nn.Module,
+    sites: Mapping[str, Adapted],
+    method: str,
+    args: tuple,
+    kwargs: dict[str, Any],
+    *,
+    owner: Any = None,
+) -> Any:
+    """``model.method(*args, **kwargs)`` with the sites adapted, for the time of the call.
+
+    Args:
+        sites: {name of a weight: what computes in its place}.
+        method: "forward", or the name of a method that calls it.
+        owner: the object from which the sites were made. Inside ``bound`` to that very object the
+            model is called as it is.
+    """
+    if torch.compiler.is_compiling():
+        if not _COMPILES_QUANTIZED and has_quantized(model):
+            return _call_uncompiled(model, sites, method, args, kwargs, owner=owner)
+        return _functional(model, prepare(model, sites, lasting=True), method, args, kwargs)
+    if is_bound_to(model, owner):
+        return method_of(model, method)(*args, **kwargs)
+    with exclusive(model):
+        mount = prepare(model, sites, lasting=False)
+        if not mount.checkpointing:
+            return _functional(model, mount, method, args, kwargs)
+        lasting = prepare(model, sites, lasting=True)
+
+        def again() -> Any:
+            return nullcontext() if is_bound_to(model, owner) else _mounted_alone(model, lasting)
+
+        with recomputed(mount.checkpointing, again):
+            try:
+                return _functional(model, lasting, method, args, kwargs)
+            except RuntimeError as error:
+                if "functorch" not in str(error) and "torch.func" not in str(error):
+                    raise
+                raise FadaptError(
+                    "gradient checkpointing does not work under torch.func transforms; call "
+                    "model.gradient_checkpointing_disable(), or use loss.backward()"
+                ) from error
+
+
+_call_uncompiled: Any = torch.compiler.disable(
+    call,
+    reason="fadapt compiles a step over bitsandbytes layers with torch 2.13 or later; with an "
+    "older one leave out fullgraph=True, and the step runs as it is",
+)
+
+
+def call_on_batch(
+    model: nn.Module, sites: Mapping[str, Adapted], batch: Batch, *, owner: Any = None
+) -> Any:
+    """The output of the adapted model on a batch, in one forward from which nothing goes on."""
+    args, kwargs = arguments(batch)
+    # A key-value cache costs memory, and torch.func cannot return one.
+    if "use_cache" not in kwargs and getattr(getattr(model, "config", None), "use_cache", False):
+        kwargs["use_cache"] = False
+    return call(model, sites, "forward", args, kwargs, owner=owner)
+
+
+@contextmanager
+def bind(model: nn.Module, sites: Mapping[str, Adapted], owner: Any) -> Iterator[None]:
+    """Inside the block, the sites of the model are adapted."""
+    with exclusive(model, bound=owner), mounted(prepare(model, sites, lasting=True)):
+        yield
+
+
+def is_bound_to(model: nn.Module, owner: Any) -> bool:
+    """Whether the model is inside ``bound`` to this very object; never while it is compiled."""
+    return owner is not None and not torch.compiler.is_compiling() and bound_params(model) is owner
+
+
+def method_of(model: nn.Module, name: str) -> Callable[..., Any]:
+    """The model itself for "forward", or its method of that name."""
+    if name == "forward":
+        return model
+    found = getattr(model, name, None)
+    if not callable(found):
+        raise ConfigError(f"{type(model).__name__} has no method {name!r}")
+    return found
+
+
+@contextmanager
+def _mounted_alone(model: nn.Module, mount: Mount) -> Iterator[None]:
+    with exclusive(model), mounted(mount):
+        yield
+
+
+def _functional(model: nn.Module, mount: Mount, method: str, args: tuple, kwargs: dict) -> Any:
+    with forwards_swapped(mount) if mount.forwards else nullcontext():
+        if method == "forward":
+            return functional_call(model, mount.by_name, args, kwargs, tie_weights=False)
+        wrapper = _MethodCall(model, method)
+        by_name = {f"model.{name}": tensor for name, tensor in mount.by_name.items()}
+        return functional_call(wrapper, by_name, args, kwargs, tie_weights=False)
+
+
+class _MethodCall(nn.Module):
+    """functional_call reaches forward only; this makes another method a forward."""
+
+    def __init__(self, model: nn.Module, method: str):
+        super().__init__()
+        method_of(model, method)
+        self.model, self.method = model, method
+        self.training = model.training
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self.model, self.method)(*args, **kwargs)
