@@ -1,5 +1,7 @@
 """fadapt: small adapters as pure functions over an explicit params pytree."""
 
+from .as_lora import TruncatedLoRA as TruncatedLoRA
+from .as_lora import as_lora as as_lora
 from .calibration import Stats as Stats
 from .calibration import observe as observe
 from .calibration import wanda_scores as wanda_scores
@@ -29,6 +31,7 @@ from .methods import AntiPaSTOASVD as AntiPaSTOASVD
 from .methods import AntiPaSTOCorDA as AntiPaSTOCorDA
 from .methods import AntiPaSTODPLR as AntiPaSTODPLR
 from .methods import AntiPaSTORotation as AntiPaSTORotation
+from .methods import BitFit as BitFit
 from .methods import Chain as Chain
 from .methods import CorDA as CorDA
 from .methods import DeLoRA as DeLoRA

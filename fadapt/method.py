@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 
 Leaves = dict[str, Tensor]
+Factors = tuple[Tensor, Tensor]
 STRENGTH = "strength"
 
 
@@ -92,6 +93,15 @@ class Method:
     def delta(self, p: Mapping[str, Tensor], x: Tensor, y: Tensor, base: LinearMap) -> Tensor:
         """The increment of the output: (tokens, out_features)."""
         raise NotImplementedError
+
+    def low_rank(self, p: Mapping[str, Tensor], base: LinearMap) -> Factors | None:
+        """Exact factors A (k, in), B (out, k) of the weight's increment, W' - W = B A.
+
+        None, the default, where it has no low rank in general. Written beside ``delta`` and
+        ``shift``, it holds for them alone: a subclass that overrides one of them says its own.
+        A method with ``owns_strength`` includes the strength, for others the caller does.
+        """
+        return None
 
     def project(self, train: Leaves) -> Leaves:
         """The trainable leaves moved to the nearest allowed point; the identity by default."""
@@ -179,3 +189,19 @@ class Method:
         if self.owns_strength or STRENGTH not in p:
             return increment
         return p[STRENGTH].to(increment.dtype) * increment
+
+
+def increment_factors(method: Method, p: Mapping[str, Tensor], base: LinearMap) -> Factors | None:
+    """:meth:`Method.low_rank` at the strength in ``p``; None where it is not known.
+
+    What a class says of its increment is not taken for a subclass with another increment.
+    """
+    order = type(method).__mro__
+    says = next(i for i, cls in enumerate(order) if "low_rank" in vars(cls))
+    means = (i for i, c in enumerate(order) if vars(c).keys() & {"delta", "shift"})
+    if next(means, len(order)) < says:
+        return None
+    factors = method.low_rank(p, base)
+    if factors is None or method.owns_strength or STRENGTH not in p:
+        return factors
+    return factors[0], factors[1] * p[STRENGTH].to(factors[1].dtype)

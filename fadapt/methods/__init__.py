@@ -7,6 +7,7 @@ from .antipasto_asvd import AntiPaSTOASVD as AntiPaSTOASVD
 from .antipasto_corda import AntiPaSTOCorDA as AntiPaSTOCorDA
 from .antipasto_dplr import AntiPaSTODPLR as AntiPaSTODPLR
 from .antipasto_rotation import AntiPaSTORotation as AntiPaSTORotation
+from .bitfit import BitFit as BitFit
 from .chain import Chain as Chain
 from .corda import CorDA as CorDA
 from .delora import DeLoRA as DeLoRA

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import require
-from ..method import Leaves
+from ..method import Factors, Leaves
 from ._svd_core import check_rank
 from .lora import LoRA
 
@@ -49,9 +49,17 @@ class MovedFactors(LoRA):
         return moves, {"A0": a0.to(site.dtype), "B0": b0.to(site.dtype)}
 
     def delta(self, p: Mapping[str, Tensor], x: Tensor, y: Tensor, base: LinearMap) -> Tensor:
-        down = torch.cat([p["dA"], p["A0"].expand_as(p["dA"])], -2)
-        up = torch.cat([p["B0"] + p["dB"], p["dB"]], -1)
+        down, up = self._factors(p)
         return self.scaled(p, x @ down.mT) @ up.mT
+
+    def low_rank(self, p: Mapping[str, Tensor], base: LinearMap) -> Factors | None:
+        down, up = self._factors(p)
+        return down, self.scaled(p, up)
+
+    def _factors(self, p: Mapping[str, Tensor]) -> Factors:
+        """[dA; A0] and [B0 + dB, dB]."""
+        down = torch.cat([p["dA"], p["A0"].expand_as(p["dA"])], -2)
+        return down, torch.cat([p["B0"] + p["dB"], p["dB"]], -1)
 
     def widened(self, r: int) -> MovedFactors:
         # What else a subclass has only chose A0 and B0.

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..base.linear_map import without_bias
 from ..errors import CalibrationError, require
 from ..linalg import top_svd
-from ..method import Leaves, Method
+from ..method import Factors, Leaves, Method
 
 if TYPE_CHECKING:
     from ..base.linear_map import LinearMap
@@ -79,6 +79,9 @@ class SpectralGain(SpectralMethod):
         gain = F.elu(coefficient(self, p, p["g"]) * p["g"])
         return ((rows @ into) * gain) @ p["U"].mT
 
+    def low_rank(self, p: Mapping[str, Tensor], base: LinearMap) -> Factors | None:
+        return core_factors(self, p, base)
+
     def project(self, train: Leaves) -> Leaves:
         return {**train, "g": train["g"].clamp(max=0)} if self.suppress_only else train
 
@@ -95,6 +98,22 @@ def coordinates(
 ) -> tuple[Tensor, Tensor]:
     """(rows, into): rows (tokens, d) @ into (d, r) are the coordinates z."""
     return (x, p["P"].mT) if "P" in p else (without_bias(base, y), p["U"])
+
+
+def core_factors(method: Method, p: Mapping[str, Tensor], base: LinearMap) -> Factors:
+    """The factors of an increment U K Vᵀ or U K' UᵀW, whose core is read off ``method.delta``."""
+    u = p["U"]
+    eye = torch.eye(u.shape[-1], dtype=u.dtype, device=u.device)
+    # In coordinates where the directions are the axes, the increment of the axes is the core.
+    core = method.delta({**p, "U": eye, "V" if "V" in p else "P": eye}, eye, eye, base)
+    return input_directions(p, base), u @ core.mT
+
+
+def input_directions(p: Mapping[str, Tensor], base: LinearMap) -> Tensor:
+    """Vᵀ, or P = UᵀW (r, in)."""
+    if "V" in p:
+        return p["V"].mT
+    return p["P"] if "P" in p else p["U"].mT @ base.weight().to(p["U"].dtype)
 
 
 def singular_leaves(site: SiteView, k: int) -> Leaves:

@@ -30,8 +30,8 @@ import torch
 from torch import Tensor
 
 from ..errors import require
-from ..method import Leaves
-from ._svd_core import SpectralMethod, coefficient, coordinates
+from ..method import Factors, Leaves
+from ._svd_core import SpectralMethod, coefficient, coordinates, input_directions
 
 if TYPE_CHECKING:
     from ..base.linear_map import LinearMap
@@ -77,6 +77,11 @@ class AntiPaSTOAblate(SpectralMethod):
             # Exactly 0; only its derivative by C remains.
             removed = removed + (lifted - lifted.detach())
         return -coefficient(self, p, removed) * removed
+
+    def low_rank(self, p: Mapping[str, Tensor], base: LinearMap) -> Factors | None:
+        directions = orthonormal(p["C0"], p["dC"])
+        up = -coefficient(self, p, p["U"]) * (p["U"] @ directions) * p["alpha"]
+        return directions.mT @ input_directions(p, base), up
 
     def project(self, train: Leaves) -> Leaves:
         return {**train, "alpha": train["alpha"].clamp(0, 1)}

@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import require
-from ..method import Leaves
-from ._svd_core import SpectralMethod, coefficient, coordinates
+from ..method import Factors, Leaves
+from ._svd_core import SpectralMethod, coefficient, coordinates, core_factors
 
 if TYPE_CHECKING:
     from ..base.linear_map import LinearMap
@@ -56,3 +56,6 @@ class AntiPaSTOArrow(SpectralMethod):
         c = coefficient(self, p, p["g"])
         core = torch.cat((top @ (c * p["M"]).mT, rest * F.elu(c * p["g"])), -1)
         return core @ p["U"].mT
+
+    def low_rank(self, p: Mapping[str, Tensor], base: LinearMap) -> Factors | None:
+        return core_factors(self, p, base)

@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import require
-from ..method import Leaves
-from ._svd_core import SpectralMethod, coefficient, singular_leaves
+from ..method import Factors, Leaves
+from ._svd_core import SpectralMethod, coefficient, core_factors, singular_leaves
 
 if TYPE_CHECKING:
     from ..base.linear_map import LinearMap
@@ -60,3 +60,6 @@ class AntiPaSTODPLR(SpectralMethod):
         z, c = x @ p["V"], coefficient(self, p, p["g"])
         core = z * (p["S"] * F.elu(c * p["g"])) + (z @ p["A"].mT) @ (c * p["B"]).mT
         return core @ p["U"].mT
+
+    def low_rank(self, p: Mapping[str, Tensor], base: LinearMap) -> Factors | None:
+        return core_factors(self, p, base)

@@ -30,8 +30,8 @@ from torch import Tensor
 
 from ..errors import require
 from ..linalg import block_diagonal, cayley_minus_identity, full_precision, skew
-from ..method import Leaves
-from ._svd_core import SpectralMethod, coefficient, singular_leaves
+from ..method import Factors, Leaves
+from ._svd_core import SpectralMethod, coefficient, core_factors, singular_leaves
 
 if TYPE_CHECKING:
     from ..base.linear_map import LinearMap
@@ -84,6 +84,9 @@ class AntiPaSTORotation(SpectralMethod):
 
     def delta(self, p: Mapping[str, Tensor], x: Tensor, y: Tensor, base: LinearMap) -> Tensor:
         return x @ p["V"] @ self.core(p).to(x.dtype).mT @ p["U"].mT
+
+    def low_rank(self, p: Mapping[str, Tensor], base: LinearMap) -> Factors | None:
+        return core_factors(self, p, base)
 
     def core(self, p: Mapping[str, Tensor]) -> Tensor:
         """K (r, r) in float32 or better.

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ..errors import require
-from ..method import STRENGTH, Leaves, Method
+from ..method import STRENGTH, Factors, Leaves, Method, increment_factors
 from ..seeds import generator
 
 if TYPE_CHECKING:
@@ -33,6 +33,8 @@ class Chain(Method):
     """
 
     methods: tuple[Method, ...] = ()
+
+    owns_strength: ClassVar[bool] = True  # which it hands to its methods
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "methods", tuple(self.methods))
@@ -103,6 +105,17 @@ class Chain(Method):
             y = method.leave(part, saved[i], y, base)
             base = AdaptedMap(method, part, base)
         return y
+
+    def low_rank(self, p: Mapping[str, Tensor], base: LinearMap) -> Factors | None:
+        pairs = []
+        for i, method in enumerate(self.methods):
+            part = self._part(p, i)
+            pairs.append(increment_factors(method, part, base))
+            base = AdaptedMap(method, part, base)
+        if any(pair is None for pair in pairs):
+            return None
+        downs, ups = zip(*(pair for pair in pairs if pair), strict=True)
+        return torch.cat(downs, -2), torch.cat(ups, -1)
 
     def _part(self, p: Mapping[str, Tensor], i: int) -> Leaves:
         prefix = f"{i}."

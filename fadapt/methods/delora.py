@@ -32,7 +32,7 @@ from torch import Tensor
 
 from ..errors import require
 from ..linalg import lengths_after_step
-from ..method import Leaves, Method
+from ..method import Factors, Leaves, Method
 
 if TYPE_CHECKING:
     from ..base.linear_map import LinearMap
@@ -88,6 +88,15 @@ class DeLoRA(Method):
         down = (torch.cat([q["dA"], q["A0"]]) * w).to(x.dtype)
         up = torch.cat([p["dB"], p["B0"]], 1).to(x.dtype)
         return x @ down.mT @ self._core(q, strength).to(x.dtype) @ up.mT
+
+    def low_rank(self, p: Mapping[str, Tensor], base: LinearMap) -> Factors | None:
+        q = {k: t.to(p["w"].dtype) for k, t in p.items()}
+        strength = self.lambda0 + q["dlambda"]
+        if self.form == "peft":
+            a, b = q["A"], q["B"]
+            return a * q["w"], strength / self.r * _inverse_length(a, 1) * _inverse_length(b, 0) * b
+        up = torch.cat([q["dB"], q["B0"]], 1) @ self._core(q, strength).mT
+        return torch.cat([q["dA"], q["A0"]]) * q["w"], up
 
     def _core(self, q: Mapping[str, Tensor], strength: Tensor) -> Tensor:
         """K (2 r, 2 r), transposed: from (dA, A0) to (dB, B0)."""

@@ -30,9 +30,10 @@ from torch import Tensor
 
 from ..errors import require
 from ..linalg import block_diagonal, full_precision, lengths_after_step
-from ..method import Leaves, Method
+from ..method import Factors, Leaves, Method
 
 if TYPE_CHECKING:
+    from ..base.linear_map import LinearMap
     from ..site import SiteView
 
 
@@ -60,15 +61,23 @@ class HRA(Method):
         return {"dU": site.zeros(self.r, site.in_features)}, {"U0": half}
 
     def shift(self, p: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        z, core = self._reflections(p)
+        z = z.to(x.dtype)
+        return x @ z.mT @ core.to(x.dtype).mT @ z
+
+    def low_rank(self, p: Mapping[str, Tensor], base: LinearMap) -> Factors | None:
+        z, core = self._reflections(p)
+        return z, base.linear(z).mT @ core
+
+    def _reflections(self, p: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Z (..., r, in) and (I - M G)⁻¹ M (..., r, r)."""
         z, w2 = self._pairs(p["U0"], p["dU"])
         one = torch.ones_like(w2)
         m = block_diagonal(-2 * torch.stack([one, one, w2 - 1, w2], -1).unflatten(-1, (2, 2)))
         pair = torch.arange(self.r, device=z.device) // 2
         with full_precision(z):
             g = torch.where(pair[:, None] < pair, z @ z.mT, 0)
-            core = torch.linalg.solve_triangular(-m @ g, m, upper=True, unitriangular=True)
-        z = z.to(x.dtype)
-        return x @ z.mT @ core.to(x.dtype).mT @ z
+            return z, torch.linalg.solve_triangular(-m @ g, m, upper=True, unitriangular=True)
 
     def _pairs(self, start: Tensor, moved: Tensor) -> tuple[Tensor, Tensor]:
         """Z (..., r, in) and |w|² (..., r / 2)."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import require
-from ..method import Leaves, Method
+from ..method import Factors, Leaves, Method
 
 if TYPE_CHECKING:
     from ..base.linear_map import LinearMap
@@ -57,6 +57,9 @@ class LoRA(Method):
 
     def delta(self, p: Mapping[str, Tensor], x: Tensor, y: Tensor, base: LinearMap) -> Tensor:
         return self.scaled(p, x @ p["A"].mT) @ p["B"].mT
+
+    def low_rank(self, p: Mapping[str, Tensor], base: LinearMap) -> Factors | None:
+        return p["A"], self.scaled(p, p["B"])
 
     def scaled(self, p: Mapping[str, Tensor], h: Tensor) -> Tensor:
         """s h."""

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CalibrationError, require
-from ..method import Leaves, Method
+from ..method import Factors, Leaves, Method
 from ..statistics.pairs import PairedSums, Pairs
 from ..statistics.reduction import Statistic
 from ._svd_core import (
@@ -36,6 +36,7 @@ from ._svd_core import (
     check_rank,
     coefficient,
     coordinates,
+    core_factors,
     direction_leaves,
 )
 
@@ -88,3 +89,6 @@ class SSteer(Method):
     def delta(self, p: Mapping[str, Tensor], x: Tensor, y: Tensor, base: LinearMap) -> Tensor:
         rows, into = coordinates(p, x, y, base)
         return ((rows @ into) * (coefficient(self, p, p["d"]) * p["d"])) @ p["U"].mT
+
+    def low_rank(self, p: Mapping[str, Tensor], base: LinearMap) -> Factors | None:
+        return core_factors(self, p, base)

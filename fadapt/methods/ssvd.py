@@ -29,8 +29,8 @@ from torch import Tensor
 
 from ..errors import require
 from ..linalg import cayley_minus_identity, skew
-from ..method import Leaves, Method
-from ._svd_core import check_rank, coefficient, singular_leaves
+from ..method import Factors, Leaves, Method
+from ._svd_core import check_rank, coefficient, core_factors, singular_leaves
 
 if TYPE_CHECKING:
     from ..base.linear_map import LinearMap
@@ -75,6 +75,9 @@ class SSVD(Method):
         z, shift = x @ p["V"], coefficient(self, p, p["d"]) * p["d"]
         core = (p["S"] + shift) * (z @ self._turn(p).mT) + shift * z
         return core @ p["U"].mT
+
+    def low_rank(self, p: Mapping[str, Tensor], base: LinearMap) -> Factors | None:
+        return core_factors(self, p, base)
 
     def _turn(self, p: Mapping[str, Tensor]) -> Tensor:
         """G - I (k, k)."""
