@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .base.checks import check_model
 from .base.linear_map import DenseMap, LinearMap
 from .base.lock import exclusive
-from .base.weights import Slot, find_slots
+from .base.weights import BaseWeight, weights_by_name
 from .errors import ConfigError, TargetError, require
 from .method import STRENGTH, Factors, increment_factors
 from .methods.lora import LoRA
@@ -94,36 +94,34 @@ def as_lora(
         if not any(re.search(pattern, name) for name in params):
             raise ConfigError(f"drop_bias {pattern!r} matches no site; they are {list(params)[:8]}")
     with torch.no_grad(), exclusive(model):
-        slots = {name: slot for slot in find_slots(model) for name in slot.names}
+        weights = weights_by_name(model)
         found = {}
         for name, adapter in params.items():
-            slot = _slot(slots, name, adapter)
+            weight = _weight(weights, name, adapter)
             dropped = any(re.search(pattern, name) for pattern in patterns)
-            found[name] = _convert(adapter, slot, r, dropped)
+            found[name] = _convert(adapter, weight, r, dropped)
     return trainable_leaves(Params(found))
 
 
-def _slot(slots: dict[str, Slot], name: str, adapter: Adapter) -> Slot:
-    slot = slots.get(name)
-    if slot is None or slot.shape != adapter.site.matrix_shape or slot.bias != adapter.site.bias:
-        found = "missing" if slot is None else f"{slot.shape} with the bias {slot.bias}"
+def _weight(weights: dict[str, BaseWeight], name: str, adapter: Adapter) -> BaseWeight:
+    weight = weights.get(name)
+    what = "is missing" if weight is None else adapter.site.mismatch(weight)
+    if weight is None or what:
         raise TargetError(
-            f"{name} is {found} in this model, but the adapter was made for "
-            f"{adapter.site.matrix_shape} with the bias {adapter.site.bias}; "
-            "convert with the base that it was made for"
+            f"{name} {what} in this model: its adapter was made for another base; convert with the "
+            "one that it was made for"
         )
     if any(t.is_meta for t in adapter.leaves.values()):
         raise TargetError(f"the adapter of {name} is a meta tensor without values")
-    if slot.quantized is not None:
-        slot.quantized.check(name)
-    return slot
+    weight.check()
+    return weight
 
 
-def _convert(adapter: Adapter, slot: Slot, r: int | None, drop_bias: bool) -> Adapter:
+def _convert(adapter: Adapter, weight: BaseWeight, r: int | None, drop_bias: bool) -> Adapter:
     site = adapter.site
     if adapter.acts_on_bias and not drop_bias:
-        _refuse_bias(adapter, slot)
-    parts = [_factors(one, base, r) for one, base in _matrices(adapter, slot)]
+        _refuse_bias(adapter, weight)
+    parts = [_factors(one, base, r) for one, base in _matrices(adapter, weight)]
     # One rank for all experts of a stack.
     rank = max(1, *(a.shape[0] for (a, _), _ in parts))
     error = max(error for _, error in parts)
@@ -138,15 +136,12 @@ def _convert(adapter: Adapter, slot: Slot, r: int | None, drop_bias: bool) -> Ad
     return Adapter(site, method, {"A": a.contiguous(), "B": b.contiguous()}, {})
 
 
-def _matrices(adapter: Adapter, slot: Slot) -> list[tuple[Adapter, LinearMap]]:
+def _matrices(adapter: Adapter, weight: BaseWeight) -> Iterator[tuple[Adapter, LinearMap]]:
     if not adapter.site.experts:
-        return [(adapter, slot.base)]
-    weight = slot.weight.detach()
-    transposed = adapter.site.transposed
-    return [
-        (experts.at(adapter, e), DenseMap(weight[e], None, transposed))
-        for e in range(adapter.site.experts)
-    ]
+        yield adapter, weight.map
+        return
+    for e, base in enumerate(weight.maps):
+        yield experts.at(adapter, e), base
 
 
 def _factors(adapter: Adapter, base: LinearMap, r: int | None) -> tuple[Factors, float]:
@@ -212,13 +207,13 @@ def _padded(factor: Tensor, rank: int, axis: int) -> Tensor:
     return torch.cat([factor, factor.new_zeros(shape)], axis)
 
 
-def _refuse_bias(adapter: Adapter, slot: Slot) -> None:
+def _refuse_bias(adapter: Adapter, weight: BaseWeight) -> None:
     site = adapter.site
-    for one, base in _matrices(adapter, slot):
+    for one, base in _matrices(adapter, weight):
         p = {k: t.detach() for k, t in one.leaves.items()}
-        weight = base.weight().detach().to(_dtype(adapter))
-        bias = None if base.bias is None else base.bias.detach().to(weight.dtype)
-        moved = one.method(p, weight.new_zeros(1, site.in_features), DenseMap(weight, bias))[0]
+        matrix = base.weight().detach().to(_dtype(adapter))
+        bias = None if base.bias is None else base.bias.detach().to(matrix.dtype)
+        moved = one.method(p, matrix.new_zeros(1, site.in_features), DenseMap(matrix, bias))[0]
         start = 0 if bias is None else bias
         change = float((moved - start).abs().max())
         if change > 0:

@@ -33,27 +33,7 @@ def resolve(model: nn.Module, config: Config) -> list[tuple[BaseWeight, Site, Me
     _check_ties(chosen, weights, excluded, taken, config)
     found = []
     for weight, _, method in chosen:
-        role, note = roles.get(weight.name, ("", ""))
-        d_out, d_in = weight.shape
-        tied = tuple(
-            n
-            for w in weights
-            if w is not weight and w.parameter is weight.parameter
-            for n in w.names
-        )
-        site = Site(
-            name=weight.name,
-            out_features=d_out,
-            in_features=d_in,
-            transposed=weight.transposed,
-            bias=weight.bias,
-            kind=weight.kind,
-            role=role,
-            note=note,
-            tied=tied,
-            experts=weight.experts,
-            kernel=weight.kernel,
-        )
+        site = site_of(weight, weights, roles)
         weight.check()
         if weight.kind in (Kind.EXPERTS, Kind.EMBEDDING, Kind.CONVOLUTION) and _is_calibrated(
             method
@@ -65,9 +45,40 @@ def resolve(model: nn.Module, config: Config) -> list[tuple[BaseWeight, Site, Me
         try:
             method.check(site)
         except ConfigError as error:
-            raise ConfigError(f"{site.name} ({d_out} x {d_in}): {error}") from None
+            shape = f"{site.out_features} x {site.in_features}"
+            raise ConfigError(f"{site.name} ({shape}): {error}") from None
         found.append((weight, site, method))
     return found
+
+
+def site_of(
+    weight: BaseWeight, weights: list[BaseWeight], roles: dict[str, tuple[str, str]]
+) -> Site:
+    """The address of a weight among those of its model; no fingerprint yet.
+
+    Args:
+        weight: one of ``weights``.
+        weights: all that have rows and columns.
+        roles: from :func:`fadapt.base.roles.find_roles`.
+    """
+    role, note = roles.get(weight.name, ("", ""))
+    d_out, d_in = weight.shape
+    tied = tuple(
+        n for w in weights if w is not weight and w.parameter is weight.parameter for n in w.names
+    )
+    return Site(
+        name=weight.name,
+        out_features=d_out,
+        in_features=d_in,
+        transposed=weight.transposed,
+        bias=weight.bias,
+        kind=weight.kind,
+        role=role,
+        note=note,
+        tied=tied,
+        experts=weight.experts,
+        kernel=weight.kernel,
+    )
 
 
 Chosen = list[tuple[BaseWeight, str, Method]]

@@ -231,7 +231,7 @@ def test_quantized_base():
 
 def test_other_base_and_stacks_are_refused():
     params = trained(mlp(widths=(12, 8)), LoRA(r=2))
-    with pytest.raises(TargetError, match=r"0\.weight is \(8, 10\)"):
+    with pytest.raises(TargetError, match=r"0\.weight has shape \(8, 10\)"):
         fadapt.as_lora(mlp(widths=(10, 8)), params)
     with pytest.raises(TargetError, match="missing"):
         fadapt.as_lora(nn.Sequential(nn.Tanh()), params)
