@@ -1,0 +1,84 @@
+"""Every private name of torch, and of its pytrees, that the package uses; nothing else uses any.
+
+Each says why, and what would replace it. Read in torch 2.11 to 2.13.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, MutableMapping
+from typing import Any
+
+import torch
+
+# torch.func, torch.compile and checkpointing flatten their arguments with this registry, and torch
+# has no public module for it. Replace with torch.utils.pytree once the oldest torch supported has
+# it.
+import torch.utils._pytree as pytree
+from optree.registry import __GLOBAL_NAMESPACE as _GLOBAL_NAMESPACE
+from torch import Tensor, nn
+
+
+def register_node(
+    cls: type, flatten: Callable[[Any], Any], unflatten: Callable[[Any, Any], Any]
+) -> None:
+    """Registers a class in optree and in torch's pytree; ``unflatten(aux, children)``.
+
+    optree's global namespace, in which ``optree.tree_map`` works without a ``namespace=``, has no
+    public name. Without it users would have to write one.
+    """
+    import optree
+
+    optree.register_pytree_node(cls, flatten, unflatten, namespace=_GLOBAL_NAMESPACE)
+    pytree.register_pytree_node(cls, flatten, lambda children, aux: unflatten(aux, children))
+
+
+def parameters_of(module: nn.Module) -> MutableMapping[str, Tensor | None]:
+    """A module's own parameters, to read and to replace (``module._parameters``).
+
+    ``named_parameters`` cannot put a tensor that is no Parameter where a Parameter is, and its
+    generators cost more than the rest of a call's preparation. ``torch.func.functional_call``
+    replaces parameters too, but for the duration of one forward only.
+    """
+    return module._parameters  # type: ignore[return-value]
+
+
+def original_of(module: nn.Module) -> nn.Module | None:
+    """The module that torch.compile(module) wraps, else None (``_orig_mod``).
+
+    torch.compile has no public way back; ``torch._dynamo.OptimizedModule`` is private as well.
+    """
+    return module.__dict__.get("_modules", {}).get("_orig_mod")
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether a module is compiled on its own, so that its forward ignores overlays.
+
+    ``module.compile()`` leaves its mark in ``_compiled_call_impl`` alone.
+    """
+    return module._compiled_call_impl is not None or original_of(module) is not None
+
+
+def grouped_mm(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
+    """Each group of rows with its own matrix; ``F.grouped_mm`` calls the same (2.10 and later)."""
+    return torch._grouped_mm(x, weight, offs=offs)  # type: ignore[attr-defined]
+
+
+GROUPED_MM: Callable[..., Tensor] = torch._grouped_mm  # type: ignore[attr-defined]
+"""The function that an overlay sees, whether a model calls it or ``F.grouped_mm``, which passes its
+arguments on before torch asks them for an override."""
+
+
+def known_values(index: Tensor) -> list[int] | None:
+    """The numbers in an index tensor, or None where Python cannot know them.
+
+    Inside torch.compile, and for a tensor that vmap maps over. torch.func has no public way to ask
+    for the latter; one may replace ``torch._C._functorch``.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    functorch = torch._C._functorch  # type: ignore[attr-defined]
+    while functorch.is_functorch_wrapped_tensor(index):
+        if functorch.is_batchedtensor(index):
+            return None
+        index = functorch.get_unwrapped(index)
+    return index.tolist()

@@ -1,0 +1,135 @@
+"""All that the package knows of transformers and accelerate, as questions to a model.
+
+Nothing is imported from them: a model is asked for attributes by name, and one that lacks them is
+not theirs. Read in transformers 5.24 and accelerate 1.15; each question says what it rests on.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import Tensor, nn
+
+CHECKPOINT_FUNCTION = "_gradient_checkpointing_func"
+"""Where ``gradient_checkpointing_enable`` puts the function that a layer calls (transformers
+modeling_utils ``_set_gradient_checkpointing``)."""
+
+
+def config_of(model: nn.Module) -> Any:
+    """``model.config``, or None."""
+    return getattr(model, "config", None)
+
+
+def text_config(model: nn.Module) -> Any:
+    """The config that holds ``vocab_size``: ``config.get_text_config()`` of multimodal models."""
+    config = config_of(model)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def wants_cache(model: nn.Module) -> bool:
+    """Whether the model returns a key-value cache unless it is told not to: ``use_cache``."""
+    return bool(getattr(config_of(model), "use_cache", False))
+
+
+def pad_token(model: nn.Module) -> int | None:
+    """``config.pad_token_id``."""
+    pad = getattr(config_of(model), "pad_token_id", None)
+    return pad if isinstance(pad, int) else None
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """``config.is_encoder_decoder``: makes decoder inputs from labels where none are given."""
+    return bool(getattr(config_of(model), "is_encoder_decoder", False))
+
+
+def takes_logits_to_keep(model: nn.Module) -> bool:
+    """Whether the forward can leave out the logits of all but the last tokens."""
+    return "logits_to_keep" in inspect.signature(model.forward).parameters
+
+
+def output_head(model: nn.Module) -> nn.Module | None:
+    """The module that makes the logits: ``get_output_embeddings()``, whatever it is called."""
+    get = getattr(model, "get_output_embeddings", None)
+    try:
+        head = get() if callable(get) else None
+    except (AttributeError, NotImplementedError):  # a class that inherits the question only
+        return None
+    return head if isinstance(head, nn.Module) else None
+
+
+def output_heads(model: nn.Module) -> list[nn.Module]:
+    """The heads of a model and of the models within it, such as a captioner's text decoder."""
+    return [head for part in model.modules() if (head := output_head(part)) is not None]
+
+
+def loss_of(model: nn.Module) -> Any:
+    """``model.loss_function``, which the model's forward calls with its logits, or None."""
+    return getattr(model, "loss_function", None)
+
+
+def loss_type(model: nn.Module) -> str:
+    """``model.loss_type``, the key of its loss; causal language models may leave it out."""
+    return getattr(model, "loss_type", None) or "ForCausalLM"
+
+
+def has_causal_loss(model: nn.Module) -> bool:
+    """Whether the loss is the mean next-token cross-entropy (loss_utils ``ForCausalLMLoss``)."""
+    return getattr(loss_of(model), "__name__", "") == "ForCausalLMLoss"
+
+
+def checkpoints(module: nn.Module) -> bool:
+    """Whether a layer recomputes its activations in backward when it trains."""
+    return bool(module.__dict__.get("gradient_checkpointing")) and module.training
+
+
+def checkpoint_function(module: nn.Module) -> Any:
+    """The function that does so, or None; replace it under ``CHECKPOINT_FUNCTION``."""
+    return module.__dict__.get(CHECKPOINT_FUNCTION)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """transformers' Conv1D: a linear layer whose weight is (in, out) (pytorch_utils)."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def is_rotary(module: nn.Module) -> bool:
+    """A module that makes the tables of rotary position embeddings, by its class's name."""
+    return type(module).__name__.endswith("RotaryEmbedding")
+
+
+def offload_hook(module: nn.Module) -> str | None:
+    """The class of accelerate's hook that moves a layer's weights in its forward, or None.
+
+    ``_hf_hook`` is an AlignDevicesHook with ``offload``, a CpuOffload, or a SequentialHook of such.
+    """
+    hook = module.__dict__.get("_hf_hook")
+    for one in getattr(hook, "hooks", (hook,)):
+        if getattr(one, "offload", False) or type(one).__name__ == "CpuOffload":
+            return type(one).__name__
+    return None
+
+
+def forward_key(module: nn.Module) -> str:
+    """The attribute that holds a layer's own forward: accelerate's hooks keep it under another."""
+    return "_old_forward" if "_old_forward" in module.__dict__ else "forward"
+
+
+def experts_transposed(module: nn.Module) -> bool | None:
+    """Whether fused experts are stored (in, out), where the layer says so, else None.
+
+    ``is_transposed`` is set by ``use_experts_implementation`` (integrations/moe.py).
+    """
+    return getattr(module, "is_transposed", None)
+
+
+def is_experts(module: nn.Module, name: str, weight: Tensor) -> bool:
+    """Whether a layer's 3-D parameter is a stack of matrices, one for each expert.
+
+    Its class, its path or a number of experts equal to the first axis says so. Other 3-D parameters
+    are a matrix in disguise (XLNet's heads) or blocks of one (RecurrentGemma's gates).
+    """
+    if "expert" in type(module).__name__.lower() or "expert" in name.lower():
+        return True
+    counts = (v for k, v in vars(module).items() if "expert" in k.lower())
+    return any(type(count) is int and count == len(weight) for count in counts)
