@@ -7,6 +7,7 @@ not theirs. Read in transformers 5.24 and accelerate 1.15; each question says wh
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,6 +15,10 @@ from torch import Tensor, nn
 CHECKPOINT_FUNCTION = "_gradient_checkpointing_func"
 """Where ``gradient_checkpointing_enable`` puts the function that a layer calls (transformers
 modeling_utils ``_set_gradient_checkpointing``)."""
+
+
+LOSS_ARGUMENTS = frozenset(("shift_labels", "num_items_in_batch", "logits_to_keep"))
+"""Besides the labels, what a causal language model's loss depends on, or its head's input."""
 
 
 def config_of(model: nn.Module) -> Any:
@@ -32,6 +37,15 @@ def wants_cache(model: nn.Module) -> bool:
     return bool(getattr(config_of(model), "use_cache", False))
 
 
+def without_cache(model: nn.Module, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """A call's arguments, which ask for no cache unless the caller speaks of one.
+
+    It costs memory, and torch.func cannot return it.
+    """
+    no_cache = {"use_cache": False} if wants_cache(model) else {}
+    return {**no_cache, **kwargs}
+
+
 def pad_token(model: nn.Module) -> int | None:
     """``config.pad_token_id``."""
     pad = getattr(config_of(model), "pad_token_id", None)
@@ -43,9 +57,16 @@ def is_encoder_decoder(model: nn.Module) -> bool:
     return bool(getattr(config_of(model), "is_encoder_decoder", False))
 
 
-def takes_logits_to_keep(model: nn.Module) -> bool:
-    """Whether the forward can leave out the logits of all but the last tokens."""
-    return "logits_to_keep" in inspect.signature(model.forward).parameters
+def without_logits(model: nn.Module, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """A call's arguments with the logits of one token and without a loss, where the forward can.
+
+    An encoder-decoder keeps its labels, from which it makes the decoder's inputs.
+    """
+    key = "logits_to_keep"
+    if key in kwargs or key not in inspect.signature(model.forward).parameters:
+        return dict(kwargs)
+    dropped = () if is_encoder_decoder(model) else ("labels",)
+    return {**{k: v for k, v in kwargs.items() if k not in dropped}, key: 1}
 
 
 def output_head(model: nn.Module) -> nn.Module | None:

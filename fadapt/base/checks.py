@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
 from ..errors import TargetError
+from ..hugging_face import offload_hook
+from .torch_private import is_compiled, original_of
 
 STEP = "torch.compile(lambda params, batch: fadapt.run(model, params, batch))"
 
@@ -15,7 +16,7 @@ def check_model(model: nn.Module) -> None:
     """Refuses wrappers whose parameters are not the ones that their forward uses."""
     if not isinstance(model, nn.Module):
         raise TargetError(f"expected a torch.nn.Module, got {type(model).__name__}")
-    if hasattr(model, "_orig_mod"):
+    if original_of(model) is not None:
         raise TargetError(
             "the model is already compiled: pass the model itself (model._orig_mod) and compile "
             f"the step: {STEP}"
@@ -34,15 +35,13 @@ def check_module(name: str, module: nn.Module) -> None:
             f"{name or 'the model'} is an nn.DataParallel, which copies the parameters before its "
             "forward: pass model.module"
         )
-    hook = module.__dict__.get("_hf_hook")
-    for one in getattr(hook, "hooks", (hook,)):
-        if getattr(one, "offload", False) or type(one).__name__ == "CpuOffload":
-            raise TargetError(
-                f"{name or 'the model'} carries an offloading hook of accelerate "
-                f"({type(one).__name__}), which replaces the weights during the forward; load the "
-                "model onto one device (without device_map or offload_folder), or quantised"
-            )
-    if module._compiled_call_impl is not None or "_orig_mod" in module._modules:
+    if hook := offload_hook(module):
+        raise TargetError(
+            f"{name or 'the model'} carries an offloading hook of accelerate ({hook}), which "
+            "replaces the weights during the forward; load the model onto one device (without "
+            "device_map or offload_folder), or quantised"
+        )
+    if is_compiled(module):
         raise TargetError(
             f"{name or 'the model'} is compiled on its own (module.compile() or torch.compile("
             f"module)); compile the step instead: {STEP}"
@@ -51,7 +50,7 @@ def check_module(name: str, module: nn.Module) -> None:
 
 def check_weight(name: str, module: nn.Module, weight: Tensor) -> None:
     """Refuses weights that are not plain floating tensors, naming them."""
-    if isinstance(weight, UninitializedTensorMixin):
+    if isinstance(weight, nn.UninitializedParameter):
         raise TargetError(
             f"{name} is uninitialised (a lazy module); run the model once before fadapt"
         )

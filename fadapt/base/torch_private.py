@@ -58,6 +58,15 @@ def is_compiled(module: nn.Module) -> bool:
     return module._compiled_call_impl is not None or original_of(module) is not None
 
 
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor was written to; 0 for inference tensors, which do not count.
+
+    autograd's notes speak of the counter, ``_version``, and give no public name for it. A copy of
+    the tensor to compare with would cost its memory.
+    """
+    return 0 if tensor.is_inference() else tensor._version
+
+
 def grouped_mm(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
     """Each group of rows with its own matrix; ``F.grouped_mm`` calls the same (2.10 and later)."""
     return torch._grouped_mm(x, weight, offs=offs)  # type: ignore[attr-defined]

@@ -8,9 +8,9 @@ from enum import StrEnum
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 from torch.nn.utils.parametrize import ParametrizationList
 
+from ..hugging_face import experts_transposed, is_conv1d
 from .checks import check_module, check_weight
 from .fingerprint import fingerprint
 from .linear_map import DenseMap, LinearMap
@@ -167,7 +167,7 @@ def find_weights(model: nn.Module) -> list[BaseWeight]:
     for name, module, key, parameter in _walk(model):
         weight = found.get((id(module), key))
         if weight is None:
-            if isinstance(parameter, UninitializedTensorMixin):
+            if isinstance(parameter, nn.UninitializedParameter):
                 check_weight(name, module, parameter)
             kind, transposed, bias = _classify(module, key, parameter)
             if bias is not None:
@@ -207,11 +207,10 @@ def _classify(module: nn.Module, key: str, weight: Tensor) -> tuple[Kind, bool, 
     if weight.dim() > 2:
         stack = weight.dim() == 3 and min(weight.shape) > 1 and not hasattr(module, "kernel_size")
         kind = Kind.EXPERTS if stack else Kind.TENSOR
-        return kind, getattr(module, "is_transposed", False), None
+        return kind, bool(experts_transposed(module)), None
     if isinstance(module, nn.Linear) and key == "weight":
         return Kind.LINEAR, False, has("bias")
-    # transformers' Conv1D, recognised without importing transformers.
-    if type(module).__name__ == "Conv1D" and hasattr(module, "nf") and key == "weight":
+    if is_conv1d(module) and key == "weight":
         return Kind.LINEAR, True, has("bias")
     if isinstance(module, nn.MultiheadAttention) and key.endswith("proj_weight"):
         return Kind.LINEAR, False, has("in_proj_bias") if key == "in_proj_weight" else None

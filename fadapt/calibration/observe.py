@@ -17,6 +17,7 @@ from ..base.lock import refuse_bound
 from ..base.weights import BaseWeight, Kind
 from ..config import Config, Rules, as_config
 from ..errors import CalibrationError, FadaptWarning
+from ..hugging_face import output_head, pad_token
 from ..method import Method
 from ..overlay.call import bind
 from ..site import Site
@@ -71,7 +72,9 @@ def observe(
     _check_weights(found)
     sites = {site.name: site for _, site, _ in found}
     weights = {site.name: weight for weight, site, _ in found}
-    feed = _Feed(model, label_mask, head=any(_is_head(model, weight) for weight, _, _ in found))
+    feed = _Feed(
+        model, label_mask, head=any(weight.module is output_head(model) for weight, _, _ in found)
+    )
     source, again = _source(batches)
 
     streams = {name: name for name in sites}
@@ -112,8 +115,7 @@ class _Feed:
     def __init__(self, model: nn.Module, label_mask: bool, head: bool):
         self.model, self.label_mask, self.head = model, label_mask, head
         self.masked: bool | None = None
-        pad = getattr(getattr(model, "config", None), "pad_token_id", None)
-        self.pad = pad if isinstance(pad, int) else None
+        self.pad = pad_token(model)
 
     def run(self, batch: Any, where: str) -> None:
         args, kwargs = arguments(self.model, batch, where, self.head)
@@ -194,11 +196,6 @@ def _check_weights(found: list[tuple[BaseWeight, Site, Method]]) -> None:
                 f"{site.name} is a stack of experts, which cannot be calibrated; put a method "
                 f"there that needs no data, not {method}"
             )
-
-
-def _is_head(model: nn.Module, weight: BaseWeight) -> bool:
-    get = getattr(model, "get_output_embeddings", None)
-    return get is not None and weight.module is get()
 
 
 @contextmanager

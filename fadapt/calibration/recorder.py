@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..base.linear_map import LinearMap
+from ..base.torch_private import version_of
 from ..base.weights import BaseWeight
 from ..errors import CalibrationError
 from ..site import Site
@@ -60,7 +61,7 @@ class _Seen:
 
 
 def _version(x: Tensor) -> int:
-    return 0 if x.is_inference() else x._version
+    return version_of(x)
 
 
 class Discovery:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CalibrationError
+from ..hugging_face import without_cache, without_logits
 
 MASKS = ("attention_mask", "decoder_attention_mask")
 IGNORED = -100
@@ -33,15 +33,8 @@ def arguments(
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     if isinstance(batch, Mapping):
         kwargs = {k: _to_device(v, device) for k, v in batch.items()}
-        config = getattr(model, "config", None)
-        if getattr(config, "use_cache", False):
-            kwargs.setdefault("use_cache", False)
-        takes = inspect.signature(model.forward).parameters
-        if not head and "logits_to_keep" in takes and "logits_to_keep" not in kwargs:
-            kwargs["logits_to_keep"] = 1
-            if not getattr(config, "is_encoder_decoder", False):
-                kwargs.pop("labels", None)
-        return (), kwargs
+        kwargs = without_cache(model, kwargs)
+        return (), kwargs if head else without_logits(model, kwargs)
     if isinstance(batch, (tuple, list)):
         return tuple(_to_device(v, device) for v in batch), {}
     if isinstance(batch, Tensor):

@@ -11,13 +11,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..fusion import written
+from ..hugging_face import LOSS_ARGUMENTS, has_causal_loss, output_head
 from ..site import Site
 
 CHUNKED_FROM = 2**24
 """Logits of a stack, in numbers, from which a causal language model's loss is taken in chunks."""
-
-# What else a causal language model's loss depends on, or its head's input.
-_LOSS_ARGUMENTS = frozenset(("shift_labels", "num_items_in_batch", "logits_to_keep"))
 
 
 def chunked_cross_entropy(
@@ -158,12 +156,11 @@ def frozen_head(model: nn.Module, adapted: Container[str], batch: Any) -> Frozen
     """
     if not isinstance(batch, Mapping) or not isinstance(batch.get("labels"), Tensor):
         return None
-    function = getattr(model, "loss_function", None)
-    if getattr(function, "__name__", "") != "ForCausalLMLoss":
+    if not has_causal_loss(model):
         return None
-    if any(name in batch for name in _LOSS_ARGUMENTS):
+    if any(name in batch for name in LOSS_ARGUMENTS):
         return None
-    head = getattr(model, "get_output_embeddings", lambda: None)()
+    head = output_head(model)
     if type(head) is not nn.Linear or batch["labels"].numel() * head.out_features < CHUNKED_FROM:
         return None
     names = [n for n, module in model.named_modules(remove_duplicate=False) if module is head]

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from ..base.linear_map import LinearMap
+from ..base.torch_private import pytree
 from ..errors import ConfigError, FadaptError
 from ..linalg import inverse_permutation
 from ..method import Leaves, Method

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import ConfigError
+from ..hugging_face import config_of, loss_of, loss_type, text_config
 
 LossFn = Callable[[Any, Any], Tensor]
 """(output, batch) -> a scalar loss."""
@@ -37,12 +38,10 @@ def hugging_face_loss(
     advice = "pass loss_fn(output, batch) -> scalar to run"
     if not isinstance(batch, Mapping) or batch.get("labels") is None:
         raise ConfigError(f"no labels in the batch to make the losses of a stack from; {advice}")
-    function = getattr(model, "loss_function", None)
-    config: Any = getattr(model, "config", None)
-    kind = getattr(model, "loss_type", None) or "ForCausalLM"
+    function, config, kind = loss_of(model), config_of(model), loss_type(model)
     inputs = {k: v for k, v in batch.items() if k != "labels"}
     if function is not None and kind in _TOKEN_LOSSES:
-        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        text = text_config(model)
         return (
             lambda out, part: function(
                 logits=out.logits, labels=part["labels"], vocab_size=text.vocab_size

@@ -14,6 +14,7 @@ from ..base.lock import bound_params, exclusive
 from ..base.quantized import has_quantized
 from ..batch import Batch, arguments
 from ..errors import ConfigError, FadaptError
+from ..hugging_face import without_cache
 from ..params.adapter import Adapted
 from .checkpointing import recomputed
 from .mount import Mount, forwards_swapped, mounted, prepare
@@ -79,8 +80,7 @@ def call_on_batch(
     """The output of the adapted model on a batch, in one forward from which nothing goes on."""
     args, kwargs = arguments(batch)
     # A key-value cache costs memory, and torch.func cannot return one.
-    if "use_cache" not in kwargs and getattr(getattr(model, "config", None), "use_cache", False):
-        kwargs["use_cache"] = False
+    kwargs = without_cache(model, kwargs)
     return call(model, sites, "forward", args, kwargs, owner=owner)
 
 

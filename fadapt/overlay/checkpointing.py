@@ -15,6 +15,7 @@ import torch.utils.checkpoint
 from torch import nn
 
 from ..errors import FadaptError
+from ..hugging_face import CHECKPOINT_FUNCTION, checkpoint_function
 from ..params.adapter import Adapted
 
 
@@ -60,15 +61,15 @@ def recomputed(
     forward it is replaced by the non-reentrant one (equal gradients; the reentrant one loses them
     where no input requires grad) with a context that mounts the overlays again in backward.
     """
-    key = "_gradient_checkpointing_func"
-    before = [(m, m.__dict__[key]) for m in modules if key in m.__dict__]
+    functions = [(module, checkpoint_function(module)) for module in modules]
+    before = [(module, func) for module, func in functions if func is not None]
     try:
         for module, func in before:
             adapted = functools.partial(
                 func, use_reentrant=False, context_fn=lambda: (nullcontext(), again())
             )
-            setattr(module, key, adapted)
+            setattr(module, CHECKPOINT_FUNCTION, adapted)
         yield
     finally:
         for module, func in before:
-            setattr(module, key, func)
+            setattr(module, CHECKPOINT_FUNCTION, func)

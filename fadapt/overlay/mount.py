@@ -8,11 +8,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
 from ..base.checks import check_module, check_weight
 from ..base.quantized import QuantizedMap, quantized_map
+from ..base.torch_private import parameters_of
 from ..errors import ConfigError, FadaptError, TargetError
+from ..hugging_face import checkpoints, forward_key
 from ..params.adapter import Adapted
 from .checkpointing import CallContext, refuse_checkpoint
 from .rules import overlay
@@ -61,16 +62,15 @@ def prepare(model: nn.Module, sites: Mapping[str, Adapted], lasting: bool) -> Mo
     checkpointing: list[nn.Module] = []
     found: set[str] = set()
     for prefix, module in model.named_modules():
-        if module.__dict__.get("gradient_checkpointing") and module.training and call.grad:
+        if call.grad and checkpoints(module):
             checkpointing.append(module)
         check_module(prefix, module)
-        # Not named_parameters, whose generators cost more than the rest of this loop.
-        for key, weight in module._parameters.items():
+        for key, weight in parameters_of(module).items():
             if weight is None:
                 continue
             name = f"{prefix}.{key}" if prefix else key
             found.add(name)
-            if isinstance(weight, UninitializedTensorMixin):
+            if isinstance(weight, nn.UninitializedParameter):
                 check_weight(name, module, weight)
             if weight.is_meta:
                 raise TargetError(
@@ -98,8 +98,7 @@ def prepare(model: nn.Module, sites: Mapping[str, Adapted], lasting: bool) -> Mo
 def _swap(
     name: str, module: nn.Module, base: QuantizedMap, adapter: Adapted | None, call: CallContext
 ) -> tuple[nn.Module, str, SwappedForward]:
-    # accelerate's hooks keep the layer's own forward under this name, and call it.
-    key = "_old_forward" if "_old_forward" in module.__dict__ else "forward"
+    key = forward_key(module)
     if adapter is not None:
         if isinstance(module.__dict__.get(key), SwappedForward):
             raise FadaptError(f"{name} is already adapted: the model is inside fadapt.bound")
@@ -143,17 +142,15 @@ def _check_site(
 @contextmanager
 def mounted(mount: Mount) -> Iterator[None]:
     """Everything in its place within the block, and as it was afterwards."""
-    # nn.Module has no public way to put a non-Parameter where a Parameter is; functional_call
-    # does this too, but only for the duration of one forward.
-    before = [(module, key, module._parameters[key]) for module, key, _ in mount.places]
+    before = [(module, key, parameters_of(module)[key]) for module, key, _ in mount.places]
     try:
         for module, key, new in mount.places:
-            module._parameters[key] = new  # type: ignore[assignment]
+            parameters_of(module)[key] = new
         with forwards_swapped(mount):
             yield
     finally:
         for module, key, old in reversed(before):
-            module._parameters[key] = old
+            parameters_of(module)[key] = old
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..base.linear_map import DenseMap
+from ..base.torch_private import GROUPED_MM, grouped_mm, known_values
 from ..errors import TargetError
 from . import experts
 from .checkpointing import refuse_checkpoint
@@ -123,7 +124,7 @@ def _bmm(a: Tensor, b: Tensor) -> Any:
     return y.mT if rows_out else y
 
 
-@implements(torch._grouped_mm)  # type: ignore[attr-defined]
+@implements(GROUPED_MM)
 def _grouped_mm(
     x: Tensor, weight: Tensor, offs: Tensor | None = None, bias: Any = None, out_dtype: Any = None
 ) -> Any:
@@ -134,7 +135,7 @@ def _grouped_mm(
     site = weight.adapter.site
     if not site.experts or site.transposed == weight.flipped:
         return NotImplemented
-    ends = _values(offs)
+    ends = known_values(offs)
     if ends is None:
         return NotImplemented
     refuse_checkpoint(weight.adapter, weight.call)
@@ -145,17 +146,5 @@ def _grouped_mm(
         x,
         weight.frozen,
         ends,
-        lambda x: torch._grouped_mm(x, frozen, offs=offs),  # type: ignore[attr-defined]
+        lambda x: grouped_mm(x, frozen, offs),
     )
-
-
-def _values(index: Tensor) -> list[int] | None:
-    """The numbers in an index tensor, or None where Python cannot know them."""
-    if torch.compiler.is_compiling():
-        return None
-    functorch = torch._C._functorch  # type: ignore[attr-defined]
-    while functorch.is_functorch_wrapped_tensor(index):
-        if functorch.is_batchedtensor(index):
-            return None
-        index = functorch.get_unwrapped(index)
-    return index.tolist()

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import torch.utils._pytree as pytree
 import torch.utils.checkpoint
 from torch import Tensor
 
+from ..base.torch_private import pytree
 from ..errors import DenseFallbackWarning, FadaptError, TargetError
 from ..linalg import inverse_permutation
 from ..params.adapter import Adapted

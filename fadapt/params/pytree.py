@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import optree
-
-# torch.func flattens its arguments with this registry; torch has no public name for it.
-import torch.utils._pytree as torch_pytree
-from optree.registry import __GLOBAL_NAMESPACE as GLOBAL_NAMESPACE
+from ..base.torch_private import register_node as register_node
 
 
 class Note:
@@ -25,11 +20,3 @@ class Note:
 
     def __hash__(self) -> int:
         return 0
-
-
-def register_node(
-    cls: type, flatten: Callable[[Any], Any], unflatten: Callable[[Any, Any], Any]
-) -> None:
-    """Registers a class in optree and in torch's pytree; ``unflatten(aux, children)``."""
-    optree.register_pytree_node(cls, flatten, unflatten, namespace=GLOBAL_NAMESPACE)
-    torch_pytree.register_pytree_node(cls, flatten, lambda children, aux: unflatten(aux, children))

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor
 
+from ..base.torch_private import pytree
 from ..errors import ConfigError, require
 from ..seeds import generator
 

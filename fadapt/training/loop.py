@@ -10,10 +10,10 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from ..base.eval_mode import evaluating
+from ..base.torch_private import pytree
 from ..errors import CheckpointError, ConfigError
 from ..io.adapters import save
 from ..params.stack import stack

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from ...base.torch_private import pytree
 from ...batch import arguments
 from ...errors import ConfigError
 from ...fold.fold import cannot_fold

@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor
 
+from ...base.torch_private import pytree
 from ...params.params import Params
 from ...params.stack import Stack
 from ...run import run

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor
+
+from ...base.torch_private import pytree
 
 WARMUP = 2
 """Calls that run as they are, for compilation and the libraries' own first use."""

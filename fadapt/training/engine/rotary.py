@@ -10,19 +10,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from ...base.torch_private import pytree
 from ...fusion import written
+from ...hugging_face import is_rotary
 
 
 @contextmanager
 def tables_written(model: nn.Module) -> Iterator[None]:
     """Within the block the rotary embeddings of a Hugging Face model pass on copies."""
     handles = [
-        module.register_forward_hook(_copied)
-        for module in model.modules()
-        if type(module).__name__.endswith("RotaryEmbedding")
+        module.register_forward_hook(_copied) for module in model.modules() if is_rotary(module)
     ]
     try:
         yield
