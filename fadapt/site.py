@@ -78,7 +78,12 @@ class Site:
         if weight.transposed != self.transposed:
             order = "(in, out), not (out, in)" if weight.transposed else "(out, in), not (in, out)"
             return f"is stored {order}"
-        return None
+        if (weight.shape, weight.experts) != (self.matrix_shape, self.experts):
+            return f"has {weight.experts} experts of {weight.shape}, not {self.experts}"
+        if weight.kernel != self.kernel:
+            return f"has the kernel {weight.kernel}, not {self.kernel}"
+        kinds = {Kind.LINEAR if k is Kind.QUANTIZED else k for k in (weight.kind, self.kind)}
+        return None if len(kinds) == 1 else f"is {weight.kind}, not {self.kind}"
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..base.checks import check_model
 from ..base.eval_mode import evaluating
 from ..base.lock import refuse_bound
 from ..base.weights import BaseWeight, Kind
@@ -25,7 +26,7 @@ from ..statistics.reduction import Reduction, State, Statistic, Stream, statisti
 from ..targeting import resolve
 from .memory_plan import plan_passes
 from .recorder import Discovery, Probe, Recorder, See, zero_states
-from .stats import Stats, base_fingerprints
+from .stats import Stats, base_fingerprints, check_tolerance
 from .token_mask import RowFilter, arguments, halves
 
 
@@ -61,14 +62,18 @@ def observe(
         progress: show a progress bar in a terminal, where rich is installed.
 
     Raises:
-        CalibrationError: nothing to observe, no batches, a batch without the mask it needs, or rows
-            that do not match the mask.
+        CalibrationError: nothing to observe, no batches, a batch without the mask it needs, rows
+            that do not match the mask, or an option of the wrong kind.
         FadaptError: the model is inside ``bound``.
     """
+    check_model(model)
     refuse_bound(model, "fadapt.observe")
-    configs = cfg if isinstance(cfg, Sequence) else [cfg]
+    statistics = _check_options(statistics, max_memory, tolerance)
+    configs = cfg if isinstance(cfg, Sequence) and not isinstance(cfg, str) else [cfg]
+    if not configs:
+        raise CalibrationError("nothing to observe: the list of configs is empty")
     found = [part for c in configs for part in resolve(model, as_config(c))]
-    wanted = _wanted(found, tuple(statistics))
+    wanted = _wanted(found, statistics)
     _check_weights(found)
     sites = {site.name: site for _, site, _ in found}
     weights = {site.name: weight for weight, site, _ in found}
@@ -107,6 +112,23 @@ def observe(
             raise CalibrationError(EMPTY)
         states.update(recorder.states)
     return Stats(streams, states, base_fingerprints(model), tolerance)
+
+
+def _check_options(statistics: Any, max_memory: Any, tolerance: Any) -> tuple[Statistic, ...]:
+    """The statistics, after a check of what is easily mistaken."""
+    check_tolerance(tolerance)
+    if max_memory is not None and (type(max_memory) is not int or max_memory < 1):
+        raise CalibrationError(
+            f"max_memory must be a number of bytes such as 2**30, or None; got {max_memory!r:.80}"
+        )
+    many = isinstance(statistics, Iterable) and not isinstance(statistics, (str, Mapping))
+    found = tuple(statistics) if many else (statistics,)
+    if not many or not all(isinstance(s, Statistic) for s in found):
+        raise CalibrationError(
+            f"statistics must be a list of fadapt.calibration.Statistic, got {statistics!r:.80}; "
+            "write statistics=[Statistic(SumSq())]"
+        )
+    return found
 
 
 class _Feed:

@@ -6,13 +6,14 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import reduce
-from pathlib import Path
+from numbers import Real
+from os import PathLike
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..base.weights import BaseWeight, find_weights
+from ..base.weights import BaseWeight, find_weights, weights_by_name
 from ..errors import CalibrationError
 from ..statistics.moments import PCA
 from ..statistics.reduction import Reduction, Side, State, Statistic, Stream
@@ -38,6 +39,9 @@ class Stats:
     tolerance: float = 0.0
     _spectra: dict[Any, Spectrum] = field(default_factory=dict, repr=False)
 
+    def __post_init__(self) -> None:
+        check_tolerance(self.tolerance)
+
     def get(self, site: str, statistic: Statistic) -> Any:
         """The finalised statistic of a site.
 
@@ -45,10 +49,10 @@ class Stats:
             CalibrationError: the site or statistic was not observed, too few rows were, or too
                 many of them hold NaN or Inf.
         """
-        if site not in self.streams:
+        if not isinstance(statistic, Statistic):
             raise CalibrationError(
-                f"no statistics for {site}; observed were {sorted(self.streams)[:4]}... "
-                "Observe with init's config: stats = fadapt.observe(model, cfg, batches)"
+                f"expected a fadapt.calibration.Statistic, got {statistic!r:.80}: "
+                "stats.get(site, Statistic(SumSq()))"
             )
         stream, wanted = self._stream(site, statistic.side), statistic.reduction
         stored, state = self._find(site, stream, wanted)
@@ -70,7 +74,10 @@ class Stats:
 
     def tokens(self, site: str, side: Side = "in") -> int:
         """How many rows were counted at a site (pairs, where only pairs were observed)."""
-        return max(int(s["n"]) for s in self.states[self._stream(site, side)].values())
+        kinds = self.states.get(self._stream(site, side))
+        if not kinds:
+            raise CalibrationError(f"{site}: nothing was observed of its {side!r} side")
+        return max(int(s["n"]) for s in kinds.values())
 
     @property
     def shared(self) -> list[list[str]]:
@@ -93,6 +100,11 @@ class Stats:
         Raises:
             CalibrationError: the parts observed another model, other sites or other statistics.
         """
+        for other in others:
+            if not isinstance(other, Stats):
+                raise CalibrationError(
+                    f"combine takes Stats, got {type(other).__name__}: a.combine(b, c)"
+                )
         return reduce(_combine_two, others, self)
 
     def check_base(self, model: nn.Module) -> None:
@@ -112,13 +124,27 @@ class Stats:
                     f"the statistics were observed on another base model: {name} {what}. "
                     "Observe this one: stats = fadapt.observe(model, cfg, batches)"
                 )
+        weights = weights_by_name(model)
+        for (site, side), kinds in self.states.items():
+            for reduction, state in kinds.items():
+                width = next(len(state[k]) for k, shape in reduction.leaves(1).items() if shape)
+                weight = weights.get(site)
+                if weight is None or weight.shape[side == "in"] != width:
+                    has = "no such weight" if weight is None else f"the shape {weight.shape}"
+                    raise CalibrationError(
+                        f"the {side}put statistics of {site} are {width} wide; the model has {has}"
+                    )
 
-    def save(self, path: str | Path) -> None:
-        """Writes a safetensors file: the states as tensors, the rest as JSON metadata."""
+    def save(self, path: str | PathLike[str]) -> None:
+        """Writes a safetensors file, whole or not at all, with a checksum.
+
+        Raises:
+            CheckpointError: a path or disk that refuses, or a reduction of your own.
+        """
         files.write(self.streams, self.states, self.base, self.tolerance, path)
 
     @classmethod
-    def load(cls, path: str | Path, model: nn.Module | None = None) -> Stats:
+    def load(cls, path: str | PathLike[str], model: nn.Module | None = None) -> Stats:
         """Reads what :meth:`save` wrote.
 
         Args:
@@ -126,7 +152,8 @@ class Stats:
             model: checked against the model observed, where given; ``init`` always checks.
 
         Raises:
-            CalibrationError: not such a file, a damaged one, or one of another base model.
+            CheckpointError: not such a file, a damaged one, or one of an earlier version.
+            CalibrationError: statistics of another base model.
         """
         stats = cls(*files.read(path))
         if model is not None:
@@ -146,6 +173,11 @@ class Stats:
         return f"Stats({len(self.streams)} sites, {count} states, {self.nbytes / 2**20:.1f} MiB)"
 
     def _stream(self, site: str, side: Side) -> Stream:
+        if not isinstance(site, str) or site not in self.streams:
+            raise CalibrationError(
+                f"no statistics for {site!s:.200}; observed were {sorted(self.streams)[:4]}... "
+                "Observe with init's config: stats = fadapt.observe(model, cfg, batches)"
+            )
         return (self.streams[site] if side == "in" else site), side
 
     def _find(self, site: str, stream: Stream, wanted: Reduction) -> tuple[Reduction, State]:
@@ -176,6 +208,15 @@ class Stats:
 
 
 UNSEEN = "the layer did not run, or its weight is used by an operation without an overlay rule"
+
+
+def check_tolerance(tolerance: float) -> None:
+    """Raises CalibrationError unless it is a share of rows, from 0 to 1."""
+    number = isinstance(tolerance, Real) and not isinstance(tolerance, bool)
+    if not number or not 0 <= tolerance <= 1:
+        raise CalibrationError(
+            f"tolerance must be the share of rows to accept, from 0 to 1; got {tolerance!r:.80}"
+        )
 
 
 def base_fingerprints(model: nn.Module) -> dict[str, str]:

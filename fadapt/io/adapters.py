@@ -6,20 +6,20 @@ import dataclasses
 import os
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..base.checks import check_model
-from ..base.linear_map import DenseMap
 from ..base.lock import exclusive
 from ..base.weights import BaseWeight, Kind, weights_by_name
+from ..config import Config
 from ..errors import CheckpointError, ConfigError
-from ..method import STRENGTH
+from ..method import Method
 from ..params.adapter import Adapter
 from ..params.params import Params, trainable_leaves
 from ..site import Site
 from .as_json import config_from_json, config_to_json, method_from_json, method_to_json
-from .tensors import FORMAT_VERSION, read_tensors, write_tensors
+from .expected import check_specs
+from .tensors import FORMAT_VERSION, TensorFile, as_path, open_tensors, write_tensors
 
 
 def save(params: Params, path: str | os.PathLike[str]) -> None:
@@ -75,81 +75,107 @@ def load(
         CheckpointError: a missing, damaged, foreign or newer file; missing or extra keys; wrong
             shapes; a method that this process does not know; another base. Names the key.
     """
-    if not isinstance(path, (str, os.PathLike)):
-        raise CheckpointError(f"expected a path, got {type(path).__name__}: load(path, model)")
+    as_path(path)
     check_model(model)
-    meta, tensors = read_tensors(path)
-    where = os.fspath(path)
-    try:
-        config = meta["config"] and config_from_json(meta["config"])
-        records = {
-            name: (
-                _site(record["site"]),
-                method_from_json(record["method"]),
-                {k: f"{name}|train|{k}" for k in record["train"]},
-                {k: f"{name}|fixed|{k}" for k in record["fixed"]},
+    with open_tensors(path) as file:
+        config, records = _records(file)
+        with exclusive(model):
+            weights = weights_by_name(model)
+            for record in records:
+                _check_record(file, record, weights.get(record.site.name), allow_other_base)
+        # Nothing large has been read so far.
+        tensors = file.read()
+    adapters = {}
+    for record in records:
+        name = record.site.name
+        weight = weights[name]
+        site = dataclasses.replace(record.site, kind=weight.kind, fingerprint=weight.fingerprint())
+        adapters[name] = Adapter(site, record.method, {}, {}).replace(
+            *(
+                {k: tensors[key].to(weight.device) for k, key in part.items()}
+                for part in (record.train, record.fixed)
             )
-            for name, record in meta["sites"].items()
-        }
-    except ConfigError as error:
-        raise CheckpointError(f"{where}: {error}") from error
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise CheckpointError(f"{where}: its metadata is not fadapt's: {error!r}") from error
-    keys = [k for _, _, *parts in records.values() for part in parts for k in part.values()]
-    if missing := sorted(set(keys) - tensors.keys()):
-        raise CheckpointError(f"{where} lacks the key {missing[0]} ({len(missing)} in all)")
-    if extra := sorted(tensors.keys() - set(keys)):
-        raise CheckpointError(f"{where}: the key {extra[0]} belongs to no site")
-    with exclusive(model):
-        weights = weights_by_name(model)
-        adapters = {}
-        for name, (site, method, *parts) in records.items():
-            if name != site.name:
-                raise CheckpointError(f"{where}: the record of {name} is that of {site.name}")
-            weight = weights.get(name)
-            if weight is None:
-                raise CheckpointError(f"{where}: the model has no parameter {name}")
-            mark = _check_base(where, site, weight, allow_other_base)
-            adapter = Adapter(
-                dataclasses.replace(site, fingerprint=mark),
-                method,
-                *({k: tensors[key] for k, key in part.items()} for part in parts),
-            )
-            _check_leaves(where, adapter)
-            adapters[name] = adapter.replace(
-                *(
-                    {k: t.to(weight.device) for k, t in p.items()}
-                    for p in (adapter.train, adapter.fixed)
-                )
-            )
+        )
     return trainable_leaves(Params(adapters, config))
 
 
-def _check_leaves(where: str, adapter: Adapter) -> None:
-    """Runs the adapted map on meta tensors: leaves of other shapes or names do not fit it."""
-    site, leaves = adapter.site, adapter.leaves
-    if odd := [k for k, t in leaves.items() if not t.is_floating_point()]:
-        raise CheckpointError(f"{where}: {site.name}: {odd[0]} is {leaves[odd[0]].dtype}")
-    with torch.no_grad(), torch.device("meta"):
-        bias = torch.empty(site.out_features) if site.bias else None
-        base = DenseMap(torch.empty(site.matrix_shape), bias)
-        p = {k: t.to("meta") for k, t in leaves.items()}
-        if site.experts:  # one of them stands for all
-            p = {k: t if k == STRENGTH else t[0] for k, t in p.items()}
-        shapes = {k: tuple(t.shape) for k, t in p.items()}
-        try:
-            shape = tuple(adapter.method(p, torch.empty(3, site.in_features), base).shape)
-        except (KeyError, IndexError, RuntimeError, ValueError) as error:
-            raise CheckpointError(
-                f"{where}: the leaves {shapes} of {site.name} do not fit "
-                f"{adapter.method!r}: {error}"
-            ) from error
-    if shape != (3, site.out_features):
-        raise CheckpointError(f"{where}: the leaves of {site.name} do not fit its shape")
+@dataclasses.dataclass(frozen=True)
+class _Record:
+    """What a file says of one site; ``train`` and ``fixed`` are {leaf: key in the file}."""
+
+    site: Site
+    method: Method
+    train: dict[str, str]
+    fixed: dict[str, str]
 
 
-def _check_base(where: str, site: Site, weight: BaseWeight, allow_other: bool) -> str:
-    """The fingerprint of the model's weight, after the checks."""
+def _records(file: TensorFile) -> tuple[Config | None, list[_Record]]:
+    """The config and the records of a file, whose keys are those of its tensors."""
+    where, meta = file.where, file.meta
+    try:
+        config = meta["config"] and config_from_json(meta["config"])
+        records = [_record(name, record) for name, record in meta["sites"].items()]
+    except ConfigError as error:
+        raise CheckpointError(f"{where}: {error}") from error
+    # The file chooses a method and its fields; whatever their checks raise is said of the file.
+    except Exception as error:
+        raise CheckpointError(f"{where}: its metadata is not fadapt's: {error!r}") from error
+    if not records:
+        raise CheckpointError(f"{where} holds no adapter")
+    keys = [key for r in records for part in (r.train, r.fixed) for key in part.values()]
+    if missing := sorted(set(keys) - file.specs.keys()):
+        raise CheckpointError(f"{where} lacks the key {missing[0]} ({len(missing)} in all)")
+    if extra := sorted(file.specs.keys() - set(keys)):
+        raise CheckpointError(f"{where}: the key {extra[0]} belongs to no site")
+    if len(set(keys)) < len(keys):
+        raise CheckpointError(f"{where}: a tensor belongs to two leaves")
+    return config, records
+
+
+def _record(name: str, record: Any) -> _Record:
+    site = _site(record["site"])
+    if name != site.name:
+        raise ConfigError(f"the record of {name} is that of {site.name}")
+    parts = []
+    for part in ("train", "fixed"):
+        leaves = record[part]
+        if not isinstance(leaves, list) or not all(isinstance(k, str) for k in leaves):
+            raise ConfigError(f"{name}: {part} must be a list of names, got {leaves!r}")
+        if len(set(leaves)) < len(leaves):
+            raise ConfigError(f"{name}: a name occurs twice in {part}")
+        parts.append({k: f"{name}|{part}|{k}" for k in leaves})
+    return _Record(site, method_from_json(record["method"]), *parts)
+
+
+def _site(record: Any) -> Site:
+    """The site, every field of the type that it has."""
+    types = {
+        **dict.fromkeys(("name", "kind", "role", "note", "fingerprint"), str),
+        **dict.fromkeys(("out_features", "in_features", "experts"), int),
+    }
+    known = {f.name for f in dataclasses.fields(Site)}
+    if not isinstance(record, dict) or record.keys() != known:
+        raise ConfigError(f"a site must have {sorted(known)}, got {record!r}")
+    tied, kernel, bias = record["tied"], record["kernel"], record["bias"]
+    sound = all(type(record[k]) is t for k, t in types.items())
+    sound = sound and type(record["transposed"]) is bool
+    sound = sound and (bias is None or isinstance(bias, str))
+    sound = sound and isinstance(tied, list) and all(isinstance(n, str) for n in tied)
+    sound = sound and isinstance(kernel, list) and all(type(n) is int for n in kernel)
+    if not sound or record["kind"] not in set(Kind):
+        raise ConfigError(f"the record of a site has a value of the wrong kind: {record!r}")
+    return Site(
+        **{**record, "kind": Kind(record["kind"]), "tied": tuple(tied), "kernel": tuple(kernel)}
+    )
+
+
+def _check_record(
+    file: TensorFile, record: _Record, weight: BaseWeight | None, allow_other: bool
+) -> None:
+    """Refuses a record that does not fit the model's weight, or leaves that do not fit it."""
+    site, where = record.site, file.where
+    if weight is None:
+        raise CheckpointError(f"{where}: the model has no parameter {site.name}")
     if weight.is_meta:
         raise CheckpointError(
             f"{where}: {site.name} is a meta tensor in the model; load the weights first"
@@ -159,16 +185,11 @@ def _check_base(where: str, site: Site, weight: BaseWeight, allow_other: bool) -
             f"{where}: in the model, {site.name} {what} as in the base that the adapter was made "
             "for"
         )
-    mark = weight.fingerprint()
-    if not allow_other and mark != site.fingerprint:
+    if not allow_other and weight.fingerprint() != site.fingerprint:
         raise CheckpointError(
             f"{where}: {site.name} has other values or another dtype ({weight.parameter.dtype}) "
             "than the base that the adapter was made for. Load that base, or pass "
             "allow_other_base=True"
         )
-    return mark
-
-
-def _site(record: dict[str, Any]) -> Site:
-    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in record.items()}
-    return Site(**{**fields, "kind": Kind(record["kind"])})
+    parts = [{k: file.specs[key] for k, key in p.items()} for p in (record.train, record.fixed)]
+    check_specs(f"{where}: {site.name}", site, record.method, *parts)

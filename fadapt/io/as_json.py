@@ -12,17 +12,20 @@ from ..config import Config
 from ..errors import ConfigError
 from ..method import Method
 
+MAX_DEPTH = 16
+"""How deep methods, and tuples in their fields, may hold each other in a file."""
 
-def method_to_json(method: Method) -> dict[str, Any]:
+
+def method_to_json(method: Method, depth: int = 0) -> dict[str, Any]:
     """{"method": name, "fields": {field: value}}; nested methods likewise.
 
     Raises:
-        ConfigError: a field that JSON cannot hold.
+        ConfigError: a field that JSON cannot hold, or methods nested too deep.
     """
     fields = {}
     for field in (f for f in dataclasses.fields(method) if f.init):
         try:
-            fields[field.name] = _to_json(getattr(method, field.name))
+            fields[field.name] = _to_json(getattr(method, field.name), depth + 1)
         except TypeError as error:
             raise ConfigError(
                 f"{type(method).__name__}.{field.name}: {error}; a method's fields must be None, "
@@ -31,7 +34,7 @@ def method_to_json(method: Method) -> dict[str, Any]:
     return {"method": method_key(type(method)), "fields": fields}
 
 
-def method_from_json(data: Mapping[str, Any]) -> Method:
+def method_from_json(data: Mapping[str, Any], depth: int = 0) -> Method:
     """The inverse of :func:`method_to_json`, over the Method classes defined in this process.
 
     Nothing is imported by name, so a file cannot choose code to run.
@@ -39,7 +42,7 @@ def method_from_json(data: Mapping[str, Any]) -> Method:
     Raises:
         ConfigError: an unknown method or field, or a value that the method refuses.
     """
-    fields = {k: _from_json(v) for k, v in data["fields"].items()}
+    fields = {k: _from_json(v, depth + 1) for k, v in data["fields"].items()}
     key = data.get("method")
     classes = {method_key(cls): cls for cls in _subclasses(Method)}
     if key not in classes:
@@ -66,14 +69,30 @@ def config_to_json(config: Config) -> dict[str, Any]:
 
 
 def config_from_json(data: Mapping[str, Any]) -> Config:
-    """The inverse of :func:`config_to_json`."""
-    rules = {p: m and method_from_json(m) for p, m in data["rules"]}
+    """The inverse of :func:`config_to_json`.
+
+    Raises:
+        ConfigError: a missing, unknown or unsuitable entry.
+    """
+    known = {f.name for f in dataclasses.fields(Config)}
+    if not isinstance(data, Mapping) or data.keys() != known:
+        raise ConfigError(f"a config must have {sorted(known)}, got {data!r:.200}")
+    for key in ("rules", "roles", "exclude", *(["layers"] if data["layers"] is not None else [])):
+        if not isinstance(data[key], list):
+            raise ConfigError(f"{key} of a config must be a list, got {data[key]!r:.200}")
+    try:
+        rules = {p: m and method_from_json(m) for p, m in data["rules"]}
+        dtype = None if data["dtype"] is None else getattr(torch, data["dtype"])
+    except (TypeError, ValueError, AttributeError, KeyError) as error:
+        raise ConfigError(f"the rules or dtype of a config are damaged: {error!r}") from error
+    if len(rules) < len(data["rules"]):
+        raise ConfigError("a config has two rules of one pattern")
     return Config(
         rules=rules[""] if list(rules) == [""] and rules[""] is not None else rules,
         layers=data["layers"],
         roles=tuple(data["roles"]),
         exclude=tuple(data["exclude"]),
-        dtype=data["dtype"] and getattr(torch, data["dtype"]),
+        dtype=dtype,
         seed=data["seed"],
     )
 
@@ -88,19 +107,26 @@ def _subclasses(cls: type[Method]) -> list[type[Method]]:
     return [s for c in cls.__subclasses__() for s in (c, *_subclasses(c))]
 
 
-def _to_json(value: Any) -> Any:
+def _to_json(value: Any, depth: int) -> Any:
+    _check_depth(depth)
     if isinstance(value, Method):
-        return method_to_json(value)
+        return method_to_json(value, depth)
     if isinstance(value, (tuple, list)):
-        return [_to_json(v) for v in value]
+        return [_to_json(v, depth + 1) for v in value]
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     raise TypeError(f"cannot save {value!r}")
 
 
-def _from_json(value: Any) -> Any:
+def _from_json(value: Any, depth: int) -> Any:
+    _check_depth(depth)
     if isinstance(value, Mapping) and "method" in value:
-        return method_from_json(value)
+        return method_from_json(value, depth)
     if isinstance(value, list):
-        return tuple(_from_json(v) for v in value)
+        return tuple(_from_json(v, depth + 1) for v in value)
     return value
+
+
+def _check_depth(depth: int) -> None:
+    if depth > 2 * MAX_DEPTH:  # a method in a tuple is two levels
+        raise ConfigError(f"methods are nested more than {MAX_DEPTH} deep")

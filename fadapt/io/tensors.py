@@ -179,7 +179,7 @@ def open_tensors(path: str | os.PathLike[str]) -> Iterator[TensorFile]:
         ...     tensors = file.read()
         mine [2] float32
     """
-    where = _path(path, "read")
+    where = as_path(path)
     try:
         if not os.path.isfile(where):
             raise CheckpointError(f"{where} is not a file")
@@ -219,7 +219,7 @@ def write_tensors(
         CheckpointError: what cannot be saved, or a path, directory or disk that refuses. An earlier
             file is untouched.
     """
-    where = _path(path, "write")
+    where = as_path(path)
     host = {key: _on_host(key, tensors[key]) for key in sorted(tensors)}
     try:
         text = json.dumps(
@@ -247,6 +247,24 @@ def write_tensors(
             "save in several files"
         )
     _replace(where, [len(start).to_bytes(8, "little") + start, *(_bytes(host[k]) for k in order)])
+
+
+def as_path(path: Any) -> str:
+    """A path as a str.
+
+    Raises:
+        CheckpointError: something else than a str or pathlib.Path, or no possible name.
+    """
+    if not isinstance(path, (str, os.PathLike)):
+        raise CheckpointError(
+            f"expected a path, a str or pathlib.Path, got {type(path).__name__}: {path!r:.80}"
+        )
+    where = os.fspath(path)
+    if not isinstance(where, str):
+        raise CheckpointError(f"the path {where!r} is bytes; write os.fsdecode(path)")
+    if not where or "\0" in where:
+        raise CheckpointError(f"the path {where!r} is not a file name")
+    return where
 
 
 def _replace(where: str, parts: list[Any]) -> None:
@@ -283,19 +301,6 @@ def _check_target(where: str, target: Path) -> None:
     if not stat.S_ISREG(mode):
         kind = "a directory" if stat.S_ISDIR(mode) else "no regular file"
         raise CheckpointError(f"{where!r} is {kind}; give the name of a file")
-
-
-def _path(path: Any, verb: str) -> str:
-    if not isinstance(path, (str, os.PathLike)):
-        raise CheckpointError(
-            f"expected a path to {verb}, a str or pathlib.Path, got {type(path).__name__}"
-        )
-    where = os.fspath(path)
-    if not isinstance(where, str):
-        raise CheckpointError(f"the path {where!r} is bytes; write os.fsdecode(path)")
-    if not where or "\0" in where:
-        raise CheckpointError(f"{where!r} is not a file name")
-    return where
 
 
 def _on_host(key: Any, tensor: Any) -> Tensor:

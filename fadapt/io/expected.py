@@ -1,0 +1,152 @@
+"""What leaves a method has at a site, from shapes alone: what a file's leaves are compared with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from ..base.linear_map import DenseMap
+from ..errors import CheckpointError
+from ..method import STRENGTH, Leaves, Method
+from ..seeds import generator
+from ..site import Site, SiteView
+from .tensors import TensorSpec
+
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+Specs = dict[str, TensorSpec]
+
+
+def check_specs(who: str, site: Site, method: Method, train: Specs, fixed: Specs) -> None:
+    """Refuses leaves that the method does not have at this site; nothing is computed.
+
+    Args:
+        who: names the file and the site, for messages.
+        train, fixed: {leaf: shape and dtype}, with the axis of the experts in front.
+
+    Raises:
+        CheckpointError: other names, shapes or dtypes, or a method that refuses the site.
+    """
+    specs = {**train, **fixed}
+    if len(specs) < len(train) + len(fixed):
+        raise CheckpointError(f"{who}: {sorted(train.keys() & fixed.keys())} is there twice")
+    _check_dtypes(who, method, specs)
+    strength = fixed.get(STRENGTH)
+    if STRENGTH in train or (strength is not None and strength.shape):
+        raise CheckpointError(f"{who}: the strength must be one fixed number, got {strength}")
+    own = [
+        {k: spec for k, spec in part.items() if k != STRENGTH and _per_expert(who, site, k, spec)}
+        for part in (train, fixed)
+    ]
+    shapes = [{k: s.shape[1:] if site.experts else s.shape for k, s in p.items()} for p in own]
+    both = {**shapes[0], **shapes[1]}
+    try:
+        method.check(site)
+        _check_rank(who, method, both)
+        _check_map(who, site, method, both)
+        made = _made(site, method)
+    except CheckpointError:
+        raise
+    # A file chooses the method and its fields, so whatever they raise is said of the file.
+    except Exception as error:
+        raise CheckpointError(f"{who}: the leaves {both} do not fit {method!r}: {error}") from error
+    if made is not None and made != (shapes[0], shapes[1]):
+        raise CheckpointError(
+            f"{who}: {method!r} has the leaves {made[0]} and {made[1]} there, trainable and fixed; "
+            f"the file has {shapes[0]} and {shapes[1]}"
+        )
+
+
+def _check_dtypes(who: str, method: Method, specs: Specs) -> None:
+    if odd := [k for k, spec in specs.items() if spec.dtype not in FLOATS]:
+        raise CheckpointError(f"{who}: {odd[0]} is {specs[odd[0]].dtype}")
+    wide = method.keep_wide | {STRENGTH}
+    dtypes = {str(spec.dtype) for k, spec in specs.items() if k not in wide}
+    if len(dtypes) > 1:
+        raise CheckpointError(f"{who}: its leaves are of several dtypes, {sorted(dtypes)}")
+
+
+def _per_expert(who: str, site: Site, key: str, spec: TensorSpec) -> bool:
+    if site.experts and spec.shape[:1] != (site.experts,):
+        raise CheckpointError(f"{who}: {key} is {spec}, for a stack of {site.experts} matrices")
+    return True
+
+
+def _check_rank(who: str, method: Method, shapes: dict[str, tuple[int, ...]]) -> None:
+    # First: where the shapes are made, a rank of 10¹² is a shape like any other.
+    r = getattr(method, "r", None)
+    for key, axis in method.rank_axes.items():
+        shape = shapes.get(key)
+        if r is not None and shape is not None and (len(shape) < -axis or shape[axis] != r):
+            raise CheckpointError(f"{who}: {key} has the shape {list(shape)}, under {method!r}")
+
+
+def _check_map(who: str, site: Site, method: Method, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Runs the adapted map on tensors without values."""
+    with torch.no_grad(), torch.device("meta"):
+        p = {k: torch.empty(shape) for k, shape in shapes.items()}
+        y = method(p, torch.empty(3, site.in_features), _base(site))
+    if tuple(y.shape) != (3, site.out_features):
+        raise CheckpointError(f"{who}: the leaves {shapes} do not fit its shape")
+
+
+def _base(site: Site) -> DenseMap:
+    bias = torch.empty(site.out_features, device="meta") if site.bias else None
+    return DenseMap(torch.empty(site.matrix_shape, device="meta"), bias)
+
+
+def _made(site: Site, method: Method) -> tuple[dict, dict] | None:
+    """The shapes of what ``method.init`` returns; None where they cannot be known without data."""
+    try:
+        with torch.no_grad(), torch.device("meta"), _AnyAnswer():
+            view = _ShapeView(site, _base(site), torch.device("meta"), torch.float32)
+            stat = _statistic(method.statistic, site)
+            train, fixed = method.init(view, generator(0, site.name), stat)
+        return _shapes(train), _shapes(fixed)
+    except Exception:
+        # A method may draw its own numbers, or refuse a statistic without values.
+        return None
+
+
+def _shapes(leaves: Leaves) -> dict[str, tuple[int, ...]]:
+    return {k: tuple(t.shape) for k, t in leaves.items()}
+
+
+def _statistic(wanted: Any, site: Site) -> Any:
+    if wanted is None:
+        return None
+    if isinstance(wanted, tuple):
+        return tuple(_statistic(part, site) for part in wanted)
+    stored = wanted.reduction.stored
+    width = site.in_features if wanted.side == "in" else site.out_features
+    state = stored.zero(width, "meta", torch.empty(site.matrix_shape, device="meta"))
+    counts = {"n": torch.tensor(1e9, device="cpu"), "bad": torch.tensor(0.0, device="cpu")}
+    return wanted.reduction.finalise(stored.convert({**state, **counts}, wanted.reduction))
+
+
+class _ShapeView(SiteView):
+    """A site whose random tensors have no values, and cost nothing."""
+
+    def uniform(self, rng: torch.Generator, shape: Any, bound: float) -> Tensor:
+        return self.zeros(*shape)
+
+    def normal(self, rng: torch.Generator, shape: Any, std: float = 1.0) -> Tensor:
+        return self.zeros(*shape)
+
+
+class _AnyAnswer(TorchFunctionMode):
+    """Inside, questions about values that do not exist are answered: yes, and very many.
+
+    Calibrated methods ask whether a statistic is finite and how many directions it has; the shapes
+    of what they make do not depend on it.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if args and isinstance(args[0], Tensor) and args[0].is_meta:
+            if func is Tensor.__bool__:
+                return True
+            if func in (Tensor.item, Tensor.__int__, Tensor.__index__):
+                return 1 << 40
+        return func(*args, **(kwargs or {}))

@@ -1,0 +1,1 @@
+"""Hostile files and calls, counted: ``python -m tests.attack.files`` and ``.calls``."""
