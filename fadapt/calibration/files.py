@@ -98,7 +98,7 @@ def _metadata(file: TensorFile) -> tuple[Streams, dict[str, str], float]:
             "written by Stats.save"
         )
     streams, base = (_names(file, k) for k in ("streams", "base"))
-    tolerance = meta.get("tolerance")
+    tolerance: Any = meta.get("tolerance")
     if not streams or any(streams.get(first) != first for first in streams.values()):
         raise CheckpointError(f"{file.where}: a site shares the stream of a site that has none")
     if type(tolerance) not in (int, float) or not 0 <= tolerance <= 1:

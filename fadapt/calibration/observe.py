@@ -69,7 +69,7 @@ def observe(
     check_model(model)
     refuse_bound(model, "fadapt.observe")
     statistics = _check_options(statistics, max_memory, tolerance)
-    configs = cfg if isinstance(cfg, Sequence) and not isinstance(cfg, str) else [cfg]
+    configs: Sequence[Config | Rules] = cfg if isinstance(cfg, (list, tuple)) else [cfg]  # type: ignore[list-item]
     if not configs:
         raise CalibrationError("nothing to observe: the list of configs is empty")
     found = [part for c in configs for part in resolve(model, as_config(c))]
@@ -122,7 +122,7 @@ def _check_options(statistics: Any, max_memory: Any, tolerance: Any) -> tuple[St
             f"max_memory must be a number of bytes such as 2**30, or None; got {max_memory!r:.80}"
         )
     many = isinstance(statistics, Iterable) and not isinstance(statistics, (str, Mapping))
-    found = tuple(statistics) if many else (statistics,)
+    found: tuple[Any, ...] = tuple(statistics) if many else ()
     if not many or not all(isinstance(s, Statistic) for s in found):
         raise CalibrationError(
             f"statistics must be a list of fadapt.calibration.Statistic, got {statistics!r:.80}; "
