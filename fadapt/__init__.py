@@ -1,5 +1,6 @@
 """fadapt: small adapters as pure functions over an explicit params pytree."""
 
+from . import peft as peft
 from .as_lora import TruncatedLoRA as TruncatedLoRA
 from .as_lora import as_lora as as_lora
 from .calibration import Stats as Stats

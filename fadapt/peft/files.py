@@ -1,0 +1,190 @@
+"""PEFT's directory: adapter_config.json and adapter_model.safetensors, with limits, whole.
+
+Several adapters share a directory: the one named "default" lies in it, every other in a folder of
+its own name. Nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as tensors_from_bytes
+from safetensors.torch import save as tensors_to_bytes
+from torch import Tensor
+
+from ..errors import CheckpointError
+
+CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+DEFAULT = "default"
+LARGEST_CONFIG = 8 << 20
+LARGEST_HEADER = 64 << 20
+
+PathLike = str | os.PathLike[str]
+
+
+def adapters_in(path: PathLike) -> list[str]:
+    """The names of the adapters in a directory: "default" first, if it has one.
+
+    Example:
+        >>> fadapt.peft.adapters_in(folder)  # doctest: +SKIP
+        ['default', 'style']
+    """
+    root = Path(path)
+    if not root.is_dir():
+        raise CheckpointError(f"{root} is not a directory")
+    found = [DEFAULT] if (root / CONFIG).is_file() else []
+    return found + sorted(p.parent.name for p in root.glob(f"*/{CONFIG}"))
+
+
+def read_directory(path: PathLike, adapter: str | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The config and the tensors of one adapter.
+
+    Raises:
+        CheckpointError: a missing, damaged, oversized or pickled file; see :func:`check_tensors`.
+    """
+    if not isinstance(path, (str, os.PathLike)):
+        raise CheckpointError(f"expected a path, got {type(path).__name__}: load_peft(path, model)")
+    root = Path(path)
+    names = adapters_in(root)
+    if adapter is not None:
+        check_name(adapter)
+        if adapter not in names:
+            raise CheckpointError(f"{root} holds no adapter {adapter!r}; it holds {names}")
+    elif DEFAULT not in names:
+        raise CheckpointError(
+            f"{root} lacks {CONFIG}"
+            + (f'; it holds {names}: pass adapter="{names[0]}"' if names else "")
+        )
+    if adapter not in (None, DEFAULT):
+        root = root / str(adapter)
+    if not (root / WEIGHTS).is_file():
+        if (root / PICKLE).is_file():
+            raise CheckpointError(
+                f"{root / PICKLE} is a pickle, which can run any code when it is read, so fadapt "
+                "does not. Write it anew with PEFT: model.save_pretrained(path)"
+            )
+        raise CheckpointError(f"{root} lacks {WEIGHTS}")
+    config = _read_config(root / CONFIG)
+    tensors = _read_tensors(root / WEIGHTS)
+    check_tensors(tensors, str(root / WEIGHTS))
+    return config, tensors
+
+
+def check_tensors(tensors: Mapping[str, Tensor], where: str) -> None:
+    """Refuses what cannot be an adapter's values.
+
+    Raises:
+        CheckpointError: no tensors; a tensor that is not floating, or holds NaN or Inf.
+    """
+    if not tensors:
+        raise CheckpointError(f"{where} holds no tensors")
+    for key, tensor in tensors.items():
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            found = getattr(tensor, "dtype", type(tensor).__name__)
+            raise CheckpointError(f"{where}: {key} is {found}, not a floating tensor")
+        # A sum carries NaN and Inf along, without a temporary of the tensor's size.
+        if not tensor.is_meta and not tensor.sum(dtype=torch.float64).isfinite():
+            raise CheckpointError(f"{where}: {key} holds NaN or Inf")
+
+
+def check_name(adapter: str) -> None:
+    """Refuses a name that is not a plain folder's."""
+    if (
+        not isinstance(adapter, str)
+        or adapter in ("", ".", "..")
+        or set(adapter) & set("/\\\0")
+        or Path(adapter).name != adapter
+    ):
+        raise CheckpointError(f"{adapter!r} is not the name of an adapter: write a plain word")
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        size = path.stat().st_size
+        if size > LARGEST_CONFIG:
+            raise CheckpointError(
+                f"{path} has {size:,} bytes; a config has at most {LARGEST_CONFIG:,}"
+            )
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not readable JSON: {error!r}"[:400]) from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} holds a {type(config).__name__}, not an object")
+    return config
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+        if length > min(LARGEST_HEADER, path.stat().st_size):
+            raise CheckpointError(
+                f"{path} is truncated or not safetensors: it announces a header of {length:,} bytes"
+            )
+        return tensors_from_bytes(path.read_bytes())
+    except (OSError, SafetensorError, ValueError, KeyError, RecursionError) as error:
+        raise CheckpointError(f"{path} is truncated or not safetensors: {error}") from error
+
+
+def write_directory(
+    adapters: Mapping[str, tuple[dict[str, Any], dict[str, Tensor]]], path: PathLike
+) -> None:
+    """Writes adapters to a directory, whole or not at all.
+
+    A new directory appears under its name when all of it is on the disk. In one that exists, other
+    files stay; the files are first written beside their names, and the old config goes before the
+    old tensors do, so that what an interrupted save leaves is refused and never mixed.
+    """
+    if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
+        raise CheckpointError(f"{path!r} is not the name of a directory")
+    files: dict[Path, bytes] = {}
+    for name, (config, tensors) in adapters.items():
+        check_name(name)
+        folder = Path() if name == DEFAULT else Path(name)
+        host = {k: t.detach().cpu().contiguous().clone() for k, t in tensors.items()}
+        files[folder / WEIGHTS] = tensors_to_bytes(host, {"format": "pt"})
+        files[folder / CONFIG] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
+    target = Path(os.path.realpath(path))
+    mark = f".{uuid.uuid4().hex}.tmp"
+    temporary = target.parent / f".{target.name[:40]}{mark}"
+    try:
+        if target.exists() and not target.is_dir():
+            raise CheckpointError(f"{target} is a file; name a directory")
+        _write(files, temporary)
+        if not target.exists():
+            os.replace(temporary, target)
+            return
+        for folder in {f.parent for f in files}:
+            (target / folder).mkdir(exist_ok=True)
+            (target / folder / CONFIG).unlink(missing_ok=True)
+            for name in (WEIGHTS, CONFIG):
+                os.replace(temporary / folder / name, target / folder / name)
+    except OSError as error:
+        raise CheckpointError(f"could not write {os.fspath(path)}: {error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write(files: Mapping[Path, bytes], folder: Path) -> None:
+    for name, data in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        with (folder / name).open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def is_number(value: Any) -> bool:
+    """Whether JSON's value is a finite number."""
+    return type(value) in (int, float) and abs(value) < 1e300 and math.isfinite(value)

@@ -1,0 +1,248 @@
+"""Format: how PEFT's files hold one family of methods; what the file of a family defines."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError, ConfigError
+from ..method import STRENGTH, Leaves, Method
+from ..params.adapter import Adapter
+from .files import is_number
+from .matching import exact_pattern, pattern_value, targets_for
+from .places import LINEAR, PARAMETER, Place
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Read:
+    """What a file says of one place: a method and its leaves."""
+
+    method: Method
+    train: Leaves
+    fixed: Leaves
+
+
+class Settings:
+    """A config whose values are checked as they are read.
+
+    Args:
+        config: from adapter_config.json.
+        where: the file, for errors.
+    """
+
+    def __init__(self, config: Mapping[str, Any], where: str):
+        self.config, self.where = config, where
+        self.used: dict[str, set[str]] = {}
+
+    def fail(self, message: str) -> CheckpointError:
+        return CheckpointError(f"{self.where}: {message}")
+
+    def integer(self, field: str, default: int, least: int = 1) -> int:
+        return self._integer(field, self._get(field, default), least)
+
+    def number(self, field: str, default: float) -> float:
+        return self._number(field, self._get(field, default))
+
+    def flag(self, field: str, default: bool) -> bool:
+        value = self._get(field, default)
+        if not isinstance(value, bool):
+            raise self.fail(f"{field} is {value!r}, not true or false")
+        return value
+
+    def text(self, field: str, default: str) -> str:
+        value = self._get(field, default)
+        if not isinstance(value, str):
+            raise self.fail(f"{field} is {value!r}, not a string")
+        return value
+
+    def integer_at(self, place: Place, field: str, default: int, patterns: str) -> int:
+        """``field``, or what the patterns say for this place."""
+        found = self._pattern(place, patterns)
+        return self.integer(field, default) if found is None else self._integer(patterns, found, 1)
+
+    def number_at(self, place: Place, field: str, default: float, patterns: str) -> float:
+        """``field``, or what the patterns say for this place."""
+        found = self._pattern(place, patterns)
+        return self.number(field, default) if found is None else self._number(patterns, found)
+
+    def _pattern(self, place: Place, field: str) -> Any:
+        patterns = self.patterns(field)
+        found = pattern_value(patterns, place.name)
+        if found is None:
+            return None
+        self.used.setdefault(field, set()).add(found[0])
+        return found[1]
+
+    def patterns(self, field: str) -> dict[str, Any]:
+        value = self.config.get(field) or {}
+        if not isinstance(value, dict):
+            raise self.fail(f"{field} is {value!r}, not an object")
+        return value
+
+    def _get(self, field: str, default: Any) -> Any:
+        value = self.config.get(field)
+        return default if value is None else value
+
+    def _integer(self, field: str, value: Any, least: int) -> int:
+        if type(value) is not int or not least <= value < 2**31:
+            raise self.fail(f"{field} is {value!r}, not an integer of at least {least}")
+        return value
+
+    def _number(self, field: str, value: Any) -> float:
+        if not is_number(value):
+            raise self.fail(f"{field} is {value!r}, not a finite number")
+        return float(value)
+
+
+class Taken:
+    """The tensors of one place, each checked against the shape that its layer needs."""
+
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        place: Place,
+        where: str,
+        initial: Taken | None = None,
+    ):
+        self._tensors, self._place, self._where = dict(tensors), place, where
+        self.initial = initial
+        """Those of the same adapter before training, if they are given."""
+
+    def __contains__(self, suffix: str) -> bool:
+        return suffix in self._tensors
+
+    def take(self, suffix: str, *shape: int) -> Tensor:
+        """A tensor of this shape, where -1 stands for any positive size."""
+        tensor = self._tensors.get(suffix)
+        key = f"{self._place.key}.{suffix}"
+        if tensor is None:
+            raise CheckpointError(
+                f"{self._where} lacks {key}; of this module it has {sorted(self._tensors)}"
+            )
+        found = tuple(tensor.shape)
+        if len(found) != len(shape) or any(
+            n != m and (n != -1 or m < 1) for n, m in zip(shape, found, strict=True)
+        ):
+            site = self._place.site
+            raise CheckpointError(
+                f"{self._where}: {key} has shape {found}, and {site.name} (outputs, inputs) = "
+                f"{site.matrix_shape} needs {shape}: the file was made for another base"
+            )
+        return tensor
+
+
+class Format:
+    """One ``peft_type``. A subclass is one file of this package; see the package's docstring."""
+
+    peft_type: ClassVar[str]
+    methods: ClassVar[tuple[type[Method], ...]]
+    """The classes that it writes. A subclass counts if its increment is inherited."""
+    suffixes: ClassVar[tuple[str, ...]]
+    """The names of a module's tensors."""
+    layers: ClassVar[frozenset[str]] = frozenset({LINEAR})
+    """What PEFT applies it to; names of :mod:`fadapt.peft.places`."""
+    fields: ClassVar[frozenset[str]] = frozenset()
+    """The config fields of its own that it reads, or may leave unread."""
+    refused: ClassVar[Mapping[str, str]] = {}
+    """{field: why a file that sets it cannot be read}."""
+    patterns: ClassVar[tuple[str, ...]] = ()
+    """The fields that map patterns of names to values."""
+    bias_only: ClassVar[str] = ""
+    """The value of ``bias`` that saves the biases of the adapted modules."""
+    trains_bias: ClassVar[bool] = False
+    """Whether a Chain of one of its methods with BitFit can be written."""
+
+    def read(self, settings: Settings, place: Place, tensors: Taken) -> Read:
+        """The method and leaves of one place."""
+        raise NotImplementedError
+
+    def settings(self, adapters: Mapping[Place, Adapter]) -> dict[str, Any]:
+        """The config fields that hold for all adapters of a file."""
+        raise NotImplementedError
+
+    def write(self, place: Place, adapter: Adapter, settings: Mapping[str, Any]) -> Tensors:
+        """{suffix: tensor} of one place."""
+        raise NotImplementedError
+
+    def targets(self, adapters: Mapping[Place, Adapter], modules: Sequence[str]) -> list[str] | str:
+        """``target_modules`` for these places, of all modules of the model."""
+        wanted = [place.module for place in adapters if place.layer != PARAMETER]
+        return targets_for(wanted, modules) if wanted else []
+
+    def finish(self, settings: Settings) -> None:
+        """Refuses patterns that no place has used."""
+        for field in self.patterns:
+            for pattern in settings.patterns(field).keys() - settings.used.get(field, set()):
+                raise settings.fail(
+                    f"{field}: {pattern!r} matches no adapted module, or an earlier pattern "
+                    "takes all that it matches"
+                )
+
+    def writes(self, method: Method) -> bool:
+        """Whether a method is one of its own, with the increment that its class defines."""
+        cls = type(method)
+        for known in self.methods:
+            if isinstance(method, known):
+                return all(
+                    getattr(cls, part) is getattr(known, part) for part in ("shift", "delta")
+                )
+        return False
+
+
+def strength(adapter: Adapter) -> float:
+    """The runtime strength of an adapter; 1 by default."""
+    value = adapter.leaves.get(STRENGTH)
+    return 1.0 if value is None else float(value)
+
+
+def refuse_strength(place: Place, adapter: Adapter) -> None:
+    """Refuses a strength other than 1, where a file has no room for it."""
+    c = strength(adapter)
+    if c != 1:
+        raise CheckpointError(
+            f"{place.site.name}: PEFT's format has no strength, and the increment of "
+            f"{adapter.method!r} is at strength {c:g}. Write fadapt.scale(params, 1.0), or save "
+            "fadapt.as_lora(model, params, r=...), which folds it in"
+        )
+
+
+def common(values: Iterable[tuple[Place, Any]], what: str) -> Any:
+    """The one value of all places, or an error that names two of them."""
+    found: dict[Any, Place] = {}
+    for place, value in values:
+        found.setdefault(value, place)
+    if len(found) > 1:
+        (a, first), (b, second) = list(found.items())[:2]
+        raise CheckpointError(
+            f"PEFT's format has one {what} for all modules, and {first.site.name} has {a!r} where "
+            f"{second.site.name} has {b!r}: save them apart, or convert them: fadapt.as_lora"
+        )
+    return next(iter(found))
+
+
+def majority(values: Mapping[Place, Any], default: Any = None) -> tuple[Any, dict[str, Any]]:
+    """(the default or the most frequent value, {pattern: value} of the places with others)."""
+    if default is None:
+        count = Counter(values.values())
+        default = max(count, key=lambda v: count[v])
+    return default, {exact_pattern(p.name): v for p, v in values.items() if v != default}
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """In float32 or better."""
+    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def build(make: Any, where: str) -> Any:
+    """``make()``, with a ConfigError of a method as an error of the file."""
+    try:
+        return make()
+    except ConfigError as error:
+        raise CheckpointError(f"{where}: {error}") from error

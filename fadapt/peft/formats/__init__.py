@@ -1,0 +1,46 @@
+"""The table of formats; another one is one more file and one more line here."""
+
+from __future__ import annotations
+
+from ...errors import CheckpointError
+from ...params.adapter import Adapter
+from ..format import Format
+from .delora import DeLoRAFormat
+from .hra import HRAFormat
+from .ia3 import IA3Format
+from .lora import LoRAFormat
+from .oft import OFTFormat
+from .road import RoAdFormat
+
+FORMATS: tuple[Format, ...] = (
+    LoRAFormat(),
+    DeLoRAFormat(),
+    IA3Format(),
+    HRAFormat(),
+    RoAdFormat(),
+    OFTFormat(),
+)
+
+
+def format_named(peft_type: object, where: str) -> Format:
+    """The format of a file's ``peft_type``."""
+    for one in FORMATS:
+        if one.peft_type == peft_type:
+            return one
+    raise CheckpointError(
+        f"{where}: peft_type is {str(peft_type)[:80]!r}; fadapt reads "
+        f"{', '.join(f.peft_type for f in FORMATS)}"
+    )
+
+
+def format_of(name: str, adapter: Adapter) -> Format:
+    """The format that holds an adapter."""
+    method = adapter.method
+    for one in FORMATS:
+        if one.writes(method):
+            return one
+    raise CheckpointError(
+        f"{name}: PEFT has no format for {method!r}. Convert it first: "
+        "save_peft(model, fadapt.as_lora(model, params), path), with r=... where its increment "
+        "has full rank"
+    )

@@ -1,0 +1,296 @@
+"""LORA: LoRA, rsLoRA, EVA, DoRA; PiSSA, OLoRA and CorDA as the difference of two LoRAs.
+
+Files. ``lora_A.weight`` (r, in), ``lora_B.weight`` (out, r); of embeddings ``lora_embedding_A``
+(r, vocab) and ``lora_embedding_B`` (dim, r); of convolutions with the kernel's axes;
+``lora_magnitude_vector`` (out,) for DoRA; ``lora_B.bias`` (out,), which is scaled like B. Of a
+stack of experts A is (experts r, in), one expert after the other, and B is (out, r experts), one
+*rank* after the other. Scale: alpha / r, or alpha / sqrt(r) with ``use_rslora``; both by patterns.
+
+Starts that change the frozen weight (``init_lora_weights``). PEFT subtracts s B0 A0 from W when it
+makes and when it loads such an adapter, and the file holds A and B alone. "pissa" and "olora" are
+computed from W again, as PEFT does. Where that cannot give the same again ("pissa_niter_N" is not
+seeded, "corda" and "lora_ga" need data), the adapter as it was before training has to be given:
+``load_peft(path, model, initial=...)``. Written is W + s (B A - B0 A0) as one LoRA of twice the
+rank with ``init_lora_weights: true``, as PEFT's own conversion writes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...errors import CheckpointError
+from ...linalg import top_svd
+from ...method import Factors, Leaves, Method
+from ...methods._moved_factors import MovedFactors
+from ...methods.bitfit import BitFit
+from ...methods.chain import Chain
+from ...methods.dora import DoRA
+from ...methods.lora import LoRA, RsLoRA
+from ...methods.pissa import PiSSA
+from ...params.adapter import Adapter
+from ..format import Format, Read, Settings, Taken, Tensors, majority, refuse_strength, strength
+from ..places import CONV1D, CONVOLUTION, EMBEDDING, LINEAR, PARAMETER, QUANTIZED, Place
+
+UNCHANGED_BASE = ("gaussian", "eva", "orthogonal", "mica")
+
+
+class LoRAFormat(Format):
+    """LoRA and what PEFT counts as one."""
+
+    peft_type = "LORA"
+    methods = (DoRA, MovedFactors, LoRA)
+    suffixes = (
+        *("lora_A.weight", "lora_B.weight", "lora_B.bias"),
+        *("lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"),
+    )
+    layers = frozenset({LINEAR, CONV1D, QUANTIZED, EMBEDDING, CONVOLUTION, PARAMETER})
+    fields = frozenset(
+        "r lora_alpha use_rslora use_dora init_lora_weights rank_pattern alpha_pattern lora_bias "
+        "fan_in_fan_out target_parameters lora_dropout eva_config corda_config lora_ga_config "
+        "loftq_config megatron_config megatron_core runtime_config velora_config qalora_group_size "
+        "ensure_weight_tying".split()
+    )
+    refused: ClassVar[Mapping[str, str]] = {
+        "layer_replication": "it repeats layers of the model",
+        "alora_invocation_tokens": "its increment starts at a token (aLoRA)",
+        "use_qalora": "it pools the inputs (QALoRA)",
+        "use_bdlora": "its factors are block diagonal over devices",
+        "arrow_config": "it routes between adapters",
+        "kasa_config": "it cuts the frozen weight (KaSA)",
+        "monteclora_config": "it samples its weights",
+        "trainable_token_indices": "it replaces rows of the embedding",
+    }
+    patterns = ("rank_pattern", "alpha_pattern")
+    bias_only = "lora_only"
+    trains_bias = True
+
+    def read(self, settings: Settings, place: Place, tensors: Taken) -> Read:
+        a, b = _take_factors(settings, place, tensors)
+        r = a.shape[-2]
+        alpha = settings.number_at(place, "lora_alpha", 8, "alpha_pattern")
+        rs = settings.flag("use_rslora", False)
+        method: LoRA = RsLoRA(r, alpha) if rs else LoRA(r, alpha)
+        start = _start(settings, place, tensors, method, a)
+        if settings.flag("use_dora", False):
+            if start is not None:
+                raise settings.fail(
+                    f"{place.key}: DoRA over a start that changes the frozen weight"
+                )
+            read = _read_dora(settings, place, tensors, method, a, b)
+        elif start is not None:
+            a0, b0 = start
+            s = method.scaling
+            # PiSSA is the class whose start, too, is the same; all three run alike.
+            kind = PiSSA if settings.config.get("init_lora_weights") == "pissa" else MovedFactors
+            read = Read(kind(r=r, alpha=s * r), {"dA": a - a0, "dB": b - b0}, {"A0": a0, "B0": b0})
+        else:
+            read = Read(method, {"A": a, "B": b}, {})
+        if "lora_B.bias" in tensors:
+            return with_bias(read, method.scaling * tensors.take("lora_B.bias", b.shape[-2]))
+        return read
+
+    def settings(self, adapters: Mapping[Place, Adapter]) -> dict[str, Any]:
+        parts = {place: split_bias(adapter) for place, adapter in adapters.items()}
+        methods = [method for method, _, _ in parts.values()]
+        dora = [isinstance(m, DoRA) for m in methods]
+        if any(dora) and not all(dora):
+            names = [p.site.name for p, d in zip(parts, dora, strict=True) if not d]
+            raise CheckpointError(
+                f"PEFT's format has use_dora for all modules or none, and {names[0]} is not DoRA: "
+                "save them apart, or convert them: fadapt.as_lora(model, params, r=...)"
+            )
+        rs = all(isinstance(m, RsLoRA) and "s" not in p for m, p, _ in parts.values())
+        ranks, alphas = {}, {}
+        for place, (method, p, _) in parts.items():
+            ranks[place] = _rank(method, p)
+            alphas[place] = _alpha(method, p, ranks[place], rs)
+        bare = [place for place in parts if place.layer == PARAMETER]
+        r = alpha = None
+        if bare:
+            # PEFT takes patterns that match only parameters for mistaken, so these have the
+            # defaults; their factors are padded and scaled to them.
+            r = max(ranks[place] for place in bare)
+            alpha = alphas[bare[0]] if ranks[bare[0]] == r else (1 if rs else r)
+            ranks.update(dict.fromkeys(bare, r))
+            alphas.update(dict.fromkeys(bare, alpha))
+        r, rank_pattern = majority(ranks, r)
+        alpha, alpha_pattern = majority(alphas, alpha)
+        if any(dora) and bare:
+            raise CheckpointError(f"{bare[0].site.name}: PEFT has no DoRA for a bare parameter")
+        return {
+            "r": r,
+            "lora_alpha": alpha,
+            "rank_pattern": rank_pattern,
+            "alpha_pattern": alpha_pattern,
+            "use_rslora": rs,
+            "use_dora": all(dora),
+            "lora_dropout": 0.0,
+            "init_lora_weights": True,
+            "lora_bias": any(bias is not None for _, _, bias in parts.values()),
+            "fan_in_fan_out": all(place.layer == CONV1D for place in parts),
+        }
+
+    def write(self, place: Place, adapter: Adapter, settings: Mapping[str, Any]) -> Tensors:
+        method, p, bias = split_bias(adapter)
+        c, s = strength(adapter), _scale(method, p)
+        a, b = method._factors(p) if isinstance(method, MovedFactors) else (p["A"], p["B"])
+        found = {}
+        if isinstance(method, DoRA):
+            refuse_strength(place, adapter)
+            found["lora_magnitude_vector"] = _magnitude(place, p)
+        if place.layer == PARAMETER:
+            r, own = settings["r"], settings["lora_alpha"]
+            c = c * s / (own / (r**0.5 if settings["use_rslora"] else r))
+            a, b = F.pad(a, (0, 0, 0, r - a.shape[-2])), F.pad(b, (0, r - b.shape[-1]))
+        a, b = _put_factors(place, a, b if c == 1 else c * b)
+        embedding = place.layer == EMBEDDING
+        names = ("lora_embedding_A", "lora_embedding_B") if embedding else self.suffixes[:2]
+        found.update(zip(names, (a, b), strict=True))
+        if settings["lora_bias"]:
+            if place.layer in (EMBEDDING, PARAMETER):
+                raise CheckpointError(
+                    f"{place.site.name}: PEFT has no lora_bias for {place.layer}s"
+                )
+            if bias is None:
+                bias = b.new_zeros(place.site.out_features)
+            found["lora_B.bias"] = c * bias / s
+        return found
+
+
+def with_bias(read: Read, d: Tensor) -> Read:
+    """What a file says of a weight, and its trained bias as an increment d."""
+    first, second = BitFit(), read.method
+    # A method that acts on the bias acts on the trained one.
+    order = (first, second) if read.method.acts_on_bias else (second, first)
+    place = order.index(first)
+    leaves = [{f"{1 - place}.{k}": t for k, t in part.items()} for part in (read.train, read.fixed)]
+    return Read(Chain(order), {**leaves[0], f"{place}.d": d}, leaves[1])
+
+
+def split_bias(adapter: Adapter) -> tuple[Any, Leaves, Tensor | None]:
+    """The method, its leaves, and the trained bias of a Chain with BitFit, or None."""
+    if not isinstance(adapter.method, Chain):
+        return adapter.method, adapter.leaves, None
+    methods = adapter.method.methods
+    own = next(i for i, m in enumerate(methods) if not isinstance(m, BitFit))
+    p, prefix = adapter.leaves, f"{own}."
+    rest = {k[len(prefix) :]: t for k, t in p.items() if k.startswith(prefix)}
+    return methods[own], rest, p[f"{1 - own}.d"]
+
+
+def _take_factors(settings: Settings, place: Place, tensors: Taken) -> Factors:
+    r = settings.integer_at(place, "r", 8, "rank_pattern")
+    site = place.site
+    d_out, d_in = site.matrix_shape
+    if place.layer == EMBEDDING:
+        return tensors.take("lora_embedding_A", r, d_in), tensors.take("lora_embedding_B", d_out, r)
+    if place.layer == CONVOLUTION:
+        ones = (1,) * (len(site.kernel) - 1)
+        a = tensors.take("lora_A.weight", r, *site.kernel)
+        return a.flatten(1), tensors.take("lora_B.weight", d_out, r, *ones).flatten(1)
+    if not site.experts:
+        return tensors.take("lora_A.weight", r, d_in), tensors.take("lora_B.weight", d_out, r)
+    a = tensors.take("lora_A.weight", site.experts * r, d_in).unflatten(0, (site.experts, r))
+    b = tensors.take("lora_B.weight", d_out, r * site.experts).unflatten(1, (r, site.experts))
+    return a, b.permute(2, 0, 1).contiguous()
+
+
+def _put_factors(place: Place, a: Tensor, b: Tensor) -> Factors:
+    site = place.site
+    if place.layer == CONVOLUTION:
+        return a.unflatten(1, site.kernel), b.reshape(*b.shape, *(1,) * (len(site.kernel) - 1))
+    if site.experts:
+        return a.flatten(0, 1), b.permute(1, 2, 0).flatten(1)
+    return a, b
+
+
+def _start(
+    settings: Settings, place: Place, tensors: Taken, method: LoRA, a: Tensor
+) -> Factors | None:
+    """A0 and B0 of a start that is subtracted from the frozen weight, or None."""
+    init = settings.config.get("init_lora_weights", True)
+    if tensors.initial is not None:
+        if init == "loftq":
+            raise settings.fail("LoftQ trains over another, quantised base: load it there")
+        return _take_factors(settings, place, tensors.initial)
+    if init is None or isinstance(init, bool) or init in UNCHANGED_BASE:
+        return None
+    site, s = place.site, method.scaling
+    where = f"{place.key}: init_lora_weights={str(init)[:60]!r}"
+    if init not in ("pissa", "olora"):
+        raise settings.fail(
+            f"{where} changes the frozen weight by factors that the file does not hold and that "
+            "cannot be computed again. Give the adapter as it was before training, "
+            "load_peft(path, model, initial=its_directory); or let PEFT convert the file: "
+            "model.save_pretrained(path, path_initial_model_for_weight_conversion=...)"
+        )
+    if place.layer not in ((LINEAR, CONV1D) if init == "pissa" else (LINEAR,)):
+        raise settings.fail(f"{where} is not defined for a {place.layer} weight")
+    if method.r > min(site.matrix_shape):
+        raise settings.fail(f"{where} with r={method.r} is more than {site.matrix_shape} has")
+    weight = place.weight.map.weight().to(torch.promote_types(a.dtype, torch.float32))
+    if init == "pissa":
+        u, sigma, v = top_svd(weight, method.r)
+        root = (sigma / s).sqrt()
+        a0, b0 = (v * root).mT, u * root
+        # Signs are arbitrary; those of the file keep the moves small.
+        sign = torch.where((a0 * a.to(a0)).sum(1) < 0, -1, 1).to(a0)
+        return (a0 * sign.unsqueeze(1)).contiguous(), b0 * sign
+    q, upper = torch.linalg.qr(weight)
+    return upper[: method.r].contiguous(), q[:, : method.r].contiguous()
+
+
+def _read_dora(
+    settings: Settings, place: Place, tensors: Taken, method: LoRA, a: Tensor, b: Tensor
+) -> Read:
+    d_out = place.site.out_features
+    shape = (1, d_out, *(1,) * (len(place.site.kernel) - 1))
+    shape = shape if place.layer == CONVOLUTION else (d_out,)
+    magnitude = tensors.take("lora_magnitude_vector", *shape).flatten()
+    w2 = _squares(place, magnitude.dtype)
+    length = w2.sqrt()
+    if bool(((length == 0) & (magnitude != 0)).any()):
+        raise settings.fail(f"{place.key}: a row of {place.site.name} is zero and has a magnitude")
+    mu = magnitude / torch.where(length == 0, 1, length) - (length != 0).to(length)
+    alpha = method.scaling * method.r
+    return Read(DoRA(method.r, alpha), {"A": a, "B": b, "mu": mu}, {"w2": w2})
+
+
+def _magnitude(place: Place, p: Mapping[str, Tensor]) -> Tensor:
+    w2, mu = p["w2"], p["mu"].to(p["w2"].dtype)
+    if bool(((w2 == 0) & ~p["B"].any(-1)).any()):
+        raise CheckpointError(
+            f"{place.site.name}: a row of the weight is zero, and PEFT divides by its length"
+        )
+    m = (w2.sqrt() * (1 + mu)).to(torch.promote_types(p["mu"].dtype, torch.float32))
+    return m.view(1, -1, *(1,) * (len(place.site.kernel) - 1)) if place.site.kernel else m
+
+
+def _squares(place: Place, dtype: torch.dtype) -> Tensor:
+    weight = place.weight.map.weight()
+    return weight.to(torch.promote_types(weight.dtype, dtype)).square().sum(-1)
+
+
+def _scale(method: Method, p: Mapping[str, Tensor]) -> float:
+    assert isinstance(method, LoRA)
+    return float(p["s"]) if "s" in p else method.scaling
+
+
+def _rank(method: Method, p: Mapping[str, Tensor]) -> int:
+    if isinstance(method, MovedFactors):
+        return 2 * p["A0"].shape[-2]
+    return p["A"].shape[-2]
+
+
+def _alpha(method: Any, p: Mapping[str, Tensor], r: int, rs: bool) -> float:
+    plain = "s" not in p and not isinstance(method, MovedFactors)
+    if plain and (rs or not isinstance(method, RsLoRA)):
+        alpha = method.alpha
+    else:
+        alpha = _scale(method, p) * (r**0.5 if rs else r)
+    return int(alpha) if alpha == int(alpha) else alpha

@@ -1,0 +1,284 @@
+"""load_peft: from PEFT's files to params, strictly."""
+
+from __future__ import annotations
+
+import difflib
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..base.checks import check_model
+from ..base.lock import exclusive
+from ..base.weights import Kind
+from ..errors import CheckpointError, FadaptWarning
+from ..params.adapter import Adapter
+from ..params.params import Params, trainable_leaves
+from .files import PathLike, check_tensors, read_directory
+from .format import Format, Read, Settings, Taken, build
+from .formats import format_named
+from .formats.lora import with_bias
+from .matching import ALL_LINEAR, check_patterns, is_parameter_targeted, is_targeted
+from .places import NESTED, PARAMETER, PREFIX, UNKNOWN, Place, Places
+
+# Fields of every config, which say nothing of the map.
+COMMON = frozenset(
+    "peft_type task_type base_model_name_or_path revision inference_mode auto_mapping peft_version "
+    "target_modules exclude_modules layers_to_transform layers_pattern bias modules_to_save "
+    "init_weights tokenizer_config".split()
+)
+NAMES = (
+    *("target_modules", "target_parameters", "exclude_modules", "layers_pattern"),
+    *("modules_to_save", "rank_pattern", "alpha_pattern", "lambda_pattern", "feedforward_modules"),
+)
+
+
+def load_peft(
+    path: PathLike,
+    model: nn.Module,
+    *,
+    adapter: str | None = None,
+    initial: PathLike | None = None,
+) -> Params:
+    """Reads a directory that PEFT wrote, as params whose outputs are PEFT's.
+
+    Strict: every tensor has its place in the model and every module that the config means has its
+    tensors, in the shapes that the weights need. Dropout, which acts in training alone, is left
+    out. Leaves are float32 or better, as PEFT has them.
+
+    Args:
+        path: a directory with adapter_config.json and adapter_model.safetensors.
+        model: the base; for a start that changes the weight (PiSSA, OLoRA, CorDA) the original one.
+        adapter: of several adapters in one directory, the name; None for the one that lies in it.
+        initial: the directory of the same adapter before training, for LoRA starts that change the
+            weight and cannot be computed again ("corda", "lora_ga", "pissa_niter_4").
+
+    Returns:
+        Params on the devices of the model's weights, with trainable leaves that require grad.
+
+    Raises:
+        CheckpointError: a missing, damaged, oversized or pickled file; an unknown ``peft_type``; a
+            key without a place, a module without tensors, another base's shapes, a pattern that
+            matches nothing; what fadapt's methods cannot hold. Nothing is loaded then.
+
+    Warns:
+        FadaptWarning: config fields that fadapt does not know, by name.
+
+    Example:
+        >>> params = fadapt.init(model, {"q_proj": fadapt.LoRA(r=2)})
+        >>> fadapt.peft.save_peft(model, params, folder)
+        >>> again = fadapt.peft.load_peft(folder, model)
+        >>> again.keys() == params.keys()
+        True
+    """
+    config, tensors = read_directory(path, adapter)
+    before = None if initial is None else read_directory(initial, None)[1]
+    return _read(model, config, tensors, before, str(path))
+
+
+def from_peft_dict(
+    model: nn.Module, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> Params:
+    """:func:`load_peft` of a config and tensors in memory; the inverse of :func:`peft_dict`."""
+    check_tensors(tensors, "tensors")
+    return _read(model, dict(config), tensors, None, "config")
+
+
+@dataclass
+class _Sorted:
+    """A file's tensors by what they belong to."""
+
+    places: dict[str, Place]
+    own: dict[str, dict[str, Tensor]]
+    rest: dict[str, Tensor]
+
+
+def _read(
+    model: nn.Module,
+    config: dict[str, Any],
+    tensors: Mapping[str, Tensor],
+    initial: Mapping[str, Tensor] | None,
+    where: str,
+) -> Params:
+    check_model(model)
+    form = format_named(config.get("peft_type"), where)
+    settings = Settings(config, where)
+    _check_config(form, settings)
+    with torch.no_grad(), exclusive(model):
+        places = Places(model)
+        found = _sort(form, places, tensors, config, where)
+        start = None if initial is None else _sort(form, places, initial, config, f"{where}: start")
+        _check_targets(form, places, found, settings)
+        biases = _biases(places, found, where)
+        read: dict[Place, Read] = {}
+        for key, place in found.places.items():
+            before = None
+            if start is not None:
+                before = Taken(start.own.get(key, {}), place, f"{where}: the initial adapter")
+            taken = Taken(found.own[key], place, where, before)
+            read[place] = build(lambda: form.read(settings, place, taken), where)  # noqa: B023
+        form.finish(settings)
+        adapters = {}
+        for place, one in read.items():
+            bias = biases.pop(place.site.bias or "", None)
+            one = one if bias is None else with_bias(one, bias)
+            adapters[place.site.name] = _adapter(place, one, where)
+    if biases:
+        raise CheckpointError(
+            f"{where}: it replaces {next(iter(biases))} ({len(biases)} in all), and no weight "
+            "beside it is adapted; fadapt trains a bias together with its weight: "
+            "fadapt.Chain((method, fadapt.BitFit()))"
+        )
+    return trainable_leaves(Params(adapters))
+
+
+def _check_config(form: Format, settings: Settings) -> None:
+    config = settings.config
+    check_patterns(config, NAMES, settings.where)
+    for field, reason in form.refused.items():
+        if config.get(field):
+            raise settings.fail(f"{field} is set, and fadapt cannot hold that: {reason}")
+    layers = config.get("layers_to_transform")
+    if not (
+        layers is None
+        or type(layers) is int
+        or (isinstance(layers, list) and all(type(i) is int for i in layers))
+    ):
+        raise settings.fail(f"layers_to_transform is {layers!r}, not layer indices")
+    known = COMMON | form.fields | form.refused.keys()
+    unknown = sorted(k for k, v in config.items() if k not in known and v)
+    if unknown:
+        warnings.warn(
+            f"{settings.where}: fadapt does not know the config fields {unknown[:8]} and reads the "
+            "file without them",
+            FadaptWarning,
+            stacklevel=5,
+        )
+
+
+def _sort(
+    form: Format,
+    places: Places,
+    tensors: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    where: str,
+) -> _Sorted:
+    found = _Sorted({}, {}, {})
+    for full, tensor in tensors.items():
+        if not full.startswith(PREFIX):
+            raise CheckpointError(f"{where}: the key {full!r} does not start with {PREFIX!r}")
+        key = full.removeprefix(PREFIX)
+        suffix = next((s for s in form.suffixes if key.endswith(f".{s}")), None)
+        if suffix is None:
+            found.rest[key] = tensor
+            continue
+        path = key.removesuffix(f".{suffix}")
+        if path not in found.places:
+            place = places.at(path, config)
+            if place is None or place.layer == UNKNOWN:
+                raise CheckpointError(_no_place(where, full, path, place, places))
+            if place.layer not in form.layers:
+                raise CheckpointError(
+                    f"{where}: {full}: {form.peft_type} of a {place.layer} weight is not known"
+                )
+            found.places[path] = place
+        found.own.setdefault(path, {})[suffix] = tensor
+    return found
+
+
+def _no_place(where: str, full: str, path: str, place: Place | None, places: Places) -> str:
+    if place is not None:
+        return (
+            f"{where}: {full}: PEFT and fadapt adapt {place.module} "
+            f"({type(place.weight.module).__name__}) in other ways, so the file cannot be read"
+        )
+    near = difflib.get_close_matches(path, list(places.modules), 3, 0.6)
+    return f"{where}: the key {full!r} matches no weight of this {type(places.model).__name__}" + (
+        f"; near names are {near}" if near else ""
+    )
+
+
+def _check_targets(form: Format, places: Places, found: _Sorted, settings: Settings) -> None:
+    config, where = settings.config, settings.where
+    targets = config.get("target_modules")
+    present = {p.module for p in found.places.values() if p.layer != PARAMETER}
+    if targets and targets != ALL_LINEAR:
+        meant = {m for m in places.modules if is_targeted(config, m)}
+        if missing := sorted(meant - present):
+            raise CheckpointError(
+                f"{where} has no tensors for {missing[0]} ({len(missing)} in all), which its "
+                "target_modules mean"
+            )
+        if extra := sorted(present - meant):
+            raise CheckpointError(
+                f"{where} has tensors for {extra[0]} ({len(extra)} in all), which its "
+                "target_modules do not mean: PEFT would leave them out"
+            )
+        if isinstance(targets, list):
+            for target in targets:
+                one = {**config, "target_modules": [target]}
+                if not any(is_targeted(one, m) for m in places.modules):
+                    raise CheckpointError(f"{where}: target_modules: {target!r} matches no module")
+    if config.get("target_parameters"):
+        meant = {w.name for w in places.weights if is_parameter_targeted(config, w.name)}
+        present = {p.weight.name for p in found.places.values() if p.layer == PARAMETER}
+        if missing := sorted(meant - present):
+            raise CheckpointError(
+                f"{where} has no tensors for {missing[0]}, which its target_parameters mean"
+            )
+    if not found.places:
+        raise CheckpointError(f"{where} has no tensors of {form.peft_type}")
+
+
+def _biases(places: Places, found: _Sorted, where: str) -> dict[str, Tensor]:
+    """{bias name: increment} of trained biases; whatever else a file replaces is refused.
+
+    Copies of the base's own values, which PEFT saves of adapted embeddings, are passed over.
+    """
+    changed: dict[str, Tensor] = {}
+    for key, tensor in found.rest.items():
+        name = key.replace(f"{NESTED}.", ".")
+        own = places.named.get(name)
+        if own is None:
+            raise CheckpointError(
+                f"{where}: the key {PREFIX + key!r} matches nothing that fadapt reads"
+            )
+        if own.shape != tensor.shape:
+            raise CheckpointError(
+                f"{where}: {name} has shape {tuple(tensor.shape)} in the file and "
+                f"{tuple(own.shape)} in the model: the file was made for another base"
+            )
+        if torch.equal(tensor.to(own), own):
+            continue
+        if tensor.dim() != 1 or not name.endswith("bias"):
+            raise CheckpointError(
+                f"{where}: it replaces all of {name} (modules_to_save, or a resized embedding), "
+                "and fadapt's adapters are increments: load those values into the model first"
+            )
+        exact = torch.promote_types(own.dtype, torch.float32)
+        changed[name] = tensor.to(own.device, exact) - own.detach().to(exact)
+    return changed
+
+
+def _adapter(place: Place, read: Read, where: str) -> Adapter:
+    weight = place.weight
+    if weight.is_meta:
+        raise CheckpointError(
+            f"{where}: {weight.name} is a meta tensor in the model; load the weights first"
+        )
+    weight.check()
+    build(lambda: read.method.check(place.site), f"{where}: {weight.name}")
+    base = torch.float32 if weight.kind is Kind.QUANTIZED else weight.dtype
+    least = torch.promote_types(base, torch.float32)
+
+    def placed(leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {
+            k: t.detach().to(weight.device, torch.promote_types(t.dtype, least)).contiguous()
+            for k, t in leaves.items()
+        }
+
+    site = replace(place.site, fingerprint=weight.fingerprint())
+    return Adapter(site, read.method, {}, {}).replace(placed(read.train), placed(read.fixed))

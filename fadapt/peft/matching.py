@@ -1,0 +1,113 @@
+"""PEFT's rules for names: which modules and parameters a config means.
+
+As PEFT applies them: ``target_modules`` is a list of suffixes or one regular expression for the
+whole name; keys of ``rank_pattern`` and the like are regular expressions for the end of a name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from ..errors import CheckpointError
+
+ALL_LINEAR = "all-linear"
+
+
+def is_targeted(config: Mapping[str, Any], module: str) -> bool:
+    """Whether ``target_modules`` and its filters mean the module of this name."""
+    if _ends(config.get("exclude_modules"), module):
+        return False
+    for saved in _list(config.get("modules_to_save")):
+        if re.match(rf"(^|.*\.){saved}($|\..*)", module):
+            return False
+    targets = config.get("target_modules")
+    if isinstance(targets, str):
+        return re.fullmatch(targets, module) is not None
+    if not targets:
+        return False
+    if module in targets:
+        return True
+    return _ends(targets, module) and _in_layers(config, module)
+
+
+def is_parameter_targeted(config: Mapping[str, Any], name: str) -> bool:
+    """Whether ``target_parameters`` means the parameter of this name."""
+    return _ends(_list(config.get("target_parameters")), name)
+
+
+def pattern_value(patterns: Mapping[str, Any], name: str) -> tuple[str, Any] | None:
+    """(pattern, value) of the first pattern that matches a name."""
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            return pattern, value
+    return None
+
+
+def exact_pattern(name: str) -> str:
+    """A pattern that matches this name and no other."""
+    return f"^{re.escape(name)}"
+
+
+def targets_for(wanted: Iterable[str], names: Sequence[str]) -> list[str] | str:
+    """``target_modules`` for exactly the wanted modules: suffixes, else names, else an expression.
+
+    Args:
+        wanted: names of modules.
+        names: of all modules of the model.
+    """
+    wanted = set(wanted)
+    for targets in (sorted({n.rpartition(".")[2] for n in wanted}), sorted(wanted)):
+        if {n for n in names if is_targeted({"target_modules": targets}, n)} == wanted:
+            return targets
+    return one_of(wanted)
+
+
+def one_of(names: Iterable[str]) -> str:
+    """An expression for whole names."""
+    return "|".join(re.escape(n) for n in sorted(names))
+
+
+def check_patterns(config: Mapping[str, Any], fields: Iterable[str], where: str) -> None:
+    """Refuses fields of names that are of another type or do not compile."""
+    for field in fields:
+        value = config.get(field)
+        texts = list(value) if isinstance(value, (list, tuple, dict)) else [value]
+        for text in texts:
+            if text is not None and not isinstance(text, str):
+                raise CheckpointError(f"{where}: {field} holds {text!r}, not a name")
+            try:
+                re.compile(text or "")
+            except (re.error, RecursionError, OverflowError) as error:
+                raise CheckpointError(
+                    f"{where}: {field}: {text!r} is no pattern: {error}"
+                ) from None
+
+
+def _ends(targets: Any, name: str) -> bool:
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    # One look-up for each dot of the name instead of one comparison for each target.
+    ends = set(targets or ())
+    parts = name.split(".")
+    return any(".".join(parts[i:]) in ends for i in range(len(parts)))
+
+
+def _in_layers(config: Mapping[str, Any], module: str) -> bool:
+    layers = config.get("layers_to_transform")
+    if layers is None or layers == []:
+        return True
+    patterns = _list(config.get("layers_pattern"))
+    if not patterns:
+        match = re.match(r".*?\.[^.]*\.(?P<index>\d+)\.", module)
+    else:
+        tries = (re.match(rf"(?:^|.*?\.){p}\.(?P<index>\d+)\.", module) for p in patterns)
+        match = next((m for m in tries if m), None)
+    return match is not None and int(match["index"]) in (
+        [layers] if isinstance(layers, int) else layers
+    )
+
+
+def _list(value: Any) -> list[Any]:
+    return [value] if isinstance(value, str) else list(value or ())

@@ -1,0 +1,54 @@
+"""Every format against the installed PEFT, in both directions; rows in tests/peft_table.py."""
+
+from __future__ import annotations
+
+import pytest
+
+import fadapt
+from tests.peft_table import (
+    BASES,
+    IN,
+    LARGEST,
+    OUT,
+    PAGE,
+    against_peft,
+    logits,
+    make_params,
+    parse,
+    read_in,
+    read_out,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore::fadapt.DenseFallbackWarning")
+
+
+def stated() -> dict[tuple[str, str], float]:
+    return parse(PAGE.read_text())
+
+
+def test_the_guide_states_every_row():
+    rows = [("PEFT to fadapt", name) for name in IN] + [("fadapt to PEFT", name) for name in OUT]
+    assert list(stated()) == rows, "python -m tests.peft_table writes the page anew"
+
+
+@pytest.mark.parametrize("name", IN)
+def test_what_peft_wrote(name, tmp_path):
+    error, base, params = read_in(IN[name], tmp_path)
+    assert error <= min(LARGEST, max(10 * stated()["PEFT to fadapt", name], 2e-6))
+    # Read, written and read by PEFT again.
+    x = BASES[IN[name].base][1]()
+    fadapt.peft.save_peft(base, params, tmp_path / "again")
+    expected = logits(fadapt.apply(base, params, x))
+    assert against_peft(base, tmp_path / "again", x, expected) <= LARGEST
+
+
+@pytest.mark.parametrize("name", OUT)
+def test_what_fadapt_wrote(name, tmp_path):
+    row = OUT[name]
+    error = read_out(row, tmp_path)
+    assert error <= min(LARGEST, max(10 * stated()["fadapt to PEFT", name], 2e-6))
+    base, x = (make() for make in BASES[row.base])
+    again = fadapt.peft.load_peft(tmp_path / "adapter", base)
+    expected = logits(fadapt.apply(base, make_params(row, base), x))
+    assert (logits(fadapt.apply(base, again, x)) - expected).abs().max() <= LARGEST
+    assert all(t.requires_grad for t in fadapt.trainable(again))
