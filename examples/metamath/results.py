@@ -1,0 +1,212 @@
+"""The table, PEFT's result files, and the pictures."""
+
+from __future__ import annotations
+
+import datetime as dt
+import importlib.metadata
+import json
+import math
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SCHEMA = json.loads((Path(__file__).parent / "peft_schema.json").read_text())
+"""{path: type} of every field in a result file of PEFT's method comparison."""
+
+COLUMNS = {
+    "method": "method",
+    "accuracy": "test accuracy, %",
+    "interval": "95 % interval",
+    "lr": "best rate",
+    "valid": "validation, %",
+    "parameters": "trainable",
+    "macs": "added MACs a token",
+    "forward_ms": "forward, ms",
+    "backward_ms": "backward, ms",
+    "init_s": "init, s",
+    "calibration_s": "calibration, s",
+    "peak_mb": "peak, MB",
+    "quantized": "4/8 bit",
+    "lora_rank": "exact LoRA",
+    "forgetting": "forgetting",
+}
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The table, best first."""
+    head = "| " + " | ".join(COLUMNS.values()) + " |"
+    line = "|" + "---|" * len(COLUMNS)
+    return "\n".join(
+        [head, line, *("| " + " | ".join(_cell(k, r.get(k)) for k in COLUMNS) + " |" for r in rows)]
+    )
+
+
+def _cell(key: str, value: Any) -> str:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "-"
+    if key in ("accuracy", "valid"):
+        return f"{100 * value:.1f}"
+    if key == "interval":
+        return f"{100 * value[0]:.1f} to {100 * value[1]:.1f}"
+    if key in ("parameters", "macs", "peak_mb"):
+        return f"{value:,.0f}"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def peft_result(
+    *,
+    name: str,
+    method: str,
+    train_config: dict[str, Any],
+    peft_config: dict[str, Any] | None,
+    seconds: float,
+    metrics: list[dict[str, Any]],
+    parameters: int,
+    total_parameters: int,
+    file_size: int,
+    extra: dict[str, Any],
+    status: str = "success",
+    error: str = "",
+) -> dict[str, Any]:
+    """One run in the schema of PEFT's method comparison."""
+
+    def version(package: str) -> str | None:
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+    packages = ("transformers", "peft", "datasets", "bitsandbytes", "torch")
+    accelerator = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu"
+    return {
+        "run_info": {
+            "created_at": dt.datetime.now(dt.UTC).isoformat(),
+            "total_time": seconds,
+            "experiment_name": f"{method.lower()}/{name}",
+            "peft_branch": "main",
+            "peft_worktree_is_dirty": False,
+            "train_config": train_config,
+            "peft_config": peft_config,
+            "error_msg": error,
+            "fadapt": extra,
+        },
+        "train_info": {
+            "accelerator_memory_reserved_avg": 0,
+            "accelerator_memory_max": 0,
+            "accelerator_memory_reserved_99th": 0,
+            "train_time": seconds,
+            "file_size": file_size,
+            "num_trainable_params": parameters,
+            "num_total_params": total_parameters,
+            "status": status,
+            "metrics": metrics,
+        },
+        "meta_info": {
+            "model_info": {"sha": None, "created_at": None},
+            "dataset_info": {
+                "metamath": {"sha": None, "created_at": None},
+                "gsm8k": {"sha": None, "created_at": None},
+            },
+            "package_info": {
+                key: value
+                for p in packages
+                for key, value in ((f"{p}-version", version(p)), (f"{p}-commit-hash", None))
+            },
+            "system_info": {
+                "system": platform.system(),
+                "release": platform.release(),
+                "version": platform.version(),
+                "machine": platform.machine(),
+                "processor": platform.processor(),
+                "accelerator": accelerator,
+            },
+            "pytorch_info": torch.__config__.show(),
+        },
+    }
+
+
+def check_schema(result: dict[str, Any]) -> list[str]:
+    """What a result lacks or has of another type, compared with PEFT's own files."""
+    kinds = {
+        "str": str,
+        "float": (int, float),
+        "int": int,
+        "bool": bool,
+        "dict": dict,
+        "list": list,
+        "any": object,
+    }
+    wrong = []
+    for path, kind in SCHEMA.items():
+        value: Any = result
+        try:
+            for part in path.split("."):
+                value = value[int(part)] if isinstance(value, list) else value[part]
+        except (KeyError, IndexError, TypeError):
+            wrong.append(f"{path} is missing")
+            continue
+        optional = kind.endswith("?")
+        if not (optional and value is None) and not isinstance(value, kinds[kind.rstrip("?")]):
+            wrong.append(f"{path} is {value!r}, not {kind}")
+    return wrong
+
+
+def write(value: dict[str, Any], path: Path) -> None:
+    """Writes JSON; of PEFT's result files, only those that are whole.
+
+    Raises:
+        AssertionError: what such a file lacks.
+    """
+    if "run_info" in value and (wrong := check_schema(value)):
+        raise AssertionError(f"{path.name}: {wrong}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=1) + "\n")
+
+
+def pictures(
+    rows: list[dict[str, Any]], scores: dict[str, dict[float, list[float]]], out: Path
+) -> list[Path]:
+    """Accuracy over trainable parameters, and over the learning rate.
+
+    Args:
+        scores: {method: {rate: accuracies of the seeds}}.
+    """
+    from matplotlib.figure import Figure
+
+    paths = []
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot()
+    for row in rows:
+        if row.get("parameters"):
+            low, high = row["interval"]
+            value = 100 * row["accuracy"]
+            error = [[value - 100 * low], [100 * high - value]]
+            axes.errorbar(row["parameters"], value, yerr=error, fmt="o", capsize=2, ms=4)
+            axes.annotate(
+                row["method"],
+                (row["parameters"], value),
+                fontsize=7,
+                xytext=(4, 2),
+                textcoords="offset points",
+            )
+    for row in rows:
+        if not row.get("parameters"):
+            axes.axhline(100 * row["accuracy"], color="grey", lw=0.8, ls=":")
+    axes.set(xscale="log", xlabel="trainable parameters", ylabel="test accuracy, %")
+    paths.append(out / "accuracy_over_parameters.png")
+    figure.savefig(paths[-1], dpi=140)
+
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    axes = figure.add_subplot()
+    for i, (method, by_rate) in enumerate(sorted(scores.items())):
+        rates = sorted(by_rate)
+        means = [100 * sum(by_rate[r]) / len(by_rate[r]) for r in rates]
+        style = ("-", "--", ":", "-.")[i // 10 % 4]
+        axes.plot(rates, means, style, marker=".", label=method, color=f"C{i % 10}")
+    axes.set(xscale="log", xlabel="learning rate", ylabel="validation accuracy, %")
+    axes.legend(fontsize=6, ncols=2)
+    paths.append(out / "accuracy_over_rate.png")
+    figure.savefig(paths[-1], dpi=140)
+    return paths

@@ -1,0 +1,269 @@
+"""The benchmark of examples/metamath_gsm8k.py: its protocols by hand-made cases, and the script."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+sys.path.insert(0, str(EXAMPLES))
+
+import metamath_gsm8k  # noqa: E402
+from metamath import data, recipes, results  # noqa: E402
+from metamath.generate import interval  # noqa: E402
+from metamath.protocol import DataError, Example, LoraLiteProtocol, PEFTProtocol  # noqa: E402
+from word_problems import gsm8k_rows, metamath_rows, stories  # noqa: E402
+
+PEFT, LITE = PEFTProtocol(), LoraLiteProtocol()
+
+
+class Words:
+    """A tokenizer of whitespace-separated words, numbered as they come; 0 ends."""
+
+    eos_token, pad_token_id = "<end>", 0
+
+    def __init__(self):
+        self.known = {"<end>": 0}
+
+    def __call__(self, texts, **_):
+        split = [t.replace("<end>", " <end>").split() for t in texts]
+        return {
+            "input_ids": [[self.known.setdefault(w, len(self.known)) for w in t] for t in split]
+        }
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("x #### 5\nThe answer is: 7", "7"),  # the earlier delimiter of the list wins
+        ("The answer is: 3. The answer is: 4.", "4"),  # its last place
+        ("The answer is 12 apples", "12 apples"),
+        ("The final answer is: $50%", "50"),
+        ("#### 1,000", "1,000"),
+        ("The answer is: 9\n\nNext question: The 8", "9"),
+        ("nothing", None),
+    ],
+)
+def test_peft_finds_the_answer(text, wanted):
+    assert PEFT.parse(text) == wanted
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "same"),
+    [
+        ("20/40", "0.5", True),
+        ("7.0", "7", True),
+        ("1,000", "1000", False),  # commas are not understood
+        ("12 apples", "12", False),
+        ("a", "a", True),
+        ("1/0", "1", False),
+        (None, "1", False),
+    ],
+)
+def test_peft_compares_decimals(left, right, same):
+    assert PEFT.equal(left, right) is same
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("a 3 #### 1,234.", "1234"),
+        ("first 5, then -6.50", "-6.50"),
+        ("#### 4 of 7", "7"),
+        ("2 #### none", None),
+        ("", None),
+    ],
+)
+def test_lora_lite_finds_the_answer(text, wanted):
+    assert LITE.parse(text) == wanted
+
+
+def test_what_each_protocol_learns():
+    row = {"query": "q", "response": "r1 r2"}
+    tokenizer = Words()
+    (one,) = PEFT.examples([row], tokenizer, 100)
+    (two,) = LITE.examples([row], tokenizer, 100)
+    # No space before PEFT's response: "Answer:r1" is one word, and nothing ends it.
+    assert (len(one.ids), one.unlabeled) == (8, 0)
+    assert (len(two.ids), two.unlabeled, two.ids[-1]) == (10, 7, 0)
+
+    other = Example([5, 6, 7, 8, 9, 10], 4)
+    batch = PEFT.collate([Example([5, 6, 7], 0), other], 0)
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 0, 0, 0], [5, 6, 7, 8, 9, 10]]
+    assert batch["labels"].tolist() == [[5, 6, 7, 0, -100, -100], [5, 6, 7, 8, 9, 10]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0, 0, 0], [1] * 6]
+    batch = LITE.collate([Example([5, 6, 0], 1), other], 0)
+    assert batch["input_ids"].tolist() == [[0, 0, 0, 5, 6, 0], [5, 6, 7, 8, 9, 10]]
+    assert batch["labels"].tolist() == [[-100] * 4 + [6, 0], [-100] * 4 + [9, 10]]
+    assert batch["attention_mask"].tolist() == [[0, 0, 0, 1, 1, 1], [1] * 6]
+
+
+def test_the_losses_are_the_protocols():
+    torch.manual_seed(0)
+    logits = torch.randn(2, 4, 9)
+    labels = torch.tensor([[-100, 1, 2, -100], [3, 4, 5, 6]])
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])
+    nll = -logits[:, :-1].log_softmax(-1)
+    total = nll[0, 0, 1] + nll[0, 1, 2] + nll[1, 0, 4] + nll[1, 1, 5] + nll[1, 2, 6]
+    output, batch = SimpleNamespace(logits=logits), {"labels": labels, "attention_mask": mask}
+    torch.testing.assert_close(PEFT.loss(output, batch), total / 7)
+    torch.testing.assert_close(LITE.loss(output, batch), total / 5)
+
+
+def test_long_rows():
+    rows = [
+        {"query": "x" * 1299, "response": ""},
+        {"query": "x" * 1300, "response": ""},
+        {"query": " ".join("a" * 9), "response": "r"},
+    ]
+    assert [len(e.ids) for e in PEFT.examples(rows, Words(), 6)] == [6, 6]
+    # The prompt of the last row alone has 15 words.
+    assert len(LITE.examples(rows[2:], Words(), 15)) == 0
+    assert [len(e.ids) for e in LITE.examples(rows[2:], Words(), 16)] == [16]
+
+
+def test_order_of_the_batches():
+    examples = [Example([1] * n, 0) for n in (3, 9, 5, 7, 1)]
+    assert PEFT.order(examples, 2, 4, 0) == [[1, 3], [2, 0], [4], [1, 3]]
+    order = LITE.order(examples, 2, 3, 0)
+    assert order == LITE.order(examples, 2, 3, 0) != LITE.order(examples, 2, 3, 1)
+    assert all(len(b) == 2 for b in order)
+    assert PEFT.warmup(250) == 25
+    assert LITE.warmup(250) == 0
+
+
+def test_word_problems_are_disjoint_and_right():
+    train, test = (list(stories(400, 0, test=side)) for side in (False, True))
+    assert not {s.template for s in train} & {s.template for s in test}
+    assert not {s.numbers for s in train} & {s.numbers for s in test}
+    assert set(metamath_rows(iter(train))[0]) == {"query", "response", "type", "original_question"}
+    for story, row in zip(test, gsm8k_rows(iter(test)), strict=True):
+        value = story.numbers[0]
+        for line, k in zip(row["answer"].split("\n"), story.numbers[1:], strict=False):
+            expression, _, result = line.rpartition(" = ")
+            assert eval(expression) == int(result)
+            assert expression.split()[0] == str(value)
+            assert expression.split()[2] == str(k)
+            value = int(result)
+        for protocol in (PEFT, LITE):
+            assert protocol.right(f"so {row['answer']}", row["answer"])
+            assert not protocol.right(f"#### {value + 1}", row["answer"])
+
+
+def test_interval_is_wilsons():
+    # Newcombe (1998), table I: 81 of 263 gives 0.2553 to 0.3662; 0 of 20 gives 0 to 0.1611.
+    assert interval(81 / 263, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
+    assert interval(0.0, 20) == pytest.approx((0.0, 0.1611), abs=5e-5)
+
+
+def run(*arguments: str, out: Path) -> int:
+    return metamath_gsm8k.main([*arguments, "--out", str(out), "--device", "cpu"])
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory):
+    """A tiny Qwen3 with a tokenizer built here, and data in both kinds of files."""
+    import datasets
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+    folder = tmp_path_factory.mktemp("local")
+    train = metamath_rows(stories(40, 0, test=False))
+    test = gsm8k_rows(stories(60, 0, test=True))
+    (folder / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in train))
+    datasets.Dataset.from_list(test).to_parquet(folder / "test.parquet")
+
+    words = sorted({w for r in train for w in (r["query"] + " " + r["response"]).split()})
+    vocabulary = {w: i for i, w in enumerate(["<end>", "<unk>", *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    torch.manual_seed(0)
+    for name, eos in (("model", "<end>"), ("endless", None)):
+        PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, eos_token=eos, unk_token="<unk>"
+        ).save_pretrained(folder / name)
+        Qwen3ForCausalLM(
+            Qwen3Config(
+                vocab_size=len(vocabulary),
+                hidden_size=32,
+                intermediate_size=64,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                num_key_value_heads=1,
+                head_dim=16,
+            )
+        ).save_pretrained(folder / name)
+    return folder
+
+
+def of(folder: Path, **changed: str) -> list[str]:
+    options = {
+        "model": folder / "model",
+        "train": folder / "train.jsonl",
+        "eval": folder / "test.parquet",
+        "methods": "LoRA,IA3",
+        "lr": "1e-3,1e-2",
+        "steps": "4",
+        "batch": "2",
+        "r": "2",
+        "dtype": "float32",
+        "new-tokens": "3",
+        "eval-every": "2",
+        "seeds": "0,1",
+        **changed,
+    }
+    return [a for k, v in options.items() for a in (f"--{k}", str(v))]
+
+
+@pytest.mark.parametrize("protocol", ["peft", "lora-lite"])
+def test_the_script_on_local_files(local, tmp_path, protocol):
+    assert run(*of(local, protocol=protocol), out=tmp_path) == 0
+    table = json.loads((tmp_path / "table.json").read_text())
+    assert table["trials"] == 8
+    assert table["test_rows"] == 10  # 50 of the 60 validate
+    assert {r["method"] for r in table["rows"]} == {"base", "LoRA", "IA3"}
+    files = list((tmp_path / "results").glob("*.json"))
+    assert len(files) == 4  # the best rate of two methods, two seeds
+    for file in files:
+        assert results.check_schema(json.loads(file.read_text())) == []
+    assert len(list(tmp_path.glob("*.png"))) == 2
+    # A second call finds the finished sweep, and trains nothing.
+    assert run(*of(local, protocol=protocol), out=tmp_path) == 0
+    assert json.loads((tmp_path / "table.json").read_text())["validation"] == table["validation"]
+
+
+def test_every_method_is_alive(tmp_path, capsys):
+    assert run("--probe", "--batch", "2", out=tmp_path) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(recipes.recipes(8))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"methods": "LoRA,Nonsense"}, "unknown methods"),
+        ({"model": "no/where"}, "cannot load"),
+        ({"train": "missing.jsonl"}, "does not exist"),
+        ({"train": "test.parquet"}, "lacks the column 'query'"),
+        ({"train": "empty.jsonl"}, "is empty"),
+        ({"max-length": "3"}, "rows are usable within --max-length 3"),
+        ({"model": "endless"}, "no eos token"),
+    ],
+)
+def test_bad_input_is_one_clear_line(local, tmp_path, changed, message, capsys):
+    (local / "empty.jsonl").write_text("")
+    changed = {k: str(local / v) if (local / v).exists() else v for k, v in changed.items()}
+    assert run(*of(local, **changed), out=tmp_path) == 2
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error:")]
+    assert message in line
+
+
+def test_too_few_rows_to_validate():
+    few = [{"question": "q", "answer": "#### 1"}] * 20
+    with pytest.raises(DataError, match="too few to validate"):
+        data.split_evaluation(few, LITE, 0, "few.jsonl")
