@@ -57,11 +57,13 @@ from .params.summary import summary as summary
 from .run import apply as apply
 from .run import bound as bound
 from .run import run as run
+from .training import Checkpoints as Checkpoints
 from .training import Halving as Halving
 from .training import Report as Report
 from .training import Trial as Trial
 from .training import fit as fit
 from .training import grid as grid
+from .training import param_groups as param_groups
 from .training import sweep as sweep
 
 __version__ = "0.1.0"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
 import json
 import math
 import sys
@@ -111,6 +113,12 @@ def plain_training(model, trial, batches, steps, optimizer=torch.optim.AdamW, **
     return params, losses
 
 
+def settings(**options):
+    """With sweep's own defaults for the rest."""
+    parameters = list(inspect.signature(sweep).parameters.values())[3:]
+    return Settings(**{**{p.name: p.default for p in parameters}, **options})
+
+
 def equal_bits(a, b):
     pairs = list(zip(fadapt.trainable(a), fadapt.trainable(b), strict=True))
     return all(torch.equal(x, y) for x, y in pairs)
@@ -138,8 +146,13 @@ def test_a_sweep_is_the_plain_loops(name):
     factory, kwargs = OPTIMIZERS[name]
     model, batches = net(), make_batches()
     report = sweep(
-        model, TRIALS, batches, steps=24, loss_fn=loss_fn, optimizer=factory, optimizer_args=kwargs
-    )
+        model,
+        TRIALS,
+        batches,
+        steps=24,
+        loss_fn=loss_fn,
+        optimizer=functools.partial(factory, **kwargs),
+    )  # fmt: skip
     for i, (key, trial) in enumerate(named(TRIALS).items()):
         params, losses = plain_training(model, trial, batches, 24, factory, **kwargs)
         assert_close(report.params[key], params)
@@ -244,8 +257,8 @@ def test_trials_of_one_pace_share_a_call_of_the_optimizer(optimizer, groups):
         Trial(fadapt.IA3(), lr=0.02, clip=0.2),
     ]
     trials = named([*same, *curved, *others])
-    settings = Settings(steps=8, loss_fn=loss_fn, optimizer=optimizer)
-    loop = Loop(model, trials, batches, settings)
+    options = settings(steps=8, loss_fn=loss_fn, optimizer=optimizer)
+    loop = Loop(model, trials, batches, options)
     report = loop.run()
     assert len(loop.optimizer.optimizer.param_groups) == groups
     for name, trial in trials.items():
@@ -257,8 +270,8 @@ def test_trials_of_one_pace_share_a_call_of_the_optimizer(optimizer, groups):
 def test_padded_entries_stay_zero(optimizer):
     model, batches = net(), make_batches()
     trials = [Trial(fadapt.LoRA(r=r), lr=0.05, weight_decay=0.1) for r in (2, 7, 3)]
-    settings = Settings(steps=12, loss_fn=loss_fn, optimizer=optimizer)
-    loop = Loop(model, named(trials), batches, settings)
+    options = settings(steps=12, loss_fn=loss_fn, optimizer=optimizer)
+    loop = Loop(model, named(trials), batches, options)
     loop.run()
     (block,) = loop.flat.blocks
     seen = 0
@@ -294,8 +307,8 @@ def test_ranks_in_any_mix_and_after_stops(optimizer, kept):
         Trial(m, lr=0.02, weight_decay=0.1, clip=0.05, seed=i) for i, m in enumerate(MIXED_RANKS)
     ]
     trials[1] = dataclasses.replace(trials[1], accumulate=3)
-    settings = Settings(steps=9, loss_fn=loss_fn, optimizer=optimizer)
-    loop = Loop(model, named(trials), batches, settings)
+    options = settings(steps=9, loss_fn=loss_fn, optimizer=optimizer)
+    loop = Loop(model, named(trials), batches, options)
     for step in range(9):
         if step == 4:
             loop.shrink(list(kept))
@@ -703,7 +716,7 @@ def test_report(tmp_path):
     trials = [*with_lr(1e300)[:3], Trial(fadapt.DoRA(r=2), lr=0.05)]
     report = sweep(
         model, trials, batches, steps=23, loss_fn=loss_fn, eval=batches[:2], eval_every=10,
-        directory=tmp_path, checkpoint_every=5,
+        directory=fadapt.Checkpoints(tmp_path, every=5),
     )  # fmt: skip
     frame = report.to_pandas()
     assert list(frame.name) == [r.name for r in report.results]

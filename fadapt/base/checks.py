@@ -35,6 +35,13 @@ def check_module(name: str, module: nn.Module) -> None:
             f"{name or 'the model'} is an nn.DataParallel, which copies the parameters before its "
             "forward: pass model.module"
         )
+    if isinstance(module, nn.parallel.DistributedDataParallel):
+        raise TargetError(
+            f"{name or 'the model'} is a DistributedDataParallel, which averages the gradients of "
+            "its own parameters and never sees those of an adapter, so that each process would "
+            "train another one: pass model.module, and average the gradients of "
+            "fadapt.trainable(params) after backward"
+        )
     if hook := offload_hook(module):
         raise TargetError(
             f"{name or 'the model'} carries an offloading hook of accelerate ({hook}), which "

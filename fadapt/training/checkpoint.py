@@ -1,46 +1,58 @@
-"""The checkpoint of a sweep: one file, replaced whole, from which it goes on bit for bit."""
+"""The checkpoint of a sweep: one file, replaced whole, from which it goes on bit for bit.
+
+A state is a flat dict of named entries: JSON values, tensors, or flat dicts of both. Every part of
+a sweep gives its own by ``state_dict`` and takes it back by ``load_state_dict``, which compares it
+with what a sweep of these settings can have written before it takes anything: a file is whole (its
+checksum tells), but whoever wrote it may have meant another sweep, or harm.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..base.fingerprint import fingerprint
-from ..errors import CheckpointError, ConfigError
-from ..io.tensors import FORMAT_VERSION, read_tensors, write_tensors
-from ..params.params import Params
+from ..errors import CheckpointError, FadaptError
+from ..io.tensors import FORMAT_VERSION, TensorFile, open_tensors, write_tensors
 
 FILE = "checkpoint.safetensors"
 SEPARATOR = "|"
 
+State = dict[str, Any]
 
-def write(directory: Path, meta: dict[str, Any], parts: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Writes named groups of tensors and JSON data; whole, or the earlier file stays.
+
+def write(directory: Path, state: Mapping[str, Any]) -> None:
+    """Writes a state; whole, or the earlier file stays.
 
     Raises:
         CheckpointError: the directory or the disk refuses.
     """
-    tensors = {
-        f"{part}{SEPARATOR}{k}": t for part, group in parts.items() for k, t in group.items()
-    }
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CheckpointError(f"could not make the directory {directory}: {error}") from error
+    meta: State = {}
+    tensors: dict[str, Tensor] = {}
+    for part, content in state.items():
+        if not isinstance(content, Mapping):
+            meta[part] = content
+            continue
+        tensors |= {f"{part}{SEPARATOR}{k}": t for k, t in content.items() if isinstance(t, Tensor)}
+        values = {k: v for k, v in content.items() if not isinstance(v, Tensor)}
+        if values:
+            meta[part] = values
+    make_directory(directory)
     write_tensors(tensors, {"format_version": FORMAT_VERSION, **meta}, directory / FILE)
 
 
-def read(directory: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]] | None:
-    """What :func:`write` wrote last, or None where there is no checkpoint.
+@contextmanager
+def opened(directory: Path) -> Iterator[TensorFile | None]:
+    """What :func:`write` wrote last, its header checked, or None where there is no checkpoint.
 
     Raises:
-        CheckpointError: a damaged file.
+        CheckpointError: a damaged file; also where the block fails over contents that do not fit.
     """
     path = directory / FILE
     # What a killed process was writing.
@@ -48,103 +60,80 @@ def read(directory: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]
         with contextlib.suppress(OSError):
             half.unlink()
     if not path.exists():
-        return None
-    meta, tensors = read_tensors(path)
-    if meta.get("kind") != "sweep":
-        raise CheckpointError(f"{path} is not the checkpoint of a sweep")
-    parts: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
+        yield None
+        return
+    with open_tensors(path) as file:
+        if file.meta.get("kind") != "sweep":
+            raise CheckpointError(f"{path} is not the checkpoint of a sweep")
+        try:
+            yield file
+        except FadaptError:
+            raise
+        # What an entry of another type than expected leads to, beside the checks.
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError,
+                ValueError) as error:  # fmt: skip
+            why = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+            raise CheckpointError(
+                f"{path} does not fit this sweep: {why}. Choose another directory, or pass "
+                "Checkpoints(directory, resume=False) to begin anew"
+            ) from error
+
+
+def state_of(file: TensorFile) -> State:
+    """The state that a file holds."""
+    state: State = {k: v for k, v in file.meta.items() if k not in ("format_version", "leaves")}
+    for key, tensor in file.read().items():
         part, _, rest = key.partition(SEPARATOR)
-        parts.setdefault(part, {})[rest] = tensor
-    return meta, parts
+        group = state.setdefault(part, {})
+        expect(isinstance(group, dict), f"{part} is a {type(group).__name__}")
+        group[rest] = tensor
+    return state
 
 
-def check_same(directory: Path, saved: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    """Refuses to go on with another sweep than the one that the checkpoint is of.
+def make_directory(directory: Path) -> None:
+    """Makes a directory with its parents.
 
     Raises:
-        ConfigError: names what differs.
+        CheckpointError: the disk refuses.
     """
-    differing = sorted(k for k in saved.keys() | given.keys() if saved.get(k) != given.get(k))
-    if differing:
-        key = differing[0]
-        raise ConfigError(
-            f"{directory} holds the checkpoint of another sweep; {differing} differ, {key}: "
-            f"{saved.get(key)!r} there, {given.get(key)!r} here. Choose another directory, or "
-            "pass resume=False to begin anew"
-        )
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"could not make the directory {directory}: {error}") from error
 
 
-def start_digest(params: Params) -> str:
-    """A fingerprint of a trial's initial leaves, fixed ones included."""
-    digest = hashlib.sha256()
-    for name, adapter in params.items():
-        for leaf, tensor in sorted(adapter.leaves.items()):
-            digest.update(f"{name} {leaf} {fingerprint(tensor)}".encode())
-    return digest.hexdigest()[:32]
+def expect(condition: bool, message: str) -> None:
+    """Raises a ValueError, which :func:`opened` turns into a CheckpointError."""
+    if not condition:
+        raise ValueError(message)
 
 
-def pack_states(
-    states: Mapping[int, Sequence[Mapping[str, Any]]],
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Optimiser states per trial and parameter, as JSON data and tensors."""
-    numbers: dict[str, Any] = {}
-    tensors: dict[str, Tensor] = {}
-    for trial, parameters in states.items():
-        for i, state in enumerate(parameters):
-            for name, value in state.items():
-                key = SEPARATOR.join((str(trial), str(i), name))
-                if isinstance(value, Tensor):
-                    tensors[key] = value
-                    numbers[key] = value.device.type
-                elif value is None or isinstance(value, (bool, int, float)):
-                    numbers[key] = value
-                else:
-                    raise CheckpointError(
-                        f"the optimiser keeps {name!r} as {type(value).__name__}, which a "
-                        "checkpoint cannot hold; use another optimiser, or directory=None"
-                    )
-    return numbers, tensors
+def expect_keys(found: Any, expected: Any, what: str) -> None:
+    """Whether a dict has these keys, no more and no less."""
+    expect(isinstance(found, dict), f"{what} is a {type(found).__name__}")
+    wrong = sorted(map(str, found.keys() ^ set(expected)))
+    expect(not wrong, f"{what} lacks or adds {wrong[:3]} ({len(wrong)} in all)")
 
 
-def unpack_states(
-    numbers: Mapping[str, Any], tensors: Mapping[str, Tensor], devices: Mapping[int, torch.device]
-) -> dict[int, list[dict[str, Any]]]:
-    """The inverse of :func:`pack_states`; ``devices`` are those of the trials' parameters."""
-    result: dict[int, list[dict[str, Any]]] = {}
-    for key, value in numbers.items():
-        trial, i, name = key.split(SEPARATOR, 2)
-        parameters = result.setdefault(int(trial), [])
-        parameters += [{} for _ in range(int(i) + 1 - len(parameters))]
-        if key in tensors:
-            device = torch.device("cpu") if value == "cpu" else devices[int(trial)]
-            value = tensors[key].to(device)
-        parameters[int(i)][name] = value
-    return result
+def expect_int(value: Any, low: int, high: int, what: str) -> int:
+    """An int within bounds, both included."""
+    expect(type(value) is int and low <= value <= high, f"{what} is {value!r}")
+    return value
 
 
-class Generators:
-    """torch's global generators of the CPU and of some devices."""
+def expect_float(value: Any, what: str, nan: bool = False) -> float:
+    """A float that is finite, or NaN where that stands for nothing."""
+    fits = type(value) is float and (math.isfinite(value) or (nan and math.isnan(value)))
+    expect(fits, f"{what} is {value!r}")
+    return value
 
-    def __init__(self, device: torch.device):
-        self.device = device if device.type == "cuda" else None
 
-    def seed(self, seed: int) -> None:
-        """Seeds them; call it inside :func:`torch.random.fork_rng`."""
-        torch.default_generator.manual_seed(seed)
-        if self.device is not None:
-            with torch.cuda.device(self.device):
-                torch.cuda.manual_seed(seed)
-
-    def state(self) -> dict[str, Tensor]:
-        """Their states."""
-        states = {"cpu": torch.get_rng_state()}
-        if self.device is not None:
-            states["cuda"] = torch.cuda.get_rng_state(self.device)
-        return states
-
-    def restore(self, states: Mapping[str, Tensor]) -> None:
-        """Sets them to states that :meth:`state` returned."""
-        torch.set_rng_state(states["cpu"])
-        if self.device is not None and "cuda" in states:
-            torch.cuda.set_rng_state(states["cuda"], self.device)
+def expect_like(found: Any, like: Tensor, what: str, finite: bool = False) -> Tensor:
+    """A tensor of the shape and dtype of another one, and perhaps without NaN or infinity."""
+    expect(isinstance(found, Tensor), f"{what} is a {type(found).__name__}")
+    expect(
+        found.shape == like.shape and found.dtype == like.dtype,
+        f"{what} is {tuple(found.shape)} {found.dtype}, expected {tuple(like.shape)} {like.dtype}",
+    )
+    expect(not finite or bool(torch.isfinite(found).all()), f"{what} is not finite")
+    return found

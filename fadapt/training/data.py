@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -13,6 +12,8 @@ from torch import Tensor
 from ..base.torch_private import pytree
 from ..errors import ConfigError, require
 from ..seeds import generator
+from .checkpoint import State, expect, expect_int, expect_keys, expect_like
+from .fingerprints import batch_of
 
 Order = Literal["shared", "own"]
 
@@ -61,6 +62,12 @@ class Feed:
         self._index = 0
         self._iterator: Iterator[Any] | None = None
         self._epoch_start: list[Tensor] = []
+        self._first: str | None = None
+        self._watches = False
+
+    def watch(self) -> None:
+        """Takes a fingerprint of the first batch of each epoch, which a restart compares."""
+        self._watches = not self.indexed
 
     def __next__(self) -> Any:
         batch = self._read()
@@ -87,6 +94,8 @@ class Feed:
                 self._iterator = iterator = iter(self.batches)
                 self._index = 0
             for batch in iterator:
+                if self._watches and self._index == 0:
+                    self._first = batch_of(batch)
                 self._index += 1
                 return batch
             if isinstance(self.batches, Iterator):
@@ -104,26 +113,58 @@ class Feed:
         found = [torch.default_generator, *(getattr(o, "generator", None) for o in owners)]
         return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
 
-    def state(self) -> tuple[dict[str, int], dict[str, Tensor]]:
+    def state_dict(self) -> State:
         """The position, and the generators as the epoch found them."""
-        tensors = {str(i): state for i, state in enumerate(self._epoch_start)}
-        return {"step": self.step, "index": self._index}, tensors
+        tensors = {f"epoch {i}": state for i, state in enumerate(self._epoch_start)}
+        return {"step": self.step, "index": self._index, "first": self._first, **tensors}
 
-    def restore(self, numbers: Mapping[str, int], tensors: Mapping[str, Tensor]) -> None:
-        """Goes to a position that :meth:`state` returned; changes the global generator."""
-        self.step, self._index = numbers["step"], numbers["index"]
-        if self.indexed or self.step == 0:
+    def go_back(self, state: State) -> None:
+        """Forgets a batch that was not trained on, for the next :meth:`state_dict`."""
+        self.step, self._index, self._first = state["step"], state["index"], state["first"]
+        self._epoch_start = [state[f"epoch {i}"] for i in range(len(state) - 3)]
+
+    def load_state_dict(self, state: State, step: int, accept_other: bool = False) -> None:
+        """Goes to a position that :meth:`state_dict` returned; changes the global generator.
+
+        Args:
+            state: that.
+            step: after how many batches.
+            accept_other: whether the batches may be others than they were.
+
+        Raises:
+            ConfigError: they are others.
+        """
+        moves = not self.indexed and step > 0
+        expect_int(state["step"], step, step, "position.step")
+        index = expect_int(state["index"], int(moves), step if moves else 0, "position.index")
+        generators, first = self._generators() if moves else [], state["first"]
+        keys = [f"epoch {i}" for i in range(len(generators))]
+        expect_keys(state, ["step", "index", "first", *keys], "position")
+        expect(isinstance(first, str) if moves else first is None, f"position.first is {first!r}")
+        states = [
+            expect_like(state[key], g.get_state(), f"position.{key}")
+            for key, g in zip(keys, generators, strict=True)
+        ]
+        self.step, self._index = step, index
+        if not moves:
             return
-        for g, (_, state) in zip(self._generators(), sorted(tensors.items()), strict=True):
-            g.set_state(state)
-        self._epoch_start = [state for _, state in sorted(tensors.items())]
+        for g, one in zip(generators, states, strict=True):
+            g.set_state(one)
+        self._epoch_start, self._first = states, first
         self._iterator = iter(self.batches)
-        skipped = sum(1 for _ in itertools.islice(self._iterator, self._index))
-        require(
-            skipped == self._index,
-            f"the batches have {skipped} of the {self._index} that the checkpoint has seen in this "
-            "epoch; pass the same batches to go on",
-        )
+        for skipped in range(index):
+            batch = next(self._iterator, None)
+            require(
+                batch is not None,
+                f"the batches have {skipped} of the {index} that the checkpoint has seen in this "
+                "epoch; pass the same batches to go on",
+            )
+            if skipped == 0 and not accept_other and batch_of(batch) != first:
+                raise ConfigError(
+                    "the first batch of this epoch is not the one that the checkpoint has seen: "
+                    "other data, or data made at random by other generators than torch's. Pass the "
+                    "same batches, or Checkpoints(directory, resume='anyway') to go on with these"
+                )
 
 
 def check_batches(batches: Any) -> None:
@@ -151,7 +192,13 @@ def rows_of(batch: Any, positions: Sequence[int]) -> Any:
 
 def to_device(batch: Any, device: torch.device) -> Any:
     """The batch with its tensors on the device."""
-    return pytree.tree_map_only(Tensor, lambda t: t.to(device, non_blocking=True), batch)
+
+    def moved(t: Tensor) -> Tensor:
+        t = t.to(device, non_blocking=True)
+        # Made under torch.inference_mode, it could not be kept for a gradient.
+        return t.clone() if t.is_inference() else t
+
+    return pytree.tree_map_only(Tensor, moved, batch)
 
 
 def _stacked(batch: Any, n: int) -> Any:

@@ -50,6 +50,10 @@ def named(trials: Iterable[Trial]) -> dict[str, Trial]:
     Raises:
         ConfigError: no trials, something else than trials, or one name twice.
     """
+    if isinstance(trials, (Trial, Method, str, bytes)) or not isinstance(trials, Iterable):
+        raise ConfigError(
+            f"sweep: trials must be a list of fadapt.Trial, got {trials!r:.80}; write [Trial(...)]"
+        )
     listed = list(trials)
     require(bool(listed), "sweep: no trials")
     if wrong := [t for t in listed if not isinstance(t, Trial)]:
@@ -57,7 +61,8 @@ def named(trials: Iterable[Trial]) -> dict[str, Trial]:
     defaults = {
         f.name: f.default
         for f in dataclasses.fields(Trial)
-        if f.name not in ("config", "name") and len({getattr(t, f.name) for t in listed}) > 1
+        if f.name not in ("config", "name")
+        and any(getattr(t, f.name) != getattr(listed[0], f.name) for t in listed)
     }
     result: dict[str, Trial] = {}
     for trial in listed:

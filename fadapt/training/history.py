@@ -6,7 +6,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,10 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, ConfigError
+from .checkpoint import SEPARATOR, State, expect, expect_int, expect_keys, expect_like
+
+Event = tuple[int, str, int, str]
+"""(step, "diverged" or "stopped", trial, reason)."""
 
 
 class History:
@@ -21,6 +25,7 @@ class History:
 
     Args:
         names: of the trials, by trial number.
+        rate: (trial, step from 0) -> learning rate.
         path: of the JSON lines, or None.
         tensorboard: a directory for TensorBoard, or None.
 
@@ -29,37 +34,51 @@ class History:
         scores: {step: {metric: (trials,)}}.
     """
 
-    def __init__(self, names: Sequence[str], path: Path | None, tensorboard: Path | None):
+    def __init__(
+        self,
+        names: Sequence[str],
+        rate: Callable[[int, int], float],
+        path: Path | None,
+        tensorboard: Path | None,
+    ):
         self.names, self.path, self.tensorboard = list(names), path, tensorboard
         self.losses: dict[int, Tensor] = {}
         self.scores: dict[int, dict[str, Tensor]] = {}
-        self._pending: list[tuple[int, list[int], Tensor, Tensor, dict[int, float]]] = []
-        self._lines: list[dict[str, Any]] = []
+        self._rate = rate
+        self._pending: list[tuple[int, list[int], Tensor, Tensor]] = []
+        self._lines: list[tuple[tuple[int, int, int], dict[str, Any]]] = []
         self._writer: Any = None
 
-    def start(self, step: int) -> None:
-        """Opens the outputs; lines of later steps, written before a restart, are dropped."""
+    def start(self, step: int, events: Iterable[Event]) -> None:
+        """Opens the outputs of a sweep that goes on after a step.
+
+        The lines so far are made anew from what the checkpoint holds: those on the disk may be of
+        later steps, or damaged.
+        """
         if self.tensorboard is not None:
             self._writer = _summary_writer(self.tensorboard, step)
         if self.path is None:
             return
-        kept = [line for line in _read_lines(self.path) if line["step"] <= step] if step else []
+        for at, row in self.losses.items():
+            self._loss_line(at, row)
+        for at, scores in self.scores.items():
+            self._score_line(at, scores)
+        for event in events:
+            self.event(*event)
         temporary = self.path.with_name(f".{self.path.name}.tmp")
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(temporary, "w", encoding="utf-8") as file:
-                file.writelines(json.dumps(line) + "\n" for line in kept)
+                file.write(self._text())
             os.replace(temporary, self.path)
         except OSError as error:
             with contextlib.suppress(OSError):
                 temporary.unlink()
             raise CheckpointError(f"could not write {self.path}: {error}") from error
+        self._lines.clear()
 
-    def add(
-        self, step: int, order: list[int], losses: Tensor, alive: Tensor, rates: dict[int, float]
-    ) -> None:
-        """One step's losses and flags, in the stack's order; not read before :meth:`flush`."""
-        self._pending.append((step, order, losses, alive, rates))
+    def add(self, step: int, order: list[int], losses: Tensor, alive: Tensor) -> None:
+        """One step's losses and flags of the trials ``order``; not read before :meth:`flush`."""
+        self._pending.append((step, order, losses, alive))
 
     def flush(self) -> list[tuple[int, int, float]]:
         """Takes over the pending steps.
@@ -68,7 +87,7 @@ class History:
             (step, trial, loss) of every flag found down, at the first step at which it was.
         """
         down: dict[int, tuple[int, int, float]] = {}
-        for step, order, losses, alive, rates in self._pending:
+        for step, order, losses, alive in self._pending:
             row = torch.full((len(self.names),), math.nan, dtype=torch.float64)
             values, flags = losses.to("cpu", torch.float64).tolist(), alive.tolist()
             for trial, value, flag in zip(order, values, flags, strict=True):
@@ -77,22 +96,34 @@ class History:
                 else:
                     down.setdefault(trial, (step, trial, value))
             self.losses[step] = row
-            self._line(step, loss=self._named(row), lr={self.names[t]: r for t, r in rates.items()})
+            self._loss_line(step, row)
             self._scalars("loss", step, row)
         self._pending.clear()
-        self.write()
         return list(down.values())
 
     def score(self, step: int, scores: Mapping[str, Tensor]) -> None:
-        """An evaluation: (trials,) numbers by metric; NaN where a trial no longer runs."""
+        """An evaluation: (trials,) numbers by metric; NaN where a trial no longer runs.
+
+        Raises:
+            ConfigError: other metrics than before.
+        """
+        before = list(next(iter(self.scores.values()), scores))
+        if list(scores) != before:
+            raise ConfigError(
+                f"eval returned the metrics {list(scores)} at step {step}, but {before} before; it "
+                "must return the same ones in the same order, the one that ranks first"
+            )
         self.scores[step] = dict(scores)
-        self._line(step, scores={k: self._named(v) for k, v in scores.items()})
+        self._score_line(step, scores)
         for metric, values in scores.items():
             self._scalars(f"eval/{metric}", step, values)
 
     def event(self, step: int, kind: str, trial: int, reason: str) -> None:
         """A trial that was stopped or diverged."""
-        self._line(step, event=kind, trial=self.names[trial], reason=reason)
+        # A loss that is not finite is known before the scores, a loser after them.
+        place = (step, 1 if kind == "diverged" else 3, trial)
+        content = {"step": step, "event": kind, "trial": self.names[trial], "reason": reason}
+        self._line(place, content)
 
     def close(self) -> None:
         """Writes what is left."""
@@ -100,59 +131,94 @@ class History:
         if self._writer is not None:
             self._writer.close()
 
-    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """The record for a checkpoint."""
+    def state_dict(self) -> State:
+        """The losses and scores for a checkpoint."""
         steps, evaluated = sorted(self.losses), sorted(self.scores)
-        tensors = {"losses": torch.stack([self.losses[s] for s in steps])} if steps else {}
-        for s in evaluated:
-            tensors |= {f"scores|{s}|{k}": v for k, v in self.scores[s].items()}
-        return {"steps": steps, "evaluated": evaluated}, tensors
+        metrics = list(next(iter(self.scores.values()), ()))
+        state: State = {"steps": len(steps), "evaluated": evaluated, "metrics": metrics}
+        if steps:
+            state["losses"] = torch.stack([self.losses[s] for s in steps])
+        for step in evaluated:
+            for metric, values in self.scores[step].items():
+                state[SEPARATOR.join(("scores", str(step), metric))] = values
+        return state
 
-    def restore(self, meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Takes back what :meth:`state` returned."""
-        self.losses = dict(zip(meta["steps"], tensors.get("losses", ()), strict=True))
-        self.scores = {s: {} for s in meta["evaluated"]}
-        for key, values in tensors.items():
-            if key != "losses":
-                _, step, metric = key.split("|", 2)
-                self.scores[int(step)][metric] = values
+    def load_state_dict(self, state: State, step: int) -> None:
+        """Takes back what :meth:`state_dict` returned after so many steps."""
+        expect(
+            type(state["steps"]) is int and state["steps"] == step,
+            f"history.steps is {state['steps']!r} at step {step}",
+        )
+        evaluated, metrics = state["evaluated"], state["metrics"]
+        expect(
+            isinstance(metrics, list)
+            and all(isinstance(m, str) for m in metrics)
+            and len(set(metrics)) == len(metrics)
+            and bool(metrics) == bool(evaluated),
+            f"history.metrics is {metrics!r}",
+        )
+        expect(
+            isinstance(evaluated, list) and evaluated == sorted(set(evaluated)),
+            f"history.evaluated is {evaluated!r}",
+        )
+        row = torch.empty(len(self.names), dtype=torch.float64)
+        scores: dict[int, dict[str, Tensor]] = {
+            expect_int(s, 1, step, "history.evaluated"): {} for s in evaluated
+        }
+        losses: dict[int, Tensor] = {}
+        keys = {"steps", "evaluated", "metrics"}
+        if step:
+            like = row.new_empty((step, len(self.names)))
+            losses = dict(enumerate(expect_like(state["losses"], like, "history.losses"), 1))
+            keys.add("losses")
+        for at, named in scores.items():
+            for metric in metrics:
+                key = SEPARATOR.join(("scores", str(at), metric))
+                named[metric] = expect_like(state[key], row, f"history.{key}")
+                keys.add(key)
+        expect_keys(state, keys, "history")
+        self.losses, self.scores = losses, scores
+
+    def write(self) -> None:
+        """Appends the lines so far to the file: a checkpoint's log must not end before it."""
+        if self.path is None or not self._lines:
+            return
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(self._text())
+        except OSError as error:
+            raise CheckpointError(f"could not write {self.path}: {error}") from error
+        self._lines.clear()
+
+    def _text(self) -> str:
+        """The pending lines in an order that does not depend on when they were read."""
+        lines = sorted(self._lines, key=lambda line: line[0])
+        return "".join(json.dumps(content) + "\n" for _, content in lines)
+
+    def _loss_line(self, step: int, row: Tensor) -> None:
+        loss = self._named(row)
+        numbers = [t for t, value in enumerate(row.tolist()) if not math.isnan(value)]
+        lr = {self.names[t]: self._rate(t, step - 1) for t in numbers}
+        self._line((step, 0, 0), {"step": step, "loss": loss, "lr": lr})
+
+    def _score_line(self, step: int, scores: Mapping[str, Tensor]) -> None:
+        content = {k: self._named(v) for k, v in scores.items()}
+        self._line((step, 2, 0), {"step": step, "scores": content})
 
     def _named(self, row: Tensor) -> dict[str, float | None]:
         # JSON has no NaN; a trial that does not take part is left out.
         values = zip(self.names, row.tolist(), strict=True)
         return {n: v if math.isfinite(v) else None for n, v in values if not math.isnan(v)}
 
-    def _line(self, step: int, **content: Any) -> None:
+    def _line(self, place: tuple[int, int, int], content: dict[str, Any]) -> None:
         if self.path is not None:
-            self._lines.append({"step": step, **content})
-
-    def write(self) -> None:
-        """Appends the lines so far to the file: a checkpoint's log must not end before it."""
-        if self.path is None or not self._lines:
-            return
-        text = "".join(json.dumps(line) + "\n" for line in self._lines)
-        try:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(text)
-        except OSError as error:
-            raise CheckpointError(f"could not write {self.path}: {error}") from error
-        self._lines.clear()
+            self._lines.append((place, content))
 
     def _scalars(self, metric: str, step: int, row: Tensor) -> None:
         if self._writer is not None:
             for name, value in self._named(row).items():
                 if value is not None:
                     self._writer.add_scalar(f"{metric}/{name}", value, step)
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    lines = []
-    with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8") as file:
-        for text in file:
-            # A killed process may have left half a line.
-            with contextlib.suppress(ValueError):
-                lines.append(json.loads(text))
-    return lines
 
 
 def _summary_writer(directory: Path, step: int) -> Any:

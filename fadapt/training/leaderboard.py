@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
 from ..params.params import Params, Train, join, split, trainable_leaves
-from .history import History
+from .checkpoint import (
+    SEPARATOR,
+    State,
+    expect,
+    expect_float,
+    expect_int,
+    expect_keys,
+    expect_like,
+)
+from .history import Event, History
 from .report import Goal, Report, Result
 from .trial import Trial
 
+STATUSES = "running", "finished", "stopped", "diverged"
 LAST = 10
 """Training losses that a report averages."""
 
@@ -48,6 +58,14 @@ class Leaderboard:
         self.goal: Goal = goal
         self.devices = [p.trainable()[0].device for p in starts]
         self.frames = [split(p)[1] for p in starts]
+        self.shapes = [
+            {
+                SEPARATOR.join((site, leaf)): torch.empty_like(t, device="meta")
+                for site, leaves in split(p)[0].items()
+                for leaf, t in leaves.items()
+            }
+            for p in starts
+        ]
         self.metric = "loss"
         self.standings = [Standing() for _ in self.trials]
         self.best: dict[int, Train] = {}
@@ -96,6 +114,64 @@ class Leaderboard:
         score, name = min(scored) if self.goal == "min" else max(scored)
         return f"best {self.metric} {score:.4g} ({name})"
 
+    def events(self) -> list[Event]:
+        """The trials that no longer run though the sweep went on, for the log."""
+        return [
+            (x.step, x.status, trial, x.reason)
+            for trial, x in enumerate(self.standings)
+            if x.status in ("diverged", "stopped")
+        ]
+
+    def state_dict(self) -> State:
+        """Standings and weights for a checkpoint."""
+        return {
+            "metric": self.metric,
+            "standings": [asdict(x) for x in self.standings],
+            "best": _flatten(self.best),
+            "left": _flatten(self.left),
+        }
+
+    def load_state_dict(
+        self, state: State, step: int, members: Sequence[int], metrics: Sequence[str]
+    ) -> None:
+        """Takes back what :meth:`state_dict` returned.
+
+        Args:
+            state: that.
+            step: after how many steps.
+            members: the trials that were still in the stack.
+            metrics: the names of the scores so far.
+        """
+        metric, found = state["metric"], state["standings"]
+        expect(
+            metric == (metrics[0] if metrics else "loss"), f"metric is {metric!r} of {metrics!r}"
+        )
+        expect(
+            isinstance(found, list) and len(found) == len(self.trials),
+            f"standings are not {len(self.trials)}",
+        )
+        standings = [_standing(x, step) for x in found]
+        for trial, x in enumerate(standings):
+            expect(x.status != "running" or trial in members, f"trial {trial} runs nowhere")
+        best = {t for t, x in enumerate(standings) if x.best_step}
+        left = set(range(len(self.trials))) - set(members)
+        trees = [self._unflatten(state.get(k, {}), t) for k, t in (("best", best), ("left", left))]
+        self.metric, self.standings, (self.best, self.left) = metric, standings, trees
+
+    def _unflatten(self, tensors: State, trials: set[int]) -> dict[int, Train]:
+        likes = {
+            SEPARATOR.join((str(trial), key)): like
+            for trial in trials
+            for key, like in self.shapes[trial].items()
+        }
+        expect_keys(tensors, likes, "the weights that were kept")
+        trees: dict[int, Train] = {}
+        for key, like in likes.items():
+            trial, site, leaf = key.split(SEPARATOR)
+            tensor = expect_like(tensors[key], like, key, finite=True)
+            trees.setdefault(int(trial), {}).setdefault(site, {})[leaf] = tensor
+        return trees
+
     def report(
         self, last: Mapping[int, Train], step: int, record: History, seconds: float, chunk: int
     ) -> Report:
@@ -134,6 +210,30 @@ class Leaderboard:
         unscored = math.isnan(r.score)
         loss = r.loss if not math.isnan(r.loss) else math.inf
         return r.status == "diverged", unscored, 0.0 if unscored else sign * r.score, loss
+
+
+def _standing(found: object, step: int) -> Standing:
+    expect(isinstance(found, dict), f"a standing is a {type(found).__name__}")
+    assert isinstance(found, dict)
+    expect_keys(found, [f.name for f in fields(Standing)], "a standing")
+    x = Standing(**found)
+    expect(x.status in STATUSES, f"a status is {x.status!r}")
+    expect(isinstance(x.reason, str), f"a reason is {x.reason!r}")
+    running = x.status == "running"
+    expect_int(x.step, 0 if running else 1, 0 if running else step, "a trial's last step")
+    expect_float(x.score, "a score", nan=True)
+    expect_int(x.best_step, 0, step, "the step of the best score")
+    expect(math.isnan(x.score) == (x.best_step == 0), f"{x.score!r} at step {x.best_step}")
+    return x
+
+
+def _flatten(trees: Mapping[int, Train]) -> dict[str, Tensor]:
+    return {
+        SEPARATOR.join((str(trial), site, leaf)): tensor
+        for trial, train in trees.items()
+        for site, leaves in train.items()
+        for leaf, tensor in leaves.items()
+    }
 
 
 def on_all(order: Sequence[int], values: Tensor, take: set[int], count: int) -> Tensor:

@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-import re
 import time
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..base.eval_mode import evaluating
 from ..base.torch_private import pytree
 from ..errors import CheckpointError, ConfigError
-from ..io.adapters import save
 from ..params.stack import stack
-from . import snapshot
-from .checkpoint import Generators, start_digest
+from . import checkpoint, identity
+from .checkpoint import SEPARATOR, State, expect, expect_float, expect_int, expect_keys, expect_like
 from .data import Feed, to_device
+from .directory import held, remove_adapters, save_adapters
 from .engine.chunks import ChunkRunner
 from .engine.compiler import Compiler
 from .engine.flat_params import FlatParams
 from .engine.optimizer import TrialOptimizer
 from .engine.rotary import tables_written
+from .generators import Generators
 from .history import History
 from .leaderboard import Leaderboard, on_all
 from .progress import Bar
@@ -39,46 +43,53 @@ class Loop:
 
     Attributes:
         step: batches done.
+        settled: the step up to which evaluations and stops are done, too.
         seconds: spent before the last restart.
         chunk: the most adapters in one pass.
+        whole: whether the state is that between two steps, which a checkpoint may hold.
     """
 
     def __init__(self, model: nn.Module, trials: Mapping[str, Trial], batches: Any, s: Settings):
+        check_process(model)
         self.steps = s.checked(batches, trials)
         self.model, self.settings, self.trials = model, s, list(trials.values())
         self.device = device_of(model)
         seeds = [t.data_seed for t in self.trials]
         self.data = Feed(batches, seeds, s.order, s.per_adapter, self.device)
-        starts = initial(model, trials, s.calib)
-        self.digests = {n: start_digest(p) for n, p in zip(trials, starts, strict=True)}
-        self.board = Leaderboard(trials, starts, s.goal)
-        self.flat = FlatParams(stack(starts), range(len(starts)))
+        self.starts = initial(model, trials, s.calib)
+        self.board = Leaderboard(trials, self.starts, s.goal)
+        self.flat = self._make_flat(separate=s.max_adapters == 1)
         self.compiler = Compiler(s.compile, self.device)
         self.optimizer = self._make_optimizer()
         self.runner = self._make_runner()
-        self.chunk, self.step, self.seconds = 0, 0, 0.0
+        self.chunk, self.step, self.settled, self.seconds = 0, 0, 0, 0.0
+        self.whole = True
         self.rungs = s.halving.rungs(self.steps, len(trials)) if s.halving else {}
         self.generators = Generators(self.device)
         path = s.path
         tensorboard = path / "tensorboard" if path is not None and s.tensorboard else None
-        self.history = History(self.board.names, path and path / "log.jsonl", tensorboard)
+        log = path and path / "log.jsonl"
+        self.history = History(self.board.names, self._rate, log, tensorboard)
+        self._batches, self._identity = batches, {}
 
     def run(self) -> Report:
         """Trains to the end; the global generators are as before afterwards."""
         devices = [self.device] if self.device.type == "cuda" else []
-        tables = tables_written(self.model) if self.compiler.compiles else nullcontext()
-        with torch.random.fork_rng(devices=devices), tables:
+        path = self.settings.path
+        with contextlib.ExitStack() as scope:
+            scope.enter_context(torch.random.fork_rng(devices=devices))
+            scope.enter_context(
+                tables_written(self.model) if self.compiler.compiles else nullcontext()
+            )
+            scope.enter_context(held(path) if path is not None else nullcontext())
             self._started = self._saved = time.monotonic()
             self.generators.seed(self.settings.seed)
-            self._resume()
-            try:
-                self.history.start(self.step)
+            if path is not None:
+                self._open(path)
+            with self._nothing_lost():
+                self.history.start(self.step, self.board.events())
                 self._train()
                 self.history.close()
-            except (CheckpointError, ConfigError) as error:
-                # Nothing is lost to a full disk: the weights so far go with the error.
-                error.report = self.report()  # type: ignore[attr-defined]
-                raise
         return self.report()
 
     def report(self) -> Report:
@@ -90,48 +101,101 @@ class Loop:
         """Seconds of this sweep, over all restarts."""
         return self.seconds + time.monotonic() - self._started
 
+    def _rate(self, trial: int, step: int) -> float:
+        return self.trials[trial].rate_at(step, self.steps)
+
+    def _make_flat(self, separate: bool) -> FlatParams:
+        """A layout in which trials run together, or each as :func:`fadapt.fit` runs it alone."""
+        self.separate = separate
+        apart = {leaf for trial in self.trials for leaf in trial.lr_ratio or ()}
+        numbers = range(len(self.starts))
+        if separate:
+            return FlatParams.separate(self.starts, numbers, apart)
+        return FlatParams(stack(self.starts), numbers, apart)
+
     def _make_optimizer(self) -> TrialOptimizer:
-        s = self.settings
-        return TrialOptimizer(self.flat, self.trials, s.optimizer, s.optimizer_args, self.steps)
+        return TrialOptimizer(self.flat, self.trials, self.settings.optimizer, self.steps)
 
     def _make_runner(self, chosen: int | None = None) -> ChunkRunner:
         s = self.settings
         return ChunkRunner(
             self.model, self.flat, s.loss_fn, self.data.per_adapter, s.max_adapters,
-            self.compiler, self.optimizer.accumulates, chosen,
+            self.compiler, self.optimizer.accumulates, self.board.names, chosen,
         )  # fmt: skip
 
-    def _resume(self) -> None:
-        path = self.settings.path
-        if path is not None and self.settings.resume:
-            snapshot.restore(self, path)
+    def _open(self, path: Path) -> None:
+        """Goes on from the directory's checkpoint, or begins anew."""
+        kept = self.settings.directory
+        names = dict(zip(self.board.names, self.starts, strict=True))
+        trials = dict(zip(self.board.names, self.trials, strict=True))
+        self.data.watch()
+        self._identity = {
+            "kind": "sweep",
+            "format": identity.FORMAT,
+            "sweep": identity.settings_of(self.settings, trials, self.steps),
+            "given": identity.given_of(self.settings, self._batches),
+            "base": identity.base_of(self.model),
+            "starts": {name: identity.start_of(params) for name, params in names.items()},
+        }
+        if kept.resume:
+            with checkpoint.opened(path) as file:
+                if file is not None:
+                    identity.check(path, file.meta, self._identity, kept.resume == "anyway")
+                    self.load_state_dict(checkpoint.state_of(file))
+                    return
+        remove_adapters(path)
 
     def _train(self) -> None:
-        if self.step == self.steps:
-            return
-        self._save()  # before the first step, so that a disk that refuses shows now
-        with Bar(self.steps, self.settings.progress) as bar:
-            while self.step < self.steps and self.board.running():
-                self._one_step()
-                self._after_step(bar)
-        self._note()
-        for trial in self.board.running():
-            self.board.close(trial, "finished", "", self.step)
-        self._save()
-        self._save_adapters()
+        if self.board.running():
+            self._save()  # before the first step, so that a disk that refuses shows now
+            with Bar(self.steps, self.settings.progress) as bar:
+                while self.board.running():
+                    if self.settled < self.step:
+                        self._settle(bar)
+                    elif self.step < self.steps:
+                        self._one_step()
+                    else:
+                        break
+            self._note()
+            for trial in self.board.running():
+                self.board.close(trial, "finished", "", self.step)
+            self._save()
+        if self.settings.path is not None:
+            save_adapters(self._best_in_order(), self.settings.path)
 
     def _one_step(self) -> None:
+        before = self.data.state_dict(), self.generators.state_dict()
         order = self.flat.order
-        weights = [1 / self.trials[t].accumulate for t in order]
-        losses = self.runner.gradients(next(self.data), weights)
-        rates = self.optimizer.rates(self.step)
+        try:
+            batch = next(self.data)
+            if self.runner.chosen is None:
+                self._choose(batch)
+                order = self.flat.order
+            weights = [1 / self.trials[t].accumulate for t in order]
+            losses = self.runner.gradients(batch, weights)
+        except Exception:
+            self.whole = not self.runner.partial
+            self.data.go_back(before[0])
+            self.generators.load_state_dict(before[1])
+            raise
+        self.whole = False
         self.optimizer.step(self.step, losses)
         self.step += 1
         self.chunk = max(self.chunk, self.runner.width)
         alive = torch.cat([a.to(losses.device) for a in self.optimizer.alive])
-        self.history.add(self.step, order, losses, alive, rates)
+        self.history.add(self.step, order, losses, alive)
+        self.whole = True
 
-    def _after_step(self, bar: Bar) -> None:
+    def _choose(self, batch: Any) -> None:
+        """Settles the width; trials that run one by one lie apart, as if they were alone."""
+        self.runner.choose(batch)
+        if self.runner.chosen == 1 and not self.separate and self.step == 0:
+            self.flat = self._make_flat(separate=True)
+            self.optimizer = self._make_optimizer()
+            self.runner = self._make_runner(1)
+
+    def _settle(self, bar: Bar) -> None:
+        """What comes after a step: readings, an evaluation, stops, a checkpoint."""
         s, ends, rung = self.settings, self.step == self.steps, self.step in self.rungs
         periodic = s.eval_every is not None and self.step % s.eval_every == 0
         evaluates = s.eval is not None and (ends or rung or periodic)
@@ -142,6 +206,7 @@ class Loop:
             scores = self._evaluate()
             if rung:
                 self._stop_losers(scores)
+        self.settled = self.step
         if saves:
             self._save()
 
@@ -151,32 +216,39 @@ class Loop:
         for step, trial, loss in self.history.flush():
             if trial in running:
                 finite = math.isfinite(loss)
-                self._leave(
+                self._close(
                     trial,
                     "diverged",
                     "gradient or new weights not finite" if finite else f"loss {loss}",
                     step,
                 )
-        self.quieten()
+        self.history.write()
+        self.idle_stopped()
         last = self.history.losses.get(self.step)
         return [] if last is None else [x for x in last.tolist() if math.isfinite(x)]
 
-    def _leave(self, trial: int, status: str, reason: str, step: int) -> None:
+    def _close(self, trial: int, status: str, reason: str, step: int) -> None:
         self.board.close(trial, status, reason, step)
         self.history.event(step, status, trial, reason)
 
-    def quieten(self) -> None:
+    def idle_stopped(self) -> None:
         """Trials that do not train but are still in the stack run idle."""
         self.runner.idle = frozenset(self.flat.order) - set(self.board.running())
         self.optimizer.freeze(self.runner.idle)
 
     def _evaluate(self) -> Tensor:
         s, running = self.settings, set(self.board.running())
-        with evaluating(self.model):
-            found = self.runner.scores(s.eval) if callable(s.eval) else self._mean_losses()
-        order, count = self.flat.order, len(self.trials)
-        scores = {k: on_all(order, v, running, count) for k, v in found.items()}
-        self.history.score(self.step, scores)
+        generators = self.generators.state_dict()
+        try:
+            with evaluating(self.model):
+                found = self.runner.scores(s.eval) if callable(s.eval) else self._mean_losses()
+            order, count = self.flat.order, len(self.trials)
+            scores = {k: on_all(order, v, running, count) for k, v in found.items()}
+            self.history.score(self.step, scores)
+        except Exception as error:
+            self.generators.load_state_dict(generators)
+            error.add_note(f"fadapt: in the evaluation after step {self.step} of {self.steps}")
+            raise
         self.board.metric = next(iter(scores))
         ranked = scores[self.board.metric]
         better = set(self.board.improved(self.step, ranked))
@@ -201,10 +273,10 @@ class Loop:
         halving = self.settings.halving
         assert halving is not None
         for trial, reason in self.board.losers(self.rungs[self.step], scores):
-            self._leave(trial, "stopped", reason, self.step)
+            self._close(trial, "stopped", reason, self.step)
         if not self.compiler.compiles if halving.shrink is None else halving.shrink:
             self.shrink(self.board.running())
-        self.quieten()
+        self.idle_stopped()
 
     def shrink(self, members: list[int]) -> None:
         """Takes all other trials out of the stack."""
@@ -218,35 +290,156 @@ class Loop:
         self.flat = self.flat.keep(positions)
         self.optimizer = self._make_optimizer()
         self.optimizer.load_states(states)
-        self.rechunk(self.runner.chosen)
+        self._rechunk(self.runner.chosen)
 
-    def rechunk(self, chosen: int | None) -> None:
-        """Makes the passes anew, at a width that was settled before."""
+    def _rechunk(self, chosen: int | None) -> None:
+        """Makes the chunks anew, at a width that was settled before."""
         self.runner = self._make_runner(chosen and min(chosen, len(self.flat)))
 
+    def state_dict(self) -> State:
+        """Everything that a fresh loop needs to go on from between these two steps."""
+        return {
+            **self._identity,
+            **self.board.state_dict(),
+            "step": self.step,
+            "settled": self.settled,
+            "seconds": self.elapsed(),
+            "chunk": self.chunk,
+            "chosen": self.runner.chosen or 0,
+            "members": sorted(self.flat.order),
+            "rows": self._rows(),
+            "optimizer": self.optimizer.state_dict(),
+            "position": self.data.state_dict(),
+            "history": self.history.state_dict(),
+            "generators": self.generators.state_dict(),
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        """Brings a fresh loop to where :meth:`state_dict` was taken.
+
+        Raises:
+            ConfigError: other batches than those seen so far.
+            ValueError, KeyError and the like: contents that no sweep of these settings can have
+                written; see :func:`checkpoint.opened`.
+        """
+        for part in ("best", "left"):  # an empty group leaves no trace in a file
+            state.setdefault(part, {})
+        expect_keys(state, self.state_dict(), "the checkpoint")
+        total = len(self.trials)
+        step = expect_int(state["step"], 0, self.steps, "step")
+        settled = expect_int(state["settled"], max(0, step - 1), step, "settled")
+        seconds = expect_float(state["seconds"], "seconds")
+        expect(seconds >= 0, f"seconds is {seconds!r}")
+        chunk = expect_int(state["chunk"], min(step, 1), total if step else 0, "chunk")
+        chosen = expect_int(state["chosen"], min(step, 1), total, "chosen")
+        members = state["members"]
+        known = isinstance(members, list) and all(type(m) is int for m in members)
+        expect(known and bool(members) and set(members) <= set(range(total)), "members")
+        if chosen == 1 and not self.separate and self.settings.max_adapters is not None:
+            self.flat = self._make_flat(separate=True)
+            self.optimizer = self._make_optimizer()
+        self.shrink(members)
+        expect(members == sorted(self.flat.order), f"members is {members!r}")
+        self._rechunk(chosen or None)
+        self.history.load_state_dict(state["history"], step)
+        metrics = state["history"]["metrics"]
+        self.board.load_state_dict(state, step, members, metrics)
+        self.optimizer.load_state_dict(state["optimizer"], step)
+        self._load_rows(state["rows"])
+        self.step, self.settled, self.seconds, self.chunk = step, settled, seconds, chunk
+        self.data.load_state_dict(
+            state["position"], step, self.settings.directory.resume == "anyway"
+        )
+        # Last: the data have used the generators to find their place.
+        self.generators.load_state_dict(state["generators"])
+        self.idle_stopped()
+
+    def _rows(self) -> State:
+        """Each trial's own values, and the gradients that have yet to become an update."""
+        return {
+            SEPARATOR.join((str(trial), str(k), kind)): block.pack(row, flats, leaves)
+            for trial, block, row in self.flat.rows()
+            for kind, flats in self._kinds(trial, block, row)
+            for k, (leaves, _) in enumerate(block.sets(self.trials[trial].lr_ratio or {}))
+        }
+
+    def _load_rows(self, state: State) -> None:
+        likes = self._rows()
+        expect_keys(state, likes, "rows")
+        for trial, block, row in self.flat.rows():
+            for kind, flats in self._kinds(trial, block, row):
+                for k, (leaves, _) in enumerate(block.sets(self.trials[trial].lr_ratio or {})):
+                    key = SEPARATOR.join((str(trial), str(k), kind))
+                    vector = expect_like(state[key], likes[key], key, finite=kind == "value")
+                    block.unpack(row, flats, leaves, vector)
+
+    def _kinds(self, trial: int, block: Any, row: int) -> Iterator[tuple[str, list[Tensor]]]:
+        yield "value", block.row(row, block.values)
+        if self.trials[trial].accumulate > 1:
+            yield "grad", block.row(row, block.grads)
+
+    @contextmanager
+    def _nothing_lost(self) -> Iterator[None]:
+        """An error of the caller's code, the disk or the device takes the outcome so far along."""
+        try:
+            yield
+        except Exception as error:
+            kept = ""
+            if self.settings.path is not None and not isinstance(error, CheckpointError):
+                kept = self._rescue()
+            # The device may be what failed, and an error may refuse attributes.
+            with contextlib.suppress(Exception):
+                error.report = self.report()  # type: ignore[attr-defined]
+                error.add_note(
+                    f"fadapt: after step {self.step} of {self.steps}; the outcome so far is the "
+                    f"error's .report{kept}"
+                )
+            raise
+
+    def _rescue(self) -> str:
+        """Writes a checkpoint where the state is whole; says what the directory holds."""
+        if self.whole:
+            try:
+                self._note()
+                self._save()
+                return ", and the checkpoint goes on from here"
+            except Exception as error:  # the first error is the one to tell of
+                return f"; no checkpoint could be written: {error}"
+        return ", and the checkpoint goes on from an earlier step"
+
     def _checkpoint_due(self) -> bool:
-        s, minutes = self.settings, self.settings.checkpoint_minutes
-        if s.path is None:
+        kept = self.settings.directory
+        if kept is None or kept.every is None:
             return False
-        if s.checkpoint_every is not None and self.step % s.checkpoint_every == 0:
-            return True
-        return minutes is not None and time.monotonic() - self._saved >= 60 * minutes
+        if isinstance(kept.every, timedelta):
+            return time.monotonic() - self._saved >= kept.every.total_seconds()
+        return self.step % kept.every == 0
 
     def _save(self) -> None:
         if self.settings.path is not None:
             self.history.write()
-            snapshot.write(self, self.settings.path)
+            checkpoint.write(self.settings.path, self.state_dict())
             self._saved = time.monotonic()
 
-    def _save_adapters(self) -> None:
-        if self.settings.path is None:
-            return
-        directory = self.settings.path / "adapters"
-        try:
-            directory.mkdir(exist_ok=True)
-        except OSError as error:
-            raise CheckpointError(f"could not make {directory}: {error}") from error
+    def _best_in_order(self) -> Any:
         params = self.report().params
-        for number, name in enumerate(self.board.names):
-            short = re.sub(r"[^\w.=+-]+", "_", name)[:100]
-            save(params[name], directory / f"{number:03d}-{short}.safetensors")
+        return {name: params[name] for name in self.board.names}
+
+
+def check_process(model: nn.Module) -> None:
+    """Refuses several processes, which would train each on its own.
+
+    Raises:
+        ConfigError: an initialised process group of more than one.
+    """
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        raise ConfigError(
+            f"fit and sweep do not synchronise processes yet, and this is one of "
+            f"{dist.get_world_size()}: each would train on its own batches. Train in one process, "
+            "or in a loop of your own: fadapt.run, backward, all_reduce of the gradients, a step"
+        )
+    if any(p.is_inference() for p in model.parameters()):
+        raise ConfigError(
+            "the model was loaded or made under torch.inference_mode, and its weights can be part "
+            "of no gradient; load it outside of that"
+        )

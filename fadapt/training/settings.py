@@ -1,102 +1,151 @@
-"""Settings of a sweep, and their checks."""
+"""Settings: the options of a sweep, their types, and their checks."""
 
 from __future__ import annotations
 
-import math
+import difflib
+import functools
+import inspect
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, TypedDict, TypeVar, Unpack
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from ..errors import require
+from ..errors import ConfigError, require
 from ..run import LossFn
 from .data import Order, check_batches
+from .directory import Checkpoints
 from .report import Goal
 from .trial import Halving, Trial
 
+F = TypeVar("F", bound=Callable[..., Any])
 
-@dataclass
-class Settings:
-    """The arguments of :func:`fadapt.sweep`, where they are described."""
 
-    eval: Any = None
-    steps: int | None = None
-    loss_fn: LossFn | None = None
-    per_adapter: bool = False
-    order: Order = "shared"
-    calib: Iterable[Any] | None = None
-    optimizer: Callable[..., Optimizer] = torch.optim.AdamW
-    optimizer_args: Mapping[str, Any] = field(default_factory=dict)
-    eval_every: int | None = None
-    goal: Goal = "min"
-    halving: Halving | None = None
-    max_adapters: int | str | None = "auto"
-    compile: bool | Mapping[str, Any] = False
-    directory: str | os.PathLike[str] | None = None
-    checkpoint_every: int | None = None
-    checkpoint_minutes: float | None = 10.0
-    resume: bool = True
-    tensorboard: bool = False
-    progress: bool | None = None
-    log_every: int = 10
-    seed: int = 0
+class Options(TypedDict, total=False):
+    """The keyword arguments of :func:`fadapt.sweep`, where they are described."""
+
+    eval: Any
+    steps: int | None
+    loss_fn: LossFn | None
+    per_adapter: bool
+    order: Order
+    calib: Iterable[Any] | None
+    optimizer: Callable[..., Optimizer]
+    eval_every: int | None
+    goal: Goal
+    halving: Halving | None
+    max_adapters: int | str | None
+    compile: bool | Mapping[str, Any]
+    directory: str | os.PathLike[str] | Checkpoints | None
+    tensorboard: bool
+    progress: bool | None
+    log_every: int
+    seed: int
+
+
+class Settings(SimpleNamespace):
+    """All options of a sweep: :class:`Options` has their types, `sweep` their defaults."""
+
+    def __init__(self, **options: Unpack[Options]):
+        super().__init__(**options)
+        if self.directory is not None and not isinstance(self.directory, Checkpoints):
+            self.directory = Checkpoints(self.directory)
 
     @property
     def path(self) -> Path | None:
-        return None if self.directory is None else Path(self.directory)
+        """The directory, if there is one."""
+        return None if self.directory is None else self.directory.path
 
     def checked(self, batches: Any, trials: Mapping[str, Trial]) -> int:
         """The number of steps; completes the settings.
 
         Raises:
-            ConfigError: a value out of its range or that does not fit the others.
+            ConfigError: a value of the wrong type, out of its range or that does not fit the
+                others.
         """
+        self._check_types()
+        self._check_eval()
+        steps = self._count(batches)
+        for name, trial in trials.items():
+            require(
+                steps % trial.accumulate == 0,
+                f"{name}: accumulate={trial.accumulate} does not divide steps={steps} (a step is "
+                f"one batch); use steps={steps - steps % trial.accumulate or trial.accumulate}",
+            )
+            for step in (0, steps // 2, steps - 1):
+                trial.rate_at(step, steps)
+        if self.halving is not None:
+            self.halving.rungs(steps, len(trials))
+        return steps
+
+    def _count(self, batches: Any) -> int:
         steps = self.steps
         check_batches(batches)
         require(not hasattr(batches, "__len__") or len(batches) > 0, "batches is empty")
         if steps is None and hasattr(batches, "__len__"):
             steps = len(batches)
         require(
-            isinstance(steps, int) and not isinstance(steps, bool) and steps >= 1,
+            type(steps) is int and steps >= 1,
             f"steps must be an int of at least 1, got {steps!r}"
             + ("" if steps is not None else "; these batches have no length, so pass steps="),
         )
         assert steps is not None
-        for name in ("eval_every", "checkpoint_every", "log_every"):
+        return steps
+
+    def _check_types(self) -> None:
+        for name in ("eval_every", "log_every"):
             value = getattr(self, name)
             require(
-                (value is None and name != "log_every") or (isinstance(value, int) and value >= 1),
+                (value is None and name != "log_every") or (type(value) is int and value >= 1),
                 f"{name} must be an int of at least 1, got {value!r}",
             )
-        minutes = self.checkpoint_minutes
-        require(
-            minutes is None or (math.isfinite(minutes) and minutes >= 0),
-            f"checkpoint_minutes must be at least 0, got {minutes!r}",
-        )
+        for name in ("per_adapter", "tensorboard", "progress"):
+            value = getattr(self, name)
+            require(
+                isinstance(value, bool) or (value is None and name == "progress"),
+                f"{name} must be True or False, got {value!r}",
+            )
         most = self.max_adapters
         require(
-            most in ("auto", None) or (isinstance(most, int) and most >= 1),
+            most is None or most == "auto" or (type(most) is int and most >= 1),
             f"max_adapters must be 'auto', None or an int of at least 1, got {most!r}",
         )
+        require(
+            isinstance(self.compile, (bool, Mapping)),
+            f"compile must be True, False or a dict of options for torch.compile, got "
+            f"{self.compile!r}",
+        )
         require(self.goal in ("min", "max"), f"goal must be 'min' or 'max', got {self.goal!r}")
-        require(isinstance(self.seed, int), f"seed must be an int, got {self.seed!r}")
-        self._check_eval()
+        require(
+            type(self.seed) is int and -(2**63) <= self.seed < 2**64,
+            f"seed must be an int that torch.manual_seed takes, got {self.seed!r}",
+        )
+        require(
+            self.halving is None or isinstance(self.halving, Halving),
+            f"halving must be a fadapt.Halving, got {self.halving!r}",
+        )
+        for name in ("loss_fn", "optimizer"):
+            value = getattr(self, name)
+            require(
+                callable(value) or (value is None and name == "loss_fn"),
+                f"{name} must be callable, got {value!r}",
+            )
+        if isinstance(self.optimizer, functools.partial):
+            held = sorted(self.optimizer.keywords.keys() & {"lr", "weight_decay", "params"})
+            require(
+                not held,
+                f"the optimizer is given {held}, which have no effect: each trial has its own. "
+                "Write Trial(..., lr=, weight_decay=), or fit(..., lr=, weight_decay=)",
+            )
         require(
             not self.tensorboard or self.directory is not None,
             "tensorboard=True needs a directory=",
         )
-        for name, trial in trials.items():
-            require(
-                steps % trial.accumulate == 0,
-                f"{name}: accumulate={trial.accumulate} does not divide steps={steps} (a step is "
-                f"one batch); use steps={steps - steps % trial.accumulate}",
-            )
-        return steps
 
     def _check_eval(self) -> None:
         if self.eval is None:
@@ -114,3 +163,54 @@ class Settings:
 def device_of(model: nn.Module) -> torch.device:
     """Where the batches go: to the model's first parameter."""
     return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def with_named_options(function: F) -> F:
+    """A function whose unknown keywords are refused by :func:`named_options`."""
+    known = list(inspect.signature(function).parameters)
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **named_options(function.__name__, kwargs, known))
+
+    return call  # type: ignore[return-value]
+
+
+def named_options(function: str, given: Mapping[str, Any], known: Iterable[str]) -> dict[str, Any]:
+    """The keyword arguments under their present names.
+
+    ``checkpoint_every``, ``checkpoint_minutes`` and ``resume``, which are a :class:`Checkpoints`
+    now, and ``optimizer_args``, which is a functools.partial, are taken as such.
+
+    Raises:
+        ConfigError: a name that is neither, with those that are near.
+    """
+    options, names = dict(given), list(known)
+    kept = {k: options.pop(k) for k in ("checkpoint_every", "resume") if k in options}
+    every = kept.pop("checkpoint_every", None)
+    minutes = options.pop("checkpoint_minutes", None)
+    if every is None and minutes is not None:
+        try:
+            every = timedelta(minutes=minutes)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise ConfigError(f"checkpoint_minutes={minutes!r}: {error}") from error
+    if every is not None:
+        kept["every"] = every
+    where = options.get("directory")
+    if kept and where is not None and not isinstance(where, Checkpoints):
+        options["directory"] = Checkpoints(where, **kept)
+    elif kept and where is not None:
+        raise ConfigError(f"{function}: {sorted(kept)} belong into directory=Checkpoints(...)")
+    if (more := options.pop("optimizer_args", None)) is not None:
+        require(
+            isinstance(more, Mapping) and all(isinstance(k, str) for k in more),
+            f"{function}: optimizer_args must be a dict of keyword arguments, got {more!r}; write "
+            "optimizer=functools.partial(torch.optim.AdamW, betas=...)",
+        )
+        factory = options.get("optimizer", torch.optim.AdamW)
+        options["optimizer"] = functools.partial(factory, **more) if more else factory
+    if unknown := [name for name in options if name not in names]:
+        near = difflib.get_close_matches(unknown[0], names, 3, 0.5)
+        hint = f"near names are {near}" if near else f"there are {names}"
+        raise ConfigError(f"{function} has no option {unknown[0]!r}; {hint}")
+    return options

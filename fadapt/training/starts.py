@@ -11,6 +11,7 @@ from ..base.weights import weights_by_name
 from ..config import Config
 from ..errors import ConfigError, require
 from ..init import init
+from ..params.adapter import Adapter
 from ..params.params import Params
 from .trial import Trial
 
@@ -37,10 +38,32 @@ def initial(
                 made[config] = init(model, config, calib)
             params = made[config]
         require(bool(params.trainable()), f"{name} has nothing to train: {params!r}")
+        _check_leaves(name, trial, params)
         if any(leaf.is_meta for leaf in params.trainable()):
             raise ConfigError(f"{name}: a model on the meta device has no values to train on")
-        result.append(params)
+        # Made under torch.inference_mode, a leaf could not be part of a graph.
+        result.append(params.map(_usable))
     return result
+
+
+def _usable(adapter: Adapter) -> Adapter:
+    if not any(t.is_inference() for t in adapter.leaves.values()):
+        return adapter
+    train, fixed = (
+        {k: t.detach().clone() for k, t in leaves.items()}
+        for leaves in (adapter.train, adapter.fixed)
+    )
+    return adapter.replace(train, fixed)
+
+
+def _check_leaves(name: str, trial: Trial, params: Params) -> None:
+    leaves = {leaf for adapter in params.values() for leaf in adapter.train}
+    if unknown := sorted((trial.lr_ratio or {}).keys() - leaves):
+        raise ConfigError(
+            f"{name}: lr_ratio names {unknown}, but the trainable leaves are {sorted(leaves)}"
+        )
+    if not any(trial.ratio(leaf) for leaf in leaves):
+        raise ConfigError(f"{name}: lr_ratio={trial.lr_ratio!r} leaves nothing to train")
 
 
 def _check_base(name: str, model: nn.Module, params: Params) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, overload
+from typing import Any, Literal, Unpack, overload
 
 import torch
 from torch import nn
@@ -16,18 +17,20 @@ from ..params.params import Params
 from ..params.stack import Stack, stack, unstack
 from ..run import LossFn
 from .data import Order
+from .directory import Checkpoints as Checkpoints
 from .grid import grid as grid
 from .grid import named
 from .loop import Loop
 from .report import Goal as Goal
 from .report import Report as Report
 from .report import Result as Result
-from .settings import Settings
+from .settings import Options, Settings, named_options, with_named_options
 from .trial import Halving as Halving
 from .trial import Schedule
 from .trial import Trial as Trial
 
 
+@with_named_options
 def sweep(
     model: nn.Module,
     trials: Iterable[Trial],
@@ -40,16 +43,12 @@ def sweep(
     order: Order = "shared",
     calib: Iterable[Any] | None = None,
     optimizer: Callable[..., Optimizer] = torch.optim.AdamW,
-    optimizer_args: Mapping[str, Any] | None = None,
     eval_every: int | None = None,
     goal: Goal = "min",
     halving: Halving | None = None,
     max_adapters: int | str | None = "auto",
     compile: bool | Mapping[str, Any] = False,  # noqa: A002 - as torch.compile
-    directory: str | os.PathLike[str] | None = None,
-    checkpoint_every: int | None = None,
-    checkpoint_minutes: float | None = 10.0,
-    resume: bool = True,
+    directory: str | os.PathLike[str] | Checkpoints | None = None,
     tensorboard: bool = False,
     progress: bool | None = None,
     log_every: int = 10,
@@ -75,9 +74,9 @@ def sweep(
         order: "shared": all trials see the same batches; "own": each its own permutation of a
             sequence of batches, by its seed.
         calib: as for :func:`fadapt.init`.
-        optimizer: a class or factory of torch.optim's kind, ``optimizer(param_groups, **args)``;
-            fused or foreach where it has that. Each trial is a param group of its own.
-        optimizer_args: its other arguments, such as {"betas": (0.9, 0.95)}.
+        optimizer: a class or factory of torch.optim's kind, ``optimizer(param_groups)``; with
+            other arguments, ``functools.partial(torch.optim.AdamW, betas=(0.9, 0.95))``. Fused or
+            foreach where it has that. To it each trial is a parameter of its own.
         eval_every: steps between evaluations; there is always one at the end.
         goal: whether a lower ("min") or a higher score is better.
         halving: stop the worse trials early; see :class:`Halving`.
@@ -86,11 +85,9 @@ def sweep(
         compile: compile the pass and its gradient, each as one graph; or options for
             torch.compile, such as {"mode": "reduce-overhead"}. The update is the optimiser's own
             fused kernel. New learning rates and diverged or stopped trials do not recompile.
-        directory: for checkpoints, ``log.jsonl``, TensorBoard and the final adapters.
-        checkpoint_every: steps between checkpoints, beside the minutes.
-        checkpoint_minutes: minutes between checkpoints, or None.
-        resume: go on from the directory's checkpoint; on the CPU the final weights are those of
-            an uninterrupted run, bit for bit.
+        directory: for checkpoints, ``log.jsonl``, TensorBoard and the final adapters; the sweep
+            goes on from a checkpoint that is there. :class:`Checkpoints` says how often, and
+            whether to begin anew.
         tensorboard: write losses and scores for TensorBoard, too.
         progress: a progress bar; None means on a terminal.
         log_every: steps between readings of the losses from the device.
@@ -98,10 +95,26 @@ def sweep(
             restored afterwards.
 
     Raises:
-        ConfigError: before the first step: trials of different base models, no trials, settings
-            or batches that do not fit.
-        CheckpointError: a damaged checkpoint, or a disk that refuses; if training had begun, its
-            ``report`` attribute holds the weights so far, and the earlier checkpoint is whole.
+        ConfigError: before the first step: no trials, trials of different base models, settings
+            or batches that do not fit, several processes (each would train on its own), or the
+            checkpoint of another sweep.
+        CheckpointError: a damaged checkpoint, a directory that another sweep uses, or a disk that
+            refuses.
+
+    If training had begun, any error, also one of ``loss_fn`` or ``eval``, carries the outcome so
+    far as its ``report`` attribute, a note that names the step and the trials, and leaves a whole
+    checkpoint in the directory.
+
+    Example:
+        >>> import torch, fadapt
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 2))
+        >>> batches = [torch.ones(3, 4)] * 5
+        >>> trials = fadapt.grid(fadapt.LoRA, r=[1, 2], lr=[1e-3, 1e-2])
+        >>> def loss_fn(output, batch):
+        ...     return output.square().mean()
+        >>> report = fadapt.sweep(model, trials, batches, loss_fn=loss_fn)
+        >>> len(report.results), report.best.status
+        (4, 'finished')
     """
     settings = Settings(
         eval=eval,
@@ -111,30 +124,56 @@ def sweep(
         order=order,
         calib=calib,
         optimizer=optimizer,
-        optimizer_args=optimizer_args or {},
         eval_every=eval_every,
         goal=goal,
         halving=halving,
         max_adapters=max_adapters,
         compile=compile,
         directory=directory,
-        checkpoint_every=checkpoint_every,
-        checkpoint_minutes=checkpoint_minutes,
-        resume=resume,
         tensorboard=tensorboard,
         progress=progress,
         log_every=log_every,
         seed=seed,
     )
-    return Loop(model, named(trials), batches, settings).run()
+    # A caller that only evaluates otherwise may have turned gradients off.
+    with torch.inference_mode(False), torch.enable_grad():
+        return Loop(model, named(trials), batches, settings).run()
 
 
 @overload
-def fit(model: nn.Module, params: Params, batches: Any, **options: Any) -> Params: ...
+def fit(
+    model: nn.Module, params: Params, batches: Any, *, lr: float = ..., weight_decay: float = ...,
+    warmup: int = ..., schedule: Schedule = ..., clip: float | None = ..., accumulate: int = ...,
+    lr_ratio: Mapping[str, float] | None = ..., return_report: Literal[False] = ...,
+    **options: Unpack[Options],
+) -> Params: ...  # fmt: skip
 
 
 @overload
-def fit(model: nn.Module, params: Stack, batches: Any, **options: Any) -> Stack: ...
+def fit(
+    model: nn.Module, params: Stack, batches: Any, *, lr: float = ..., weight_decay: float = ...,
+    warmup: int = ..., schedule: Schedule = ..., clip: float | None = ..., accumulate: int = ...,
+    lr_ratio: Mapping[str, float] | None = ..., return_report: Literal[False] = ...,
+    **options: Unpack[Options],
+) -> Stack: ...  # fmt: skip
+
+
+@overload
+def fit(
+    model: nn.Module, params: Params, batches: Any, *, lr: float = ..., weight_decay: float = ...,
+    warmup: int = ..., schedule: Schedule = ..., clip: float | None = ..., accumulate: int = ...,
+    lr_ratio: Mapping[str, float] | None = ..., return_report: Literal[True],
+    **options: Unpack[Options],
+) -> tuple[Params, Report]: ...  # fmt: skip
+
+
+@overload
+def fit(
+    model: nn.Module, params: Stack, batches: Any, *, lr: float = ..., weight_decay: float = ...,
+    warmup: int = ..., schedule: Schedule = ..., clip: float | None = ..., accumulate: int = ...,
+    lr_ratio: Mapping[str, float] | None = ..., return_report: Literal[True],
+    **options: Unpack[Options],
+) -> tuple[Stack, Report]: ...  # fmt: skip
 
 
 def fit(
@@ -148,29 +187,51 @@ def fit(
     schedule: Schedule = "constant",
     clip: float | None = None,
     accumulate: int = 1,
-    **options: Any,
-) -> Params | Stack:
+    lr_ratio: Mapping[str, float] | None = None,
+    return_report: bool = False,
+    **options: Unpack[Options],
+) -> Params | Stack | tuple[Params | Stack, Report]:
     """Trains one adapter, or a stack with the same hyper-parameters for all members.
 
     Args:
+        model: the frozen base; it is not changed.
         params: where to begin; not changed.
-        lr, weight_decay, warmup, schedule, clip, accumulate: see :class:`Trial`.
-        options: all other arguments of :func:`sweep`.
+        batches: as for :func:`sweep`.
+        lr, weight_decay, warmup, schedule, clip, accumulate, lr_ratio: see :class:`Trial`.
+        return_report: whether to return the :class:`Report`, too: curves, scores and the last
+            weights beside the best.
+        options: all other keyword arguments of :func:`sweep`.
 
     Returns:
         New params of the same kind: of the best evaluation where there is one, else the last.
         An adapter that diverged comes back as it last was finite, with a FadaptWarning.
 
     Raises:
-        ConfigError, CheckpointError: as :func:`sweep`.
+        ConfigError, CheckpointError: as :func:`sweep`; also for a keyword that it does not have.
+
+    Example:
+        >>> import torch, fadapt
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 2))
+        >>> params = fadapt.init(model, fadapt.LoRA(r=1))
+        >>> batches = [torch.ones(3, 4)] * 5
+        >>> params, report = fadapt.fit(
+        ...     model, params, batches, loss_fn=lambda out, _: out.square().mean(),
+        ...     return_report=True)
+        >>> len(report.losses)
+        5
     """
     if not isinstance(params, (Params, Stack)):
         raise ConfigError(f"fit takes Params or a Stack, got {type(params).__name__}")
+    if isinstance(params, Stack) and params.per_row:
+        raise ConfigError("fit takes the resident stack, not what select made of it")
+    known = [*inspect.signature(sweep).parameters][3:]
+    own = ("lr", "weight_decay", "warmup", "schedule", "clip", "accumulate", "lr_ratio")
+    named_options("fit", options, [*known, *own, "return_report"])
     members = unstack(params) if isinstance(params, Stack) else [params]
     trials = [
         Trial(
             member, lr=lr, weight_decay=weight_decay, warmup=warmup, schedule=schedule,
-            seed=i, clip=clip, accumulate=accumulate, name=f"adapter {i}",
+            seed=i, clip=clip, accumulate=accumulate, lr_ratio=lr_ratio, name=f"adapter {i}",
         )
         for i, member in enumerate(members)
     ]  # fmt: skip
@@ -180,4 +241,5 @@ def fit(
             message = f"{result.name} diverged at step {result.step}: {result.reason}"
             warnings.warn(message, FadaptWarning, stacklevel=2)
     trained = [report.params[t.name or ""] for t in trials]
-    return stack(trained) if isinstance(params, Stack) else trained[0]
+    found = stack(trained) if isinstance(params, Stack) else trained[0]
+    return (found, report) if return_report else found

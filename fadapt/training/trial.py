@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,6 +13,9 @@ from ..errors import ConfigError, require
 from ..io.as_json import config_to_json
 from ..method import Method
 from ..params.params import Params
+
+NAME_LENGTH = 500
+"""Characters of a trial's name."""
 
 Schedule = str | Callable[[float], float]
 SCHEDULES: dict[str, Callable[[float], float]] = {
@@ -38,10 +40,18 @@ class Trial:
         seed: of the initial values and of the trial's own data order; None takes the config's.
         clip: largest 2-norm of this adapter's gradient, or None.
         accumulate: batches per update; the gradient is their mean.
+        lr_ratio: {leaf: factor of the learning rate}, for the leaves of that name at all sites:
+            ``{"B": 16.0}`` is LoRA+ (arXiv:2402.12354), ``{"A": 0.0}`` trains B alone, as LoRA-FA
+            does (arXiv:2308.03303). A leaf at 0 is no part of the clipped norm either.
         name: the key in the report; None makes one from what differs between the trials.
 
     Raises:
-        ConfigError: a value out of its range.
+        ConfigError: a value of the wrong type or out of its range.
+
+    Example:
+        >>> import fadapt
+        >>> fadapt.Trial(fadapt.LoRA(r=4), lr=3e-4, schedule="cosine", warmup=10).label()
+        'LoRA(r=4)'
     """
 
     config: Rules | Config | Params
@@ -52,6 +62,7 @@ class Trial:
     seed: int | None = None
     clip: float | None = None
     accumulate: int = 1
+    lr_ratio: Mapping[str, float] | None = None
     name: str | None = None
 
     def __post_init__(self) -> None:
@@ -62,26 +73,40 @@ class Trial:
         for field in ("lr", "weight_decay"):
             value = getattr(self, field)
             require(
-                isinstance(value, (int, float)) and math.isfinite(value) and value >= 0,
+                is_number(value) and value >= 0,
                 f"Trial: {field} must be a finite number of at least 0, got {value!r}",
             )
         require(
-            self.clip is None or (math.isfinite(self.clip) and self.clip > 0),
+            self.clip is None or (is_number(self.clip) and self.clip > 0),
             f"Trial: clip must be a positive number or None, got {self.clip!r}",
         )
         for field, least in (("warmup", 0), ("accumulate", 1)):
             value = getattr(self, field)
             require(
-                isinstance(value, int) and value >= least,
+                type(value) is int and value >= least,
                 f"Trial: {field} must be an int of at least {least}, got {value!r}",
             )
+        known = isinstance(self.schedule, str) and self.schedule in SCHEDULES
         require(
-            callable(self.schedule) or self.schedule in SCHEDULES,
+            callable(self.schedule) or known,
             f"Trial: schedule must be one of {list(SCHEDULES)} or a function, "
             f"got {self.schedule!r}",
         )
-        if self.seed is not None and not isinstance(self.seed, int):
-            raise ConfigError(f"Trial: seed must be an int, got {self.seed!r}")
+        require(
+            self.seed is None or type(self.seed) is int,
+            f"Trial: seed must be an int or None, got {self.seed!r}",
+        )
+        check_ratios("Trial: lr_ratio", self.lr_ratio)
+        self._check_name()
+
+    def _check_name(self) -> None:
+        name = self.name
+        require(name is None or isinstance(name, str), f"Trial: name must be a str, got {name!r}")
+        # It stands in tables, in a log of lines, and in the names of files.
+        require(
+            name is None or (0 < len(name) <= NAME_LENGTH and name.isprintable()),
+            f"Trial: name must be of 1 to {NAME_LENGTH} printable characters, got {name!r:.80}",
+        )
 
     def resolved(self) -> Config | Params:
         """The config with this trial's seed, or the Params."""
@@ -100,8 +125,27 @@ class Trial:
         if update < self.warmup:
             return self.lr * (update + 1) / self.warmup
         done = (update - self.warmup) / max(updates - self.warmup, 1)
-        schedule = self.schedule if callable(self.schedule) else SCHEDULES[self.schedule]
-        return self.lr * schedule(done)
+        if not callable(self.schedule):
+            return self.lr * SCHEDULES[self.schedule](done)
+        factor: Any = self.schedule(done)
+        try:
+            value = float(factor)
+        except (TypeError, ValueError, RuntimeError):
+            value = math.nan
+        require(
+            math.isfinite(value) and value >= 0,
+            f"the schedule {_function_name(self.schedule)} returned {factor!r} at {done:.3g}; it "
+            "must return a finite number of at least 0",
+        )
+        return self.lr * value
+
+    def rate_at(self, step: int, steps: int) -> float:
+        """The learning rate at one batch (from 0) of so many."""
+        return self.rate(step // self.accumulate, steps // self.accumulate)
+
+    def ratio(self, leaf: str | None) -> float:
+        """What the leaves of a name multiply the learning rate by."""
+        return (self.lr_ratio or {}).get(leaf or "", 1.0)
 
     def label(self) -> str:
         """The methods, for names and tables."""
@@ -120,7 +164,9 @@ class Trial:
         config = self.resolved()
         values["config"] = repr(config) if isinstance(config, Params) else config_to_json(config)
         if callable(self.schedule):
-            values["schedule"] = getattr(self.schedule, "__qualname__", repr(self.schedule))
+            values["schedule"] = _function_name(self.schedule)
+        if self.lr_ratio is not None:
+            values["lr_ratio"] = dict(self.lr_ratio)
         return values
 
 
@@ -135,6 +181,14 @@ class Halving:
         shrink: whether the fold becomes smaller at a rung, which costs a compiled sweep one
             compilation per rung. None: yes, unless compiled; then a stopped trial's place runs
             idle until all trials of its chunk have stopped.
+
+    Raises:
+        ConfigError: a value of the wrong type or out of its range.
+
+    Example:
+        >>> import fadapt
+        >>> fadapt.Halving(first=10).rungs(steps=100, trials=8)
+        {10: 4, 20: 2, 40: 1}
     """
 
     first: int
@@ -143,19 +197,64 @@ class Halving:
     shrink: bool | None = None
 
     def __post_init__(self) -> None:
-        if not (self.first >= 1 and 1 < self.factor < math.inf and self.least >= 1):
-            raise ConfigError(f"{self!r}: needs first >= 1, factor > 1 and least >= 1")
+        fits = (
+            type(self.first) is int and self.first >= 1,
+            is_number(self.factor) and self.factor > 1,
+            type(self.least) is int and self.least >= 1,
+            self.shrink is None or isinstance(self.shrink, bool),
+        )
+        if not all(fits):
+            raise ConfigError(
+                f"{self!r}: needs first and least, ints of at least 1, factor, a finite number "
+                "above 1, and shrink=True, False or None"
+            )
 
     def rungs(self, steps: int, trials: int) -> dict[int, int]:
-        """{step: how many trials stay after it}, whatever happens to single trials."""
+        """{step: how many trials stay after it}, whatever happens to single trials.
+
+        Raises:
+            ConfigError: a factor so small that not even the first rung stops a trial.
+        """
         result: dict[int, int] = {}
-        for k in itertools.count():
-            step = round(self.first * self.factor**k)
-            if step >= steps:
-                return result
-            trials = min(trials, max(self.least, math.ceil(trials / self.factor)))
-            result[step] = trials
-        raise AssertionError
+        step = self.first
+        while step < steps and trials > self.least:
+            kept = max(self.least, math.ceil(trials / self.factor))
+            if kept == trials:
+                require(
+                    bool(result),
+                    f"{self!r} stops none of {trials} trials; factor must be at least "
+                    f"{trials / (trials - 1):.4g}",
+                )
+                break
+            result[step] = trials = kept
+            step = max(step + 1, round(self.first * self.factor ** len(result)))
+        return result
+
+
+def is_number(value: Any) -> bool:
+    """An int or float, neither infinite nor NaN nor a bool."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def check_ratios(what: str, ratios: Any) -> None:
+    """Refuses what is no {leaf: factor}.
+
+    Raises:
+        ConfigError: names the wrong entry.
+    """
+    require(
+        ratios is None or isinstance(ratios, Mapping),
+        f'{what} must be a dict such as {{"B": 16.0}}, got {ratios!r}',
+    )
+    for leaf, ratio in (ratios or {}).items():
+        require(
+            isinstance(leaf, str) and is_number(ratio) and ratio >= 0,
+            f"{what} must give leaves finite factors of at least 0, got {{{leaf!r}: {ratio!r}}}",
+        )
+
+
+def _function_name(function: Any) -> str:
+    return getattr(function, "__qualname__", repr(function))
 
 
 def _method_label(method: Method) -> str:

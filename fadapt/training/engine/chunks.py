@@ -59,10 +59,12 @@ class ChunkRunner:
             the largest chunk; None is one chunk that is never halved.
         compiler: a :class:`Compiler`.
         accumulates: whether gradients add up over several batches.
+        names: of the trials, for messages.
         chosen: the width that an earlier object of the same sweep had come to, or None.
 
     Attributes:
-        chosen: the width to hand on to a later object; None before the first pass of "auto".
+        chosen: the width to hand on to a later object; None before :meth:`choose`.
+        partial: whether the flat params have taken gradients of some chunks, but not of all.
     """
 
     def __init__(
@@ -74,16 +76,21 @@ class ChunkRunner:
         max_adapters: int | str | None,
         compiler: Compiler,
         accumulates: bool,
+        names: Sequence[str],
         chosen: int | None = None,
     ):
         self.model, self.flat, self.loss_fn = model, flat, loss_fn
         self.per_adapter, self.compiler = per_adapter, compiler
         self.accumulates = accumulates
         self.halves = max_adapters is not None
-        self._auto = max_adapters == "auto"
-        self.chosen = chosen or (max_adapters if isinstance(max_adapters, int) else None)
+        self._names = names
+        most = min(max_adapters, len(flat)) if isinstance(max_adapters, int) else len(flat)
+        self.chosen = None if max_adapters == "auto" else most
+        if chosen is not None and self.halves:
+            self.chosen = min(chosen, most)
         self._split(self.chosen or len(flat))
         self.idle: frozenset[int] = frozenset()
+        self.partial = False
 
     @property
     def width(self) -> int:
@@ -92,9 +99,6 @@ class ChunkRunner:
 
     def gradients(self, batch: Any, weights: Sequence[float]) -> Tensor:
         """Puts each trial's gradient, times its weight, into the flat; returns the (N,) losses."""
-        if self._auto and self.chosen is None:
-            self._choose(batch)
-
         device = self.compiler.device
         wide = torch.float32 if device.type == "mps" else torch.float64
 
@@ -103,7 +107,9 @@ class ChunkRunner:
             seeds = torch.tensor(weights[chunk.low : chunk.high], dtype=wide, device=device)
             return chunk.step((self._part(batch, chunk), seeds))
 
-        return self._join(self._each(work))
+        found = self._join(self._each(work, "training"))
+        self.partial = False
+        return found
 
     def _step(self, params: Stack | Params, low: int, high: int) -> Any:
         """See :class:`Chunk`."""
@@ -121,13 +127,16 @@ class ChunkRunner:
                 )
             found = torch.autograd.grad(losses, leaves, weights.to(losses), allow_unused=True)
             self.flat.take_gradients(low, high, found, self.accumulates)
+            self.partial = self.accumulates
             # A copy: torch's own CUDA graphs use the same memory again in the next pass.
             return losses.detach().clone()
 
         return self.compiler.recorded(step)
 
-    def _choose(self, batch: Any) -> None:
-        """Settles the width before the first pass."""
+    def choose(self, batch: Any) -> None:
+        """Settles the width of "auto", before the first pass; without effect later."""
+        if self.chosen is not None:
+            return
         width = len(self.flat)
         groups = self.chunks[0].stack.groups
         sites = [adapter.site for group in groups for adapter in group.params.values()]
@@ -135,7 +144,8 @@ class ChunkRunner:
             width = 1
             self._split(width)
         if self.compiler.device.type == "cpu" and width > 1:
-            _, each = self._attempt(lambda first: self._kept_bytes(first, batch), self._chunk(0, 1))
+            one = self._chunk(0, 1)
+            _, each = self._attempt(lambda c: self._kept_bytes(c, batch), one, "training")
             assert each is not None
             while width > 1 and width * each > CPU_BYTES:
                 width = -(-width // 2)
@@ -152,7 +162,9 @@ class ChunkRunner:
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in known:
                 kept[storage.data_ptr()] = storage.nbytes()
-            return tensor
+            # Not the tensor itself: an output that its own node saves would keep the graph alive
+            # through itself, in a circle that no collector sees.
+            return tensor.detach()
 
         args, kwargs = arguments(self._part(batch, chunk))
         with (
@@ -166,31 +178,27 @@ class ChunkRunner:
     @torch.no_grad()
     def losses(self, batch: Any) -> Tensor:
         """The (N,) losses, without gradients, on a batch that all trials share."""
-        return self._join(self._each(lambda c: run(self.model, c.stack, batch, self.loss_fn)))
+
+        def work(chunk: Chunk) -> Tensor:
+            return run(self.model, chunk.stack, batch, self.loss_fn)
+
+        return self._join(self._each(work, "evaluation"))
 
     @torch.no_grad()
     def scores(self, evaluate: Callable[[nn.Module, Stack], Any]) -> dict[str, Tensor]:
         """What the user's function returns for each chunk's stack, put together: (N,) each."""
 
         def work(chunk: Chunk) -> dict[str, Tensor]:
-            found = evaluate(self.model, chunk.stack)
-            named = found if isinstance(found, Mapping) else {"score": found}
-            n = chunk.high - chunk.low
-            result = {}
-            for name, value in named.items():
-                value = torch.as_tensor(value)
-                if value.shape != (n,):
-                    raise ConfigError(
-                        f"eval(model, stack) returned {name!r} of shape {tuple(value.shape)} for a "
-                        f"stack of {n}; return one number per adapter"
-                    )
-                result[name] = value.detach().to(torch.float64)
-            if not result:
-                raise ConfigError("eval(model, stack) returned no scores")
-            return result
+            return _scores(evaluate(self.model, chunk.stack), chunk.high - chunk.low)
 
-        parts = self._each(work)
-        names = next(part for part in parts if part is not None)
+        parts = self._each(work, "eval")
+        found = [part for part in parts if part is not None]
+        names = list(found[0])
+        if other := next((list(part) for part in found if list(part) != names), None):
+            raise ConfigError(
+                f"eval(model, stack) returned the metrics {names} for some adapters and {other} "
+                "for others; return the same ones in the same order"
+            )
         return {k: self._join([None if p is None else p[k] for p in parts]) for k in names}
 
     def _part(self, batch: Any, chunk: Chunk) -> Any:
@@ -210,7 +218,7 @@ class ChunkRunner:
         step = self._step(params, low, high)
         return Chunk(low, high, self.flat.order[low:high], stack, params, step)
 
-    def _each(self, work: Callable[[Chunk], T]) -> list[T | None]:
+    def _each(self, work: Callable[[Chunk], T], what: str) -> list[T | None]:
         """``work`` on every chunk, None for chunks of idle trials only."""
         results: list[T | None] = []
         while len(results) < len(self.chunks):
@@ -218,19 +226,22 @@ class ChunkRunner:
             if self.idle.issuperset(chunk.trials):
                 results.append(None)
                 continue
-            fits, result = self._attempt(work, chunk)
+            fits, result = self._attempt(work, chunk, what)
             if fits:
                 results.append(result)
             else:
                 self._halve(len(results))
         return results
 
-    def _attempt(self, work: Callable[[Chunk], T], chunk: Chunk) -> tuple[bool, T | None]:
+    def _attempt(
+        self, work: Callable[[Chunk], T], chunk: Chunk, what: str
+    ) -> tuple[bool, T | None]:
         try:
             return True, work(chunk)
-        except RuntimeError as error:
+        except Exception as error:
             size = chunk.high - chunk.low
-            if not _out_of_memory(error):
+            if not isinstance(error, RuntimeError) or not _out_of_memory(error):
+                error.add_note(f"fadapt: {what} of {self._named(chunk)}")
                 raise
             if not self.halves or size == 1:
                 error.add_note(
@@ -242,6 +253,11 @@ class ChunkRunner:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         return False, None
+
+    def _named(self, chunk: Chunk) -> str:
+        names = [repr(self._names[t]) for t in chunk.trials]
+        more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+        return ", ".join(names[:8]) + more
 
     def _halve(self, first: int) -> None:
         """Splits this chunk and those after it; the ones before have done this step's work."""
@@ -260,6 +276,38 @@ class ChunkRunner:
                 for c, p in zip(self.chunks, parts, strict=True)
             ]
         )
+
+
+def _scores(found: Any, n: int) -> dict[str, Tensor]:
+    """What an eval function returned for n adapters: (n,) float64 scores by metric."""
+    result = {}
+    for name, value in (found if isinstance(found, Mapping) else {"score": found}).items():
+        # A name that is a number would come back from a checkpoint as a word.
+        name = str(name) if type(name) is int else name
+        if not isinstance(name, str) or not name or name in result:
+            raise ConfigError(
+                f"eval(model, stack) returned the metrics {list(found)}; they must be called by "
+                "words, each once"
+            )
+        try:
+            tensor = torch.as_tensor(value)
+            shape, real = tuple(tensor.shape), not tensor.is_complex() and not tensor.is_meta
+        except (TypeError, ValueError, RuntimeError):
+            shape, real, tensor = (), False, torch.empty(0)
+        if not real:
+            raise ConfigError(
+                f"eval(model, stack) returned {name!r} = {value!r:.80}; return one real number per "
+                f"adapter, a tensor of shape ({n},)"
+            )
+        if shape != (n,):
+            raise ConfigError(
+                f"eval(model, stack) returned {name!r} of shape {shape} for a stack of {n}; return "
+                "one number per adapter"
+            )
+        result[name] = tensor.detach().to(torch.float64)
+    if not result:
+        raise ConfigError("eval(model, stack) returned no scores")
+    return result
 
 
 def _bounds(low: int, high: int, width: int) -> list[tuple[int, int]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,15 +20,12 @@ from ...linalg import inverse_permutation
 from ...method import Leaves, Method
 from ...params.adapter import Adapter
 from ...params.params import Params, Train
-from ...params.stack import Group, Stack, StackedAdapter, at_rank, rank_of
-
-LAYOUT = 2
-"""The order of a trial's values in memory, which checkpoints depend on, as a number."""
+from ...params.stack import Group, Stack, StackedAdapter, rank_of, stack
 
 
 @dataclass(frozen=True)
 class Buffer:
-    """One buffer of a block: (rows, lines, columns).
+    """One buffer of a group: (rows, lines, columns).
 
     Leaves that are padded to a common rank lie in lines, one per rank, so that a trial's own
     values come first and in one piece: the padding is no concern of the optimiser. All other
@@ -37,12 +34,14 @@ class Buffer:
     Attributes:
         own: the lines of each row that are no padding.
         lines: of a row.
+        leaf: the name of the only leaves here, or None for those of one learning rate.
     """
 
     dtype: torch.dtype
     device: torch.device
     own: tuple[int, ...]
     lines: int
+    leaf: str | None = None
 
     def runs(self, start: int, stop: int) -> Iterator[tuple[slice, int]]:
         """Neighbours among the rows ``start`` to ``stop`` with equally many lines of their own."""
@@ -53,7 +52,7 @@ class Buffer:
 
 @dataclass(frozen=True)
 class LeafView:
-    """Where one stacked leaf lies: columns ``start`` to ``stop`` of buffer ``part``.
+    """Where one stacked leaf lies: columns ``start`` to ``stop`` of a buffer.
 
     Attributes:
         shape: of a row's leaf, padding included.
@@ -62,7 +61,7 @@ class LeafView:
 
     site: str
     leaf: str
-    part: int
+    buffer: int
     start: int
     stop: int
     shape: torch.Size
@@ -70,12 +69,21 @@ class LeafView:
 
     def view(self, buffers: Sequence[Tensor]) -> Tensor:
         """The leaf (n, *shape) as a view of the block's buffers."""
-        columns = buffers[self.part][:, :, self.start : self.stop]
+        columns = buffers[self.buffer][:, :, self.start : self.stop]
         if self.axis is None:
             return columns.view(-1, *self.shape)
         others = list(self.shape)
         del others[self.axis]
         return columns.view(*columns.shape[:2], *others).movedim(1, self.axis)
+
+    def of_row(self, flat: Tensor, own: int) -> Tensor:
+        """A member's leaf at its own rank as a view of its row of the buffer, (own * columns,)."""
+        columns = flat.view(own, -1)[:, self.start : self.stop]
+        if self.axis is None:
+            return columns.view(self.shape)
+        others = list(self.shape)
+        del others[self.axis]
+        return columns.view(own, *others).movedim(0, self.axis)
 
 
 class FlatGroup:
@@ -84,15 +92,18 @@ class FlatGroup:
     Args:
         group: the group.
         rows: its members, in the order in which they are to lie.
+        apart: names of leaves that some trial trains at a rate of their own, in buffers of their
+            own.
 
     Attributes:
-        values: one buffer per part.
+        buffers: what each buffer is.
+        values: the buffers.
         grads: the same for the gradients.
         own_values: what of ``values`` is no padding, as (rows, view (rows, values)), a few.
         own_grads: the same of ``grads``.
     """
 
-    def __init__(self, group: Group, rows: Sequence[int]):
+    def __init__(self, group: Group, rows: Sequence[int], apart: Collection[str] = ()):
         leaves = [
             (site, name, leaf.detach())
             for site, adapter in group.params.items()
@@ -106,39 +117,42 @@ class FlatGroup:
             own = tuple(rank_of(original[site].method) for original in group.originals)
             if axis is None or min(own) == leaf.shape[axis]:  # nobody's is padded
                 axis, own = None, (1,) * len(rows)
-            part = Buffer(leaf.dtype, leaf.device, own, 1 if axis is None else leaf.shape[axis])
-            alike.setdefault((part, leaf.shape[1:], axis), []).append(i)
-        parts = list(dict.fromkeys(part for part, *_ in alike))
-        widths = [0] * len(parts)
+            buffer = Buffer(
+                leaf.dtype, leaf.device, own, 1 if axis is None else leaf.shape[axis],
+                name if name in apart else None,
+            )  # fmt: skip
+            alike.setdefault((buffer, leaf.shape[1:], axis), []).append(i)
+        buffers = list(dict.fromkeys(buffer for buffer, *_ in alike))
+        widths = [0] * len(buffers)
         places: dict[int, LeafView] = {}
-        for (part, shape, axis), members in alike.items():
-            k = parts.index(part)
+        for (buffer, shape, axis), members in alike.items():
+            k = buffers.index(buffer)
             for i in members:
-                start, stop = widths[k], widths[k] + shape.numel() // part.lines
+                start, stop = widths[k], widths[k] + shape.numel() // buffer.lines
                 places[i] = LeafView(*leaves[i][:2], k, start, stop, shape, axis)
                 widths[k] = stop
         self.places = [places[i] for i in range(len(leaves))]
         self._alike = list(alike.values())
         values = [
-            torch.zeros(len(rows), part.lines, width, dtype=part.dtype, device=part.device)
-            for part, width in zip(parts, widths, strict=True)
+            torch.zeros(len(rows), b.lines, width, dtype=b.dtype, device=b.device)
+            for b, width in zip(buffers, widths, strict=True)
         ]
         for place, (_, _, leaf) in zip(self.places, leaves, strict=True):
             place.view(values).copy_(take(leaf, rows))
-        self._hold(group, parts, values, [torch.zeros_like(v) for v in values])
+        self._hold(group, buffers, values, [torch.zeros_like(v) for v in values])
 
     def _hold(
-        self, group: Group, parts: list[Buffer], values: list[Tensor], grads: list[Tensor]
+        self, group: Group, buffers: list[Buffer], values: list[Tensor], grads: list[Tensor]
     ) -> None:
         self._group, self.size = group, len(group.index)
-        self.buffers, self.values, self.grads = parts, values, grads
+        self.buffers, self.values, self.grads = buffers, values, grads
         self.own_values, self.own_grads = (
             [
-                (rows, buffer[rows, :own].flatten(1))
-                for part, buffer in zip(parts, buffers, strict=True)
-                for rows, own in part.runs(0, self.size)
+                (rows, held[rows, :own].flatten(1))
+                for buffer, held in zip(buffers, tensors, strict=True)
+                for rows, own in buffer.runs(0, self.size)
             ]
-            for buffers in (values, grads)
+            for tensors in (values, grads)
         )
 
     @property
@@ -166,24 +180,55 @@ class FlatGroup:
         smaller = copy.copy(self)
         smaller._hold(
             _members(self._group, rows, copied),
-            [replace(p, own=tuple(p.own[row] for row in rows)) for p in self.buffers],
+            [replace(b, own=tuple(b.own[row] for row in rows)) for b in self.buffers],
             [copied(v) for v in self.values],
             [copied(g) for g in self.grads],
         )
         return smaller
 
-    def row(self, row: int, buffers: Sequence[Tensor]) -> list[Tensor]:
-        """One member's own values, a flat view per part."""
-        pairs = zip(self.buffers, buffers, strict=True)
-        return [buffer[row, : part.own[row]].view(-1) for part, buffer in pairs]
+    def row(self, row: int, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """One member's own part of ``values`` or ``grads``, a flat view per buffer."""
+        pairs = zip(self.buffers, tensors, strict=True)
+        return [held[row, : buffer.own[row]].view(-1) for buffer, held in pairs]
 
-    def member(self, row: int, buffers: Sequence[Tensor]) -> list[Tensor]:
+    def leaves_of(self, row: int, flats: Sequence[Tensor]) -> list[Tensor]:
+        """The leaves of a member, at its own rank: views of what :meth:`row` returns."""
+        return [p.of_row(flats[p.buffer], self.buffers[p.buffer].own[row]) for p in self.places]
+
+    def member(self, row: int, tensors: Sequence[Tensor]) -> list[Tensor]:
         """One member's part of each leaf, at its own rank: views."""
-        original = self._group.originals[row]
+        return self.leaves_of(row, self.row(row, tensors))
+
+    def sets(self, ratios: Mapping[str, float]) -> list[tuple[list[int], list[int]]]:
+        """A trial's (leaves, buffers) of one dtype and learning rate: one vector of a checkpoint.
+
+        The sets and their order depend on the trial alone, not on how its leaves lie in memory,
+        which depends on the other trials.
+        """
+        found: dict[Any, list[int]] = {}
+        for i, place in enumerate(self.places):
+            key = self.buffers[place.buffer].dtype, ratios.get(place.leaf, 1.0)
+            found.setdefault(key, []).append(i)
         return [
-            at_rank(original[place.site].method, place.leaf, place.view(buffers)[row])
-            for place in self.places
+            (leaves, sorted({self.places[i].buffer for i in leaves})) for leaves in found.values()
         ]
+
+    def pack(self, row: int, flats: Sequence[Tensor], leaves: Sequence[int]) -> Tensor:
+        """Some leaves of a member's row as one vector, on the host."""
+        views = self.leaves_of(row, flats)
+        pieces = [views[i].reshape(-1) for i in leaves]
+        if len({p.device for p in pieces}) > 1:
+            pieces = [p.cpu() for p in pieces]
+        return torch.cat(pieces).cpu()
+
+    def unpack(
+        self, row: int, flats: Sequence[Tensor], leaves: Sequence[int], vector: Tensor
+    ) -> None:
+        """The inverse of :meth:`pack`: writes into ``flats``."""
+        views = self.leaves_of(row, flats)
+        pieces = vector.split([views[i].numel() for i in leaves])
+        for i, piece in zip(leaves, pieces, strict=True):
+            views[i].copy_(piece.view(views[i].shape))
 
     def train(self, row: int) -> Train:
         """A copy on the host of one member's trainable leaves, for :func:`fadapt.join`."""
@@ -197,16 +242,16 @@ class FlatGroup:
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Where the gradients of rows ``start`` to ``stop`` lie, and those found, zero for None.
 
-        A pair for all leaves of a shape, and for each run of ranks: (rows, lines, leaves, ...).
+        A pair for all leaves of one shape, and for each run of ranks: (rows, lines, leaves, ...).
         """
         for members in self._alike:
             first, last = self.places[members[0]], self.places[members[-1]]
-            grads = self.grads[first.part][:, :, first.start : last.stop]
+            grads = self.grads[first.buffer][:, :, first.start : last.stop]
             zero = grads.new_zeros(()).expand(stop - start, *first.shape)
             some = [found[i] for i in members]
             new = _stacked([zero if g is None else g.reshape(zero.shape) for g in some])
             new = new.unsqueeze(1) if first.axis is None else new.movedim(first.axis, 1)
-            for rows, own in self.buffers[first.part].runs(start, stop):
+            for rows, own in self.buffers[first.buffer].runs(start, stop):
                 total = grads[rows, :own]
                 total = total.view(*total.shape[:2], *new.shape[2:])
                 yield total, new[rows.start - start : rows.stop - start, :own]
@@ -222,21 +267,38 @@ class FlatGroup:
 
 
 class FlatParams:
-    """All blocks of a stack. Trials are counted by ``order``, group after group, rank after rank.
+    """All groups of a stack. Trials are counted by ``order``, group after group, rank after rank.
+
+    Args:
+        stack: the adapters, which are copied.
+        trials: their numbers.
+        apart: see :class:`FlatGroup`.
 
     Attributes:
         order: the trial (any number) of each row.
     """
 
-    def __init__(self, stack: Stack, trials: Sequence[int]):
+    def __init__(self, stack: Stack, trials: Sequence[int], apart: Collection[str] = ()):
         self.blocks: list[FlatGroup] = []
         self.order: list[int] = []
         for group in stack.groups:
             # Members of one rank beside each other make long runs.
             ranks = [[rank_of(a.method) for a in member.values()] for member in group.originals]
             rows = sorted(range(len(ranks)), key=ranks.__getitem__)
-            self.blocks.append(FlatGroup(group, rows))
+            self.blocks.append(FlatGroup(group, rows, apart))
             self.order += [trials[group.index[row]] for row in rows]
+
+    @classmethod
+    def separate(
+        cls, members: Sequence[Params], trials: Sequence[int], apart: Collection[str] = ()
+    ) -> FlatParams:
+        """Each in a group of its own, without padding: as if it were alone in the world."""
+        whole = cls(Stack([]), [])
+        for member, trial in zip(members, trials, strict=True):
+            one = cls(stack([member]), [trial], apart)
+            whole.blocks += one.blocks
+            whole.order += one.order
+        return whole
 
     def __len__(self) -> int:
         return len(self.order)

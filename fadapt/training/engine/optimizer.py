@@ -11,13 +11,15 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ...errors import ConfigError, require
+from ...errors import CheckpointError, ConfigError, require
+from ..checkpoint import SEPARATOR, State, expect, expect_keys, expect_like
 from ..trial import Trial
 from .flat_params import FlatGroup, FlatParams
 
@@ -30,18 +32,36 @@ ELEMENTWISE = (
 Muon) get every leaf, at its own rank, as a parameter of its own."""
 
 
+@dataclass
+class _Row:
+    """One trial: its place, and what the optimiser sees of it.
+
+    Attributes:
+        values: flat views per buffer, or each leaf.
+        grads: the same of the gradients.
+        ratios: of each one's learning rate to the trial's; 0 is not trained.
+    """
+
+    trial: int
+    group: FlatGroup
+    row: int
+    values: list[Tensor]
+    grads: list[Tensor]
+    ratios: list[float]
+
+
 class TrialOptimizer:
     """Gradient clipping, the optimiser's step and the guard against divergence.
 
     Args:
         flat: the values and gradients.
         trials: by trial number.
-        factory: ``factory(param_groups, **kwargs)`` returns the optimiser.
-        kwargs: for the factory; lr and weight decay come from the trials.
+        factory: ``factory(param_groups)`` returns the optimiser; functools.partial holds what else
+            it takes. lr and weight decay come from the trials.
         steps: batches in all, from which the schedules know their end.
 
     Attributes:
-        alive: a flag per row of each block.
+        alive: a flag per row of each group.
         accumulates: whether some trial's gradient adds up over several batches.
     """
 
@@ -50,29 +70,27 @@ class TrialOptimizer:
         flat: FlatParams,
         trials: Sequence[Trial],
         factory: Callable[..., Optimizer],
-        kwargs: Mapping[str, Any],
         steps: int,
     ):
-        self.flat, self.trials, self.steps = flat, trials, steps
+        self.flat, self.trials, self.factory, self.steps = flat, trials, factory, steps
         self.accumulates = any(trial.accumulate > 1 for trial in trials)
         self.elementwise = _unwrap_partial(factory) in ELEMENTWISE
-        self.parameters: list[tuple[int, list[Tensor], list[Tensor]]] = []
-        for trial, block, row in flat.rows():
-            views = block.row if self.elementwise else block.member
-            values = [p.detach() for p in views(row, block.values)]
-            self.parameters.append((trial, values, views(row, block.grads)))
+        self.rows = [self._row(*place) for place in flat.rows()]
         groups: dict[Any, dict[str, Any]] = {}
-        self._leaders: list[int] = []
-        for trial, values, _ in self.parameters:
-            t = trials[trial]
-            # Of the other optimisers some compute across the parameters of a group.
-            key = _schedule_key(t) if self.elementwise else trial
-            if key not in groups:
-                rates = {"lr": t.rate(0, 1), "weight_decay": t.weight_decay}
-                groups[key] = {"params": [], **rates}
-                self._leaders.append(trial)
-            groups[key]["params"] += values
-        self.optimizer = _build(factory, list(groups.values()), dict(kwargs))
+        self._leaders: list[tuple[int, float]] = []
+        for row in self.rows:
+            t = trials[row.trial]
+            for value, ratio in zip(row.values, row.ratios, strict=True):
+                if not ratio:
+                    continue
+                # Of the other optimisers some compute across the parameters of a group.
+                key = (_schedule_key(t) if self.elementwise else row.trial), ratio
+                if key not in groups:
+                    rates = {"lr": t.rate(0, 1) * ratio, "weight_decay": t.weight_decay}
+                    groups[key] = {"params": [], **rates}
+                    self._leaders.append((row.trial, ratio))
+                groups[key]["params"].append(value)
+        self.optimizer = _build(factory, list(groups.values()))
         _check_supported(self.optimizer, [trials[t] for t in flat.order])
         self.alive = [torch.ones(b.size, dtype=torch.bool, device=b.device) for b in flat.blocks]
         limits = [[trials[t].clip or math.inf for t in flat.order[s]] for _, s in flat.spans()]
@@ -81,13 +99,18 @@ class TrialOptimizer:
             for b, limit in zip(flat.blocks, limits, strict=True)
         ]
 
+    def _row(self, trial: int, group: FlatGroup, row: int) -> _Row:
+        ratio = self.trials[trial].ratio
+        if self.elementwise:
+            views, names = group.row, [b.leaf for b in group.buffers]
+        else:
+            views, names = group.member, [p.leaf for p in group.places]
+        values = [v.detach() for v in views(row, group.values)]
+        return _Row(trial, group, row, values, views(row, group.grads), [ratio(n) for n in names])
+
     def rates(self, step: int) -> dict[int, float]:
         """The learning rate of every trial at a step (from 0)."""
-        result = {}
-        for trial in self.flat.order:
-            t = self.trials[trial]
-            result[trial] = t.rate(step // t.accumulate, self.steps // t.accumulate)
-        return result
+        return {t: self.trials[t].rate_at(step, self.steps) for t in self.flat.order}
 
     @torch.no_grad()
     def step(self, step: int, losses: Tensor) -> None:
@@ -96,22 +119,26 @@ class TrialOptimizer:
         Args:
             losses: (N,) in the flat's order; only their finiteness matters here.
         """
-        due = [(step + 1) % self.trials[t].accumulate == 0 for t, _, _ in self.parameters]
+        due = [(step + 1) % self.trials[row.trial].accumulate == 0 for row in self.rows]
         for (_, span), alive in zip(self.flat.spans(), self.alive, strict=True):
             alive &= torch.isfinite(losses[span]).to(alive.device)
         if not any(due):
             return
+        for row in self.rows:
+            for grad, ratio in zip(row.grads, row.ratios, strict=True):
+                if not ratio:  # no part of the norm, nor a reason to stop
+                    grad.zero_()
         whole = None if all(due) else self._device_flags(due)
         before = []
         for i, block in enumerate(self.flat.blocks):
             self._clip_gradients(i, block, None if whole is None else whole[i])
             before.append([v.clone() for _, v in block.own_values])
         rates = self.rates(step)
-        for group, leader in zip(self.optimizer.param_groups, self._leaders, strict=True):
-            group["lr"] = rates[leader]
-        for (_, values, grads), now in zip(self.parameters, due, strict=True):
-            for value, grad in zip(values, grads, strict=True):
-                value.grad = grad if now else None
+        for group, (trial, ratio) in zip(self.optimizer.param_groups, self._leaders, strict=True):
+            group["lr"] = rates[trial] * ratio
+        for row, now in zip(self.rows, due, strict=True):
+            for value, grad, ratio in zip(row.values, row.grads, row.ratios, strict=True):
+                value.grad = grad if now and ratio else None
         self.optimizer.step()
         for i, block in enumerate(self.flat.blocks):
             block.project()
@@ -157,19 +184,133 @@ class TrialOptimizer:
                 grad.zero_()
 
     def states(self) -> dict[int, list[dict[str, Any]]]:
-        """The optimiser's state of each trial, one dict per parameter."""
+        """The optimiser's state of each trial as it is, to hand on to another layout's heir."""
         return {
-            trial: [dict(self.optimizer.state.get(value, {})) for value in values]
-            for trial, values, _ in self.parameters
+            row.trial: [dict(self.optimizer.state.get(value, {})) for value in row.values]
+            for row in self.rows
         }
 
     def load_states(self, states: Mapping[int, Sequence[Mapping[str, Any]]]) -> None:
-        """Takes over what :meth:`states` of another updater returned for these trials."""
-        for trial, values, _ in self.parameters:
+        """Takes over what :meth:`states` of an optimiser of more trials returned for these."""
+        for row in self.rows:
             # A trial that has not been updated yet has none.
-            for value, state in zip(values, states.get(trial, ()), strict=False):
+            for value, state in zip(row.values, states.get(row.trial, ()), strict=False):
                 if state:
                     self.optimizer.state[value] = dict(state)
+
+    def state_dict(self) -> State:
+        """The state of each trial, in an order that does not depend on the other trials."""
+        result: State = {"class": type(self.optimizer).__name__}
+        for row in self.rows:
+            for i, state in enumerate(self._packed(row)):
+                for name, value in state.items():
+                    if value is not None and not isinstance(value, (Tensor, bool, int, float)):
+                        raise CheckpointError(
+                            f"the optimiser keeps {name!r} as {type(value).__name__}, which a "
+                            "checkpoint cannot hold; use another optimiser, or directory=None"
+                        )
+                    result[SEPARATOR.join((str(row.trial), str(i), name))] = value
+        return result
+
+    def load_state_dict(self, state: State, step: int) -> None:
+        """Takes over what :meth:`state_dict` returned after so many steps.
+
+        The state is compared with that of an optimiser which has made a step: a kernel reads and
+        writes moments of another shape without a look.
+        """
+        expect(
+            state.get("class") == type(self.optimizer).__name__,
+            f"the optimiser is {state.get('class')!r}",
+        )
+        likes = self._template()
+        updated = [r for r in self.rows if step >= self.trials[r.trial].accumulate]
+        known = {
+            SEPARATOR.join((str(r.trial), str(i), name)): like
+            for r in updated
+            for i, one in enumerate(likes[r.trial])
+            for name, like in one.items()
+        }
+        given = {k: v for k, v in state.items() if k != "class"}
+        expect_keys(given, known, "the optimiser's state")
+        for key, like in known.items():
+            _check_state(key, given[key], like, self.steps)
+        for row in updated:
+            packed = [
+                {name: given[SEPARATOR.join((str(row.trial), str(i), name))] for name in one}
+                for i, one in enumerate(likes[row.trial])
+            ]
+            self._unpack(row, packed, likes[row.trial])
+
+    def _template(self) -> dict[int, list[dict[str, Any]]]:
+        """The packed states of an optimiser of the same kind after a step without gradients."""
+        flat = self.flat.keep(range(len(self.flat)))
+        other = TrialOptimizer(flat, self.trials, self.factory, self.steps)
+        for row in other.rows:
+            for value, grad, ratio in zip(row.values, row.grads, row.ratios, strict=True):
+                value.grad = grad.zero_() if ratio else None
+        with torch.no_grad():
+            other.optimizer.step()
+        return {row.trial: other._packed(row) for row in other.rows}
+
+    def _sets(self, row: _Row) -> list[tuple[list[int], list[int]]]:
+        """(leaves, values) that make one entry of the packed state."""
+        if self.elementwise:
+            return row.group.sets(self.trials[row.trial].lr_ratio or {})
+        return [([i], [i]) for i in range(len(row.values))]
+
+    def _packed(self, row: _Row) -> list[dict[str, Any]]:
+        result = []
+        for leaves, members in self._sets(row):
+            states = {k: self.optimizer.state.get(row.values[k], {}) for k in members}
+            first, like = states[members[0]], row.values[members[0]]
+            packed = {}
+            for name, value in first.items():
+                if self.elementwise and isinstance(value, Tensor) and value.shape == like.shape:
+                    flats = [states[k][name] if k in states else v
+                             for k, v in enumerate(row.values)]  # fmt: skip
+                    value = row.group.pack(row.row, flats, leaves)
+                packed[name] = value
+            result.append(packed)
+        return result
+
+    def _unpack(self, row: _Row, packed: list[dict[str, Any]], likes: list[dict[str, Any]]) -> None:
+        for (leaves, members), state, like in zip(self._sets(row), packed, likes, strict=True):
+            if not state:
+                continue
+            size = sum(row.values[k].numel() for k in members)
+            new: dict[int, dict[str, Any]] = {k: {} for k in members}
+            for name, value in state.items():
+                if not isinstance(value, Tensor):
+                    for k in members:
+                        new[k][name] = value
+                elif self.elementwise and value.dim() == 1 and value.numel() == size:
+                    flats = [torch.empty_like(v, dtype=value.dtype) for v in row.values]
+                    row.group.unpack(row.row, flats, leaves, value)
+                    for k in members:
+                        new[k][name] = flats[k]
+                else:
+                    # Counters of steps lie on the host for some of torch's kernels.
+                    for k in members:
+                        on_host = like[name].device.type == "cpu"
+                        device = torch.device("cpu") if on_host else row.values[k].device
+                        new[k][name] = value.to(device, copy=True)
+            for k in members:
+                self.optimizer.state[row.values[k]] = new[k]
+
+
+def _check_state(key: str, value: Any, like: Any, steps: int) -> None:
+    what = f"the optimiser's {key}"
+    if isinstance(like, Tensor):
+        expect_like(value, like, what)
+        if key.endswith(SEPARATOR + "step"):
+            expect(bool(((value >= 0) & (value <= steps)).all()), f"{what} is {value.tolist()}")
+    elif like is None or isinstance(like, bool):
+        expect(type(value) is type(like) and value == like, f"{what} is {value!r}")
+    else:
+        number = type(value) in (int, float) and math.isfinite(value)
+        expect(number, f"{what} is {value!r}")
+        if key.endswith(SEPARATOR + "step"):
+            expect(0 <= value <= steps, f"{what} is {value!r}")
 
 
 def block_norms(block: FlatGroup) -> Tensor:
@@ -182,23 +323,29 @@ def block_norms(block: FlatGroup) -> Tensor:
     return total.sqrt()
 
 
-def _build(factory: Callable[..., Optimizer], groups: list[Any], kwargs: dict[str, Any]) -> Any:
+def _build(factory: Callable[..., Optimizer], groups: list[Any]) -> Any:
     if _unwrap_partial(factory) in (torch.optim.LBFGS, torch.optim.SparseAdam):
         raise ConfigError(f"{factory!r} does not fit a sweep; use fadapt.fit's default, AdamW")
     fast: list[dict[str, Any]] = [{}]
-    names = _parameters(factory)
-    given = kwargs.keys() & {"fused", "foreach", "capturable", "differentiable"}
-    if not given:
-        fast = [{k: True} for k in ("fused", "foreach") if k in names] + fast
+    preset = factory.keywords.keys() if isinstance(factory, functools.partial) else set()
+    if not preset & {"fused", "foreach", "capturable", "differentiable"}:
+        fast = [{k: True} for k in ("fused", "foreach") if k in _parameters(factory)] + fast
     for extra in fast:
         try:
-            return factory(groups, **extra, **kwargs)
+            found = factory(groups, **extra)
         except RuntimeError:
             # torch refuses fused where a device or dtype has no such kernel.
             if not extra:
                 raise
+            continue
         except (TypeError, ValueError) as error:
             raise ConfigError(f"the optimiser refuses: {error}") from error
+        if not all(hasattr(found, a) for a in ("param_groups", "state", "step", "defaults")):
+            raise ConfigError(
+                f"optimizer returned {type(found).__name__}; it must return an optimiser of "
+                "torch.optim's kind"
+            )
+        return found
     raise AssertionError
 
 
