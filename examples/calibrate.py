@@ -1,22 +1,23 @@
 """One pass over the data starts five methods.
 
-The digits transformer of ``digits.py`` sees a few batches of rotated, inverted digits once. From
+The digits transformer of ``_digits.py`` sees a few batches of rotated, inverted digits once. From
 the statistics of that pass come EVA, CorDA, AntiPaSTO-CorDA, AntiPaSTO-ASVD and AntiPaSTO on the
 directions that Wanda scores highest. What was shared is printed, and each start is compared bit by
 bit with that of a calibration of its own.
 
-    python examples/calibrate.py
+    python examples/calibrate.py [--steps 60]
 """
 
 from __future__ import annotations
 
+import argparse
 import tempfile
 import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from digits import (
+from _digits import (
     DEFAULT_LEARNING_RATE,
     LEARNING_RATE,
     TARGETS,
@@ -57,10 +58,10 @@ def states(stats: Stats) -> Table:
     return table
 
 
-def train(model: Reader, params: fadapt.Params, digits: Digits, lr: float) -> float:
+def train(model: Reader, params: fadapt.Params, digits: Digits, lr: float, steps: int) -> float:
     """Accuracy on the shifted digits after some steps."""
     optimizer = torch.optim.AdamW(fadapt.trainable(params), lr=lr, weight_decay=0)
-    for x, y in digits.batches(STEPS):
+    for x, y in digits.batches(steps):
         optimizer.zero_grad()
         fadapt.run(model, params, x, lambda logits, _, y=y: F.cross_entropy(logits, y)).backward()
         optimizer.step()
@@ -77,6 +78,9 @@ def same(a: fadapt.Params, b: fadapt.Params) -> bool:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=STEPS, help="of each method")
+    steps = parser.parse_args().steps
     torch.set_num_threads(1)
     console = Console()
     original = load()
@@ -110,7 +114,7 @@ def main() -> None:
         equal = "yes" if same(params, fadapt.init(model, config, own[name])) else "to rounding"
         count = sum(leaf.numel() for leaf in fadapt.trainable(params))
         lr = LEARNING_RATE.get(type(METHODS[name]).__name__, DEFAULT_LEARNING_RATE)
-        after = train(model, params, digits, lr)
+        after = train(model, params, digits, lr, steps)
         table.add_row(name, str(len(params)), f"{count:,}", equal, f"{before:.1%}", f"{after:.1%}")
     console.print(table)
     console.print(f"one pass for all: {1e3 * together:.0f} ms; five passes: {1e3 * apart:.0f} ms")

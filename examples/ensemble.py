@@ -1,23 +1,23 @@
 """A 16-member ensemble in one forward, and what it knows about what it does not know.
 
-The digits transformer of ``digits.py`` is frozen. Sixteen adapters, each with its own start and
+The digits transformer of ``_digits.py`` is frozen. Sixteen adapters, each with its own start and
 its own order of the batches, learn its original digits in one sweep. All sixteen then read digits
 that none of them has seen in one forward: upright ones, turned ones, and turned ones in white on
 black. On the shifted digits the members disagree, which one member cannot tell of itself.
 
-    python examples/ensemble.py
+    python examples/ensemble.py [--steps 120]
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 import time
 
 import torch
-from digits import TARGETS, load, train_base
+from _digits import TARGETS, Labelled, accuracy_on, load, loss_fn, make_batches, train_base
 from rich.console import Console
 from rich.table import Table
-from sweep import Labelled, accuracy_on, loss_fn, make_batches
 from torch import Tensor
 
 import fadapt
@@ -49,6 +49,9 @@ def auroc(positive: Tensor, negative: Tensor) -> float:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    steps = parser.parse_args().steps
     torch.set_num_threads(1)  # the model is too small to share out
     console = Console()
     digits = load()
@@ -61,8 +64,8 @@ def main() -> None:
     report = fadapt.sweep(
         model,
         trials,
-        make_batches(digits, STEPS, BATCH),
-        steps=STEPS,
+        make_batches(digits, steps, BATCH),
+        steps=steps,
         loss_fn=loss_fn,
         order="own",
     )
@@ -106,7 +109,7 @@ def main() -> None:
         + ", ".join(f"{d:.3f}" for d in detected)
     )
     accuracy = accuracy_on(digits.test_x, digits.test_y)(model, ensemble)["accuracy"]
-    if accuracy.min() < 0.8 or min(detected) < 0.7:
+    if steps >= STEPS and (accuracy.min() < 0.8 or min(detected) < 0.7):
         sys.exit("the ensemble did not learn, or does not notice the shift")
 
 

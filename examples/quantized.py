@@ -5,7 +5,7 @@ turn learns to write the Zen of Python, byte by byte, over the same frozen codes
 quantised base is printed against the dense one's, and the merged weights of the last method against
 what is left of them when they are quantised again.
 
-    python examples/quantized.py --kind nf4
+    python examples/quantized.py [--kind nf4] [--steps 40]
 """
 
 from __future__ import annotations
@@ -97,11 +97,11 @@ def memory(model: nn.Module) -> int:
     return sum(t.untyped_storage().nbytes() for t in tensors.values())
 
 
-def batches(device: str) -> list[Tensor]:
+def batches(device: str, steps: int) -> list[Tensor]:
     """Random pieces of the Zen of Python, as bytes (batch, length)."""
     text = torch.tensor(list(codecs.decode(this.s, "rot13").encode()))
     rng = torch.Generator().manual_seed(0)
-    starts = torch.randint(0, len(text) - LENGTH, (STEPS, BATCH), generator=rng)
+    starts = torch.randint(0, len(text) - LENGTH, (steps, BATCH), generator=rng)
     return [torch.stack([text[s : s + LENGTH] for s in row]).to(device) for row in starts]
 
 
@@ -124,29 +124,31 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--steps", type=int, default=STEPS, help="of each method")
     args = parser.parse_args()
     logging.disable(logging.WARNING)  # bitsandbytes tells of every cast
 
     dense = build(args.width, args.layers, args.device)
     model = quantize(dense, args.kind)
+    data = batches(args.device, args.steps)
+    with torch.no_grad():
+        # On some CPUs bitsandbytes packs its codes anew in the first forward, adapted or not.
+        base = model(data[0], use_cache=False).logits
     codes = [p.detach().clone() for p in model.parameters()]
-    data = batches(args.device)
 
     print(f"{args.kind} on {args.device}: {memory(model) / 2**20:.2f} MiB of weights,", end=" ")
     print(f"dense bfloat16 {memory(dense) / 2**20:.2f} MiB")
     print(f"\n{'method':8}{'trainable':>10}{'start is the base':>19}{'loss':>9}{'after':>8}")
-    with torch.no_grad():
-        base = model(data[0], use_cache=False).logits
     for name, (method, rate) in METHODS.items():
         fresh = fadapt.init(model, method)
         with torch.no_grad():
             equal = torch.equal(fadapt.apply(model, fresh, data[0], use_cache=False).logits, base)
         params, losses = train(model, method, rate, data)
         count = sum(t.numel() for t in fadapt.trainable(params))
-        last = sum(losses[-5:]) / 5
+        last = sum(losses[-5:]) / len(losses[-5:])
         print(f"{name:8}{count:>10,}{equal!s:>19}{losses[0]:>9.3f}{last:>8.3f}")
         assert equal, f"{name} is not the identity at the start"
-        assert last < losses[0], f"{name} did not learn"
+        assert last < losses[0] or args.steps < STEPS, f"{name} did not learn"
     same = all(torch.equal(a, b) for a, b in zip(model.parameters(), codes, strict=True))
     assert same, "training wrote to the base"
     print("\nthe base's codes are unchanged; no method wrote to them")

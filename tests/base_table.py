@@ -1,4 +1,4 @@
-"""The table of methods x bases in the README: ``python -m tests.base_table`` prints it.
+"""The table of methods x bases: ``python -m tests.base_table`` writes it into the guide.
 
 A cell is what a run of the pair showed:
 
@@ -17,6 +17,7 @@ import logging
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -204,6 +205,21 @@ def _reason(text: str) -> str:
     return text.split(": ", 1)[-1]
 
 
+PAGE = Path(__file__).parents[1] / "examples/guide/bases.md"
+BEGIN, END = "<!-- table: python -m tests.base_table -->\n", "\n<!-- end of table -->"
+
+
+def written() -> str:
+    """The table as it stands in the guide."""
+    return PAGE.read_text(encoding="utf-8").split(BEGIN)[1].split(END)[0]
+
+
+def write(text: str) -> None:
+    """Puts a table into the guide, in place of the one that stands there."""
+    before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
+    PAGE.write_text(before + BEGIN + text + END + rest.split(END)[1], encoding="utf-8")
+
+
 if __name__ == "__main__":
     logging.disable(logging.WARNING)  # bitsandbytes tells of every cast
-    print(table())
+    write(table())
