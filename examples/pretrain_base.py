@@ -107,6 +107,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--vocabulary", type=int, default=512)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--stories", type=int, default=500, help="of each kind in the final test")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     torch.manual_seed(args.seed)
@@ -151,9 +152,11 @@ def main() -> None:
 
     model = model.to(torch.bfloat16).eval()
     known = {
-        "one event": accuracy(model, tokenizer, metamath_rows(stories(500, 1, events=(1,)))),
+        "one event": accuracy(
+            model, tokenizer, metamath_rows(stories(args.stories, 1, events=(1,)))
+        ),
         "two or three events, test set": accuracy(
-            model, tokenizer, metamath_rows(stories(500, 1, test=True))
+            model, tokenizer, metamath_rows(stories(args.stories, 1, test=True))
         ),
     }
     print(known)
