@@ -151,7 +151,8 @@ def _init_one(weight: BaseWeight, site: Site, method: Method, config: Config, st
     dtype = config.dtype or at_least
     exact = torch.promote_types(dtype, at_least)
     return Adapter(replace(site, fingerprint=weight.fingerprint()), method, {}, {}).replace(
-        train={k: t.detach().to(dtype).contiguous() for k, t in train.items()},
+        # Copies: a tensor that a method returns for several sites would be optimised once for each.
+        train={k: t.detach().to(dtype, copy=True).contiguous() for k, t in train.items()},
         fixed={
             k: t.detach().to(exact if k in method.keep_wide else dtype).contiguous()
             for k, t in fixed.items()

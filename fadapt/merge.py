@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from .base.weights import BaseWeight, weights_by_name
 from .errors import ConfigError, FadaptWarning, TargetError
 from .params.adapter import Adapter
 from .params.params import Params
+from .params.stack import Stack
 
 
 def merge(
@@ -43,8 +45,15 @@ def merge(
             meant for.
     """
     check_model(model)
+    if isinstance(params, Stack):
+        raise ConfigError(
+            f"merge makes the weights of one adapter, and this is a stack of {len(params)}: write "
+            "[fadapt.merge(model, p) for p in fadapt.unstack(stack)]"
+        )
     if not isinstance(params, Params):
         raise ConfigError(f"params must come from fadapt.init, load or join; got {type(params)}")
+    params.check_whole()
+    _check_dtype(dtype)
     merged: dict[str, Tensor] = {}
     with torch.no_grad(), exclusive(model):
         weights = weights_by_name(model)
@@ -74,6 +83,15 @@ def merge(
                     stacklevel=2,
                 )
     return merged
+
+
+def _check_dtype(dtype: Any) -> None:
+    floats = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+    if dtype is not None and dtype not in floats:
+        raise ConfigError(
+            f"dtype of merged weights must be one of {', '.join(map(str, floats))}; got "
+            f"{dtype!r:.80}"
+        )
 
 
 def _merge_site(

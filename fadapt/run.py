@@ -106,4 +106,5 @@ def _sites(model: nn.Module, params: Params) -> Mapping[str, Adapted]:
     check_model(model)
     if not isinstance(params, Params):
         raise ConfigError(f"params must come from fadapt.init, load or join; got {type(params)}")
+    params.check_whole()
     return params

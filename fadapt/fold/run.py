@@ -44,7 +44,9 @@ def apply_stack(
     """The output with (N, B, ...) tensors, as :func:`fadapt.apply` has it."""
     rows = fold.batch_rows((args, kwargs), stack, per_adapter)
     args, kwargs = fold.fold_batch((args, kwargs), stack, rows, per_adapter)
-    output = call(model, stack_sites(model, stack, rows), method, args, kwargs, owner=stack)
+    # Beams and several sequences of a row stand side by side, each with the adapter of its row.
+    known = None if stack.per_row and method != "forward" else rows
+    output = call(model, stack_sites(model, stack, known), method, args, kwargs, owner=stack)
     return fold.unfold(output, stack, rows)
 
 

@@ -16,6 +16,7 @@ from ..errors import CheckpointError, ConfigError
 from ..method import Method
 from ..params.adapter import Adapter
 from ..params.params import Params, trainable_leaves
+from ..params.stack import Stack
 from ..site import Site
 from .as_json import config_from_json, config_to_json, method_from_json, method_to_json
 from .expected import check_specs
@@ -32,8 +33,16 @@ def save(params: Params, path: str | os.PathLike[str]) -> None:
         CheckpointError: nothing to save, meta tensors, or a directory or disk that refuses.
         ConfigError: a method with a field that JSON cannot hold.
     """
+    if isinstance(params, Stack):
+        raise CheckpointError(
+            f"save writes one adapter to a file, and this is a stack of {len(params)}: write "
+            "for i, p in enumerate(fadapt.unstack(stack)): fadapt.save(p, f'{i}.safetensors')"
+        )
     if not isinstance(params, Params) or not params:
-        raise CheckpointError(f"nothing to save: params is {params!r}; write save(params, path)")
+        raise CheckpointError(
+            f"nothing to save: params is {params!r:.80}; write save(params, path)"
+        )
+    params.check_whole()
     tensors: dict[str, Tensor] = {}
     for name, adapter in params.items():
         for part, leaves in (("train", adapter.train), ("fixed", adapter.fixed)):

@@ -116,6 +116,10 @@ class Adapter:
         p = {k: t.to(matrix.dtype) for k, t in self.leaves.items()}
         return self.method.dense(p, DenseMap(matrix, bias))
 
+    def projected(self) -> Leaves:
+        """The trainable leaves moved into the constraints of the method."""
+        return self.method.project(self.train)
+
     def replace(self, train: Leaves | None = None, fixed: Leaves | None = None) -> Self:
         """A copy with other leaves."""
         return replace(

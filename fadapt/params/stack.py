@@ -7,8 +7,10 @@ Fixed leaves that are equal in all members, such as PiSSA's factors of one base,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import functools
+import operator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ from ..errors import ConfigError
 from ..linalg import inverse_permutation
 from ..method import STRENGTH, Leaves, Method
 from .adapter import Adapter
-from .params import Params, Train, trainable_leaves
+from .params import Params, Train, cut, is_made, own_leaves, set_strength, strength_value
 from .pytree import Note, register_node
 
 
@@ -39,6 +41,11 @@ class StackedAdapter(Adapter):
             return function({**p, **rows}, *batched)
         axes = {name: None if name in self.shared else 0 for name in p}
         return torch.func.vmap(function, in_dims=(axes, *(0 for _ in batched)))(p, *batched)
+
+    def projected(self) -> Leaves:
+        if not self.train:
+            return {}
+        return torch.func.vmap(self.method.project)(self.train)
 
     def __call__(self, x: Tensor, base: LinearMap) -> Tensor:
         raise ConfigError("a group of a stack is run through the stack: fadapt.run(model, stack)")
@@ -64,15 +71,15 @@ class Stack:
 
     Attributes:
         groups: see :class:`Group`.
-        size: N.
+        size: N, with the rows of :func:`select` that have no adapter, which are in no group.
         per_row: whether adapter i belongs to row i of the batch (:func:`select`).
     """
 
     __slots__ = ("groups", "per_row", "size")
 
-    def __init__(self, groups: Sequence[Group], per_row: bool = False):
+    def __init__(self, groups: Sequence[Group], per_row: bool = False, size: int | None = None):
         self.groups = tuple(groups)
-        self.size = sum(len(g.index) for g in self.groups)
+        self.size = sum(len(g.index) for g in self.groups) if size is None else size
         self.per_row = per_row
 
     def __len__(self) -> int:
@@ -88,8 +95,10 @@ class Stack:
 
     @property
     def order(self) -> list[int]:
-        """The positions of the adapters, group after group."""
-        return [i for group in self.groups for i in group.index]
+        """The positions of the adapters, group after group, and of the rows without one."""
+        adapted = [i for group in self.groups for i in group.index]
+        have = set(adapted)
+        return adapted + [i for i in range(self.size) if i not in have]
 
     def in_groups(self) -> Stack:
         """The same adapters at positions that go on from group to group."""
@@ -97,12 +106,12 @@ class Stack:
         groups = [
             Group(tuple(place[i] for i in g.index), g.params, g.originals) for g in self.groups
         ]
-        return Stack(groups, self.per_row)
+        return Stack(groups, self.per_row, self.size)
 
     def map(self, function: Callable[[Params], Params]) -> Stack:
         """A stack with ``function`` applied to the params of every group."""
         groups = [Group(g.index, function(g.params), g.originals) for g in self.groups]
-        return Stack(groups, self.per_row)
+        return Stack(groups, self.per_row, self.size)
 
     def split(self) -> tuple[dict[str, Train], Stack]:
         """As :func:`fadapt.split`, with one more level: {group number: {site: {leaf: tensor}}}."""
@@ -112,19 +121,51 @@ class Stack:
 
     def join(self, train: Mapping[str, Mapping[str, Mapping[str, Tensor]]]) -> Stack:
         """As :func:`fadapt.join`."""
+        numbers = [str(i) for i in range(len(self.groups))]
+        if not isinstance(train, Mapping) or set(train) != set(numbers):
+            keys = sorted(map(str, train))[:4] if isinstance(train, Mapping) else train
+            raise ConfigError(
+                f"join: train holds {keys!r:.200}, this stack has the groups {numbers}; pass the "
+                "two halves that one split() returned: join(train, rest)"
+            )
         groups = [
             Group(g.index, g.params.join(train[str(i)]), g.originals)
             for i, g in enumerate(self.groups)
         ]
-        return Stack(groups, self.per_row)
+        return Stack(groups, self.per_row, self.size)
+
+    def scaled(self, c: Any) -> Stack:
+        """As :func:`fadapt.scale`."""
+        if isinstance(c, Tensor) and c.dim() == 1 and c.is_floating_point():
+            values: list[float | Tensor] = [strength_value(part) for part in c]
+        elif isinstance(c, (list, tuple)):
+            values = [strength_value(part) for part in c]
+        else:
+            raise ConfigError(
+                f"scale: a stack takes a strength for each of its {self.size} adapters, got "
+                f"{c!r:.80}; for one that all share write scale(stack, [c] * {self.size})"
+            )
+        if len(values) != self.size:
+            raise ConfigError(f"scale: {len(values)} strengths for a stack of {self.size} adapters")
+        groups = []
+        for group in self.groups:
+            own = [values[i] for i in group.index]
+            groups.append(
+                Group(
+                    group.index,
+                    group.params.map(lambda a, own=own: _with_strengths(a, own)),
+                    tuple(p.map(_marked) for p in group.originals),
+                )
+            )
+        return Stack(groups, self.per_row, self.size)
 
     def trainable(self) -> list[Tensor]:
         """The stacked trainable leaves, each (n, ...) over the members of its group."""
         return [leaf for g in self.groups for leaf in g.params.trainable()]
 
-    def to(self, device: Any = None, dtype: torch.dtype | None = None) -> Stack:
-        """A copy on another device or in another adapter dtype."""
-        return self.map(lambda params: params.to(device, dtype))
+    def to(self, *where: Any, device: Any = None, dtype: torch.dtype | None = None) -> Stack:
+        """A copy on another device or in another adapter dtype, as :meth:`Params.to`."""
+        return self.map(lambda params: params.to(*where, device=device, dtype=dtype))
 
     def __repr__(self) -> str:
         what = ", ".join(
@@ -136,18 +177,36 @@ class Stack:
 def stack(params: Sequence[Params]) -> Stack:
     """N adapters of one base as one tree, for one pass over the base.
 
-    Any mix of methods, ranks, sites, strengths and dtypes. The trainable leaves are new tensors;
-    :func:`unstack` gives the members back.
+    Any mix of methods, ranks, sites, strengths and dtypes. The trainable leaves are new tensors,
+    to be optimised by themselves; :func:`unstack` gives the members back. Where a member's leaves
+    were computed from others (a hypernetwork's, or those of a torch.func transform), the stack
+    stays part of their graph, and gradients reach what they were computed from.
 
     Args:
         params: at least one Params, in the order of the losses that ``run`` returns.
 
     Raises:
         ConfigError: an empty list, something else than Params, or members of different bases.
+
+    Example:
+        >>> import torch, fadapt
+        >>> model = torch.nn.Linear(4, 3)
+        >>> members = [fadapt.init(model, fadapt.LoRA(r=r)) for r in (1, 2)]
+        >>> fadapt.apply(model, fadapt.stack(members), torch.ones(5, 4)).shape
+        torch.Size([2, 5, 3])
     """
+    write = "write fadapt.stack([params, ...])"
+    if isinstance(params, (Params, str, Mapping)) or not isinstance(params, Iterable):
+        raise ConfigError(f"stack takes a list of Params, got {type(params).__name__}; {write}")
     members = list(params)
-    if not members or not all(isinstance(p, Params) for p in members):
-        raise ConfigError(f"stack takes a non-empty list of Params, got {members!r}")
+    if odd := [p for p in members if not isinstance(p, Params)]:
+        raise ConfigError(
+            f"stack takes a non-empty list of Params, got one with {odd[0]!r:.80}; {write}"
+        )
+    if not members:
+        raise ConfigError(f"stack takes a non-empty list of Params, got {members!r}; {write}")
+    for member in members:
+        member.check_whole()
     _check_one_base(members)
     keys: dict[Hashable, list[int]] = {}
     for i, member in enumerate(members):
@@ -156,49 +215,126 @@ def stack(params: Sequence[Params]) -> Stack:
 
 
 def unstack(stack: Stack) -> list[Params]:
-    """The members of a stack, in their order, each at its own rank and with its own tensors."""
+    """The members of a stack, in their order, each at its own rank and with its own tensors.
+
+    The leaves are new ones, except those that a graph made, which stay part of it.
+
+    Raises:
+        ConfigError: something else than a stack, or one that :func:`select` made.
+    """
+    if not isinstance(stack, Stack):
+        raise ConfigError(f"unstack takes what fadapt.stack returned, got {type(stack).__name__}")
+    if stack.per_row:
+        raise ConfigError(
+            "these are the adapters of a batch's rows, from select(stack, ids); unstack the stack "
+            "itself: fadapt.unstack(stack)[i]"
+        )
     found: dict[int, Params] = {}
     for group in stack.groups:
+        group.params.check_whole()
         for row, (i, original) in enumerate(zip(group.index, group.originals, strict=True)):
             adapters = {
                 name: _member(adapter, row, original[name])
                 for name, adapter in group.params.items()
             }
-            found[i] = trainable_leaves(Params(adapters, original.config))
+            found[i] = own_leaves(Params(adapters, original.config))
     return [found[i] for i in sorted(found)]
 
 
-def select(stack: Stack, ids: Sequence[int] | Tensor) -> Stack:
+def select(stack: Stack, ids: Sequence[int | None] | Tensor) -> Stack:
     """One adapter per batch row, for mixed-batch inference and training.
 
     ``apply(model, select(stack, ids), input_ids)`` runs row i of an ordinary batch with adapter
-    ``ids[i]``. With a single group, ``ids`` may be a tensor on the device, and nothing waits for
-    its values.
+    ``ids[i]``; gradients reach the leaves of ``stack``. ``apply(..., method="generate")`` also
+    takes beams and several sequences per row. With a single group, ``ids`` may be a tensor on the
+    device, and nothing waits for its values.
 
     Args:
         stack: the resident adapters.
-        ids: an index into the stack per row.
+        ids: per row, an index into the stack, or None for a row of the base.
 
     Raises:
-        ConfigError: an index out of range, where the ids are on the host.
+        ConfigError: something else than indices, or one out of range, where it is on the host.
+
+    Example:
+        >>> import torch, fadapt
+        >>> model = torch.nn.Linear(4, 3)
+        >>> stack = fadapt.stack([fadapt.init(model, fadapt.LoRA(r=2))] * 2)
+        >>> fadapt.apply(model, fadapt.select(stack, [1, None, 0]), torch.ones(3, 4)).shape
+        torch.Size([3, 3])
     """
+    if not isinstance(stack, Stack) or stack.per_row:
+        made = "rows that select() chose" if isinstance(stack, Stack) else type(stack).__name__
+        raise ConfigError(
+            f"select chooses from a stack, got {made}: select(fadapt.stack([...]), ids)"
+        )
+    if isinstance(ids, Tensor):
+        _check_ids(ids, stack.size)
     if isinstance(ids, Tensor) and len(stack.groups) == 1:
         group, index = stack.groups[0], ids.to(torch.long)
         rows = tuple(range(len(ids)))
         return Stack([Group(rows, _take(group.params, index), ())], per_row=True)
-    wanted = [int(i) for i in ids]
-    if bad := [i for i in wanted if not 0 <= i < stack.size]:
+    wanted = ids.tolist() if isinstance(ids, Tensor) else _ids(ids)
+    if bad := [i for i in wanted if i is not None and not 0 <= i < stack.size]:
         raise ConfigError(f"select: ids {bad} are not in a stack of {stack.size} adapters")
     groups = []
     for group in stack.groups:
         place = {i: row for row, i in enumerate(group.index)}
-        rows = tuple(b for b, i in enumerate(wanted) if i in place)
-        if rows:
-            device = next((t.device for t in group.params.trainable()), None)
-            index = torch.tensor([place[wanted[b]] for b in rows], device=device)
-            originals = tuple(group.originals[place[wanted[b]]] for b in rows if group.originals)
-            groups.append(Group(rows, _take(group.params, index), originals))
-    return Stack(groups, per_row=True)
+        taken = {b: place[i] for b, i in enumerate(wanted) if i is not None and i in place}
+        if taken:
+            rows, index = tuple(taken), torch.tensor(list(taken.values()))
+            groups.append(Group(rows, _take(group.params, index), ()))
+    return Stack(groups, per_row=True, size=len(wanted))
+
+
+def _ids(ids: Any) -> list[int | None]:
+    write = "write select(stack, [0, 2, None]): an index per row of the batch, None for the base"
+    if isinstance(ids, (str, Mapping)) or not isinstance(ids, Iterable):
+        raise ConfigError(f"select: ids is {ids!r:.80}; {write}")
+    found: list[int | None] = []
+    for i in ids:
+        truth = isinstance(i, bool) or "bool" in str(getattr(i, "dtype", ""))
+        try:
+            found.append(None if i is None else operator.index(i))
+        except TypeError:
+            truth = True
+        if truth:
+            raise ConfigError(f"select: {i!r:.80} is no index; {write}")
+    if not found:
+        raise ConfigError(f"select: there are no rows; {write}")
+    return found
+
+
+_INDICES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def _check_ids(ids: Tensor, size: int) -> None:
+    if ids.dim() != 1 or ids.dtype not in _INDICES or not len(ids):
+        raise ConfigError(
+            f"select: ids must be indices, a tensor (rows,) of integers, got {ids.dtype} of shape "
+            f"{list(ids.shape)}; a mask becomes indices by mask.nonzero()"
+        )
+    if ids.device.type == "cpu" and not torch.compiler.is_compiling() and not is_made(ids):
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= size:
+            raise ConfigError(
+                f"select: ids from {low} to {high} are not in a stack of {size} adapters"
+            )
+
+
+def _with_strengths(adapter: Adapter, values: list[float | Tensor]) -> Adapter:
+    """A group's adapter with a strength for each member."""
+    assert isinstance(adapter, StackedAdapter)
+    each = [set_strength(adapter, value).fixed[STRENGTH] for value in values]
+    dtype = functools.reduce(torch.promote_types, (t.dtype for t in each))
+    strengths = torch.stack([t.to(dtype) for t in each])
+    unshared = replace(adapter, shared=adapter.shared - {STRENGTH})
+    return unshared.replace(fixed={**adapter.fixed, STRENGTH: strengths})
+
+
+def _marked(original: Adapter) -> Adapter:
+    """A member's record that it has a strength, whose value is in the stack."""
+    return original.replace(fixed={STRENGTH: torch.ones(())})
 
 
 def alone(stack: Stack) -> Params:
@@ -224,14 +360,19 @@ def at_rank(method: Method, name: str, leaf: Tensor) -> Tensor:
 
 
 def _take(params: Params, index: Tensor) -> Params:
+    params.check_whole()
+    on: dict[Any, Tensor] = {}
+
+    def pick(t: Tensor) -> Tensor:
+        if t.device not in on:
+            on[t.device] = index.to(t.device)
+        return t.index_select(0, on[t.device])
+
     def take(adapter: Adapter) -> Adapter:
         assert isinstance(adapter, StackedAdapter)
         return adapter.replace(
-            {k: t.index_select(0, index) for k, t in adapter.train.items()},
-            {
-                k: t if k in adapter.shared else t.index_select(0, index)
-                for k, t in adapter.fixed.items()
-            },
+            {k: pick(t) for k, t in adapter.train.items()},
+            {k: t if k in adapter.shared else pick(t) for k, t in adapter.fixed.items()},
         )
 
     return params.map(take)
@@ -274,7 +415,7 @@ def _group(index: list[int], members: list[Params]) -> Group:
         m.map(lambda a: a.replace({}, {k: t for k, t in a.fixed.items() if k == STRENGTH}))
         for m in members
     )
-    return Group(tuple(index), trainable_leaves(Params(sites)), originals)
+    return Group(tuple(index), own_leaves(Params(sites)), originals)
 
 
 def _stack_site(adapters: list[Adapter]) -> StackedAdapter:
@@ -295,20 +436,29 @@ def _stack_site(adapters: list[Adapter]) -> StackedAdapter:
         train = [_pad(a.train, method.rank_axes, rank) for a in adapters]
     else:
         train = [a.train for a in adapters]
-    shared = frozenset(
-        k
-        for k, first in fixed[0].items()
-        if len(fixed) > 1 and all(f[k] is first or torch.equal(f[k], first) for f in fixed[1:])
-    )
-    return StackedAdapter(
-        adapters[0].site, method, {}, {}, frozenset(shared)
-    ).replace(
-        train={k: torch.stack([t[k].detach() for t in train]) for k in train[0]},
+    shared = frozenset(k for k in fixed[0] if len(fixed) > 1 and _is_shared([f[k] for f in fixed]))
+    return StackedAdapter(adapters[0].site, method, {}, {}, shared).replace(
+        train={k: torch.stack([cut(t[k]) for t in train]) for k in train[0]},
         fixed={
-            k: first.detach() if k in shared else torch.stack([f[k].to(first) for f in fixed])
+            k: first if k in shared else _stacked([f[k] for f in fixed])
             for k, first in fixed[0].items()
         },
-    )  # fmt: skip
+    )
+
+
+def _is_shared(leaves: list[Tensor]) -> bool:
+    """Whether fixed leaves can be held once: equal, and none with a gradient of its own."""
+    first = leaves[0]
+    if all(t is first for t in leaves[1:]):
+        return True
+    if any(t.requires_grad or is_made(t) for t in leaves):
+        return False
+    return all(t is first or torch.equal(t, first) for t in leaves[1:])
+
+
+def _stacked(leaves: list[Tensor]) -> Tensor:
+    dtype = functools.reduce(torch.promote_types, (t.dtype for t in leaves))
+    return torch.stack([t.to(leaves[0].device, dtype) for t in leaves])
 
 
 def _pad(leaves: Leaves, axes: Mapping[str, int], rank: int) -> Leaves:
@@ -317,7 +467,7 @@ def _pad(leaves: Leaves, axes: Mapping[str, int], rank: int) -> Leaves:
             return leaf
         axis = axes[name]
         widths = [0, 0] * (-axis - 1) + [0, rank - leaf.shape[axis]]
-        return F.pad(leaf.detach(), widths)
+        return F.pad(cut(leaf), widths)
 
     return {k: pad(k, t) for k, t in leaves.items()}
 
@@ -326,14 +476,14 @@ def _member(adapter: Adapter, row: int, original: Adapter) -> Adapter:
     assert isinstance(adapter, StackedAdapter)
     method = original.method
 
-    def cut(name: str, leaf: Tensor) -> Tensor:
-        leaf = leaf.detach()
+    def own(name: str, leaf: Tensor) -> Tensor:
+        leaf = cut(leaf)
         return at_rank(method, name, leaf if name in adapter.shared else leaf[row]).clone()
 
     added = set(method.hyper_leaves()) | ({STRENGTH} - original.fixed.keys())
     return original.replace(
-        {k: cut(k, t) for k, t in adapter.train.items()},
-        {k: cut(k, t) for k, t in adapter.fixed.items() if k not in added},
+        {k: own(k, t) for k, t in adapter.train.items()},
+        {k: own(k, t) for k, t in adapter.fixed.items() if k not in added},
     )
 
 
@@ -348,14 +498,15 @@ def _unflatten_stacked(aux: Any, children: Any) -> StackedAdapter:
 
 
 def _flatten_stack(s: Stack) -> tuple[Any, Any]:
-    aux = tuple(g.index for g in s.groups), Note([g.originals for g in s.groups]), s.per_row
+    index = tuple(g.index for g in s.groups)
+    aux = index, Note([g.originals for g in s.groups]), s.per_row, s.size
     return [g.params for g in s.groups], aux
 
 
 def _unflatten_stack(aux: Any, children: Any) -> Stack:
-    index, originals, per_row = aux
+    index, originals, per_row, size = aux
     groups = [Group(*g) for g in zip(index, children, originals.value, strict=True)]
-    return Stack(groups, per_row)
+    return Stack(groups, per_row, size)
 
 
 register_node(StackedAdapter, _flatten_stacked, _unflatten_stacked)
