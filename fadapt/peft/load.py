@@ -68,11 +68,12 @@ def load_peft(
         FadaptWarning: config fields that fadapt does not know, by name.
 
     Example:
-        >>> params = fadapt.init(model, {"q_proj": fadapt.LoRA(r=2)})
-        >>> fadapt.peft.save_peft(model, params, folder)
-        >>> again = fadapt.peft.load_peft(folder, model)
-        >>> again.keys() == params.keys()
-        True
+        >>> import tempfile, torch, fadapt
+        >>> model = torch.nn.ModuleDict({"q_proj": torch.nn.Linear(8, 8)})
+        >>> folder = tempfile.mkdtemp()
+        >>> fadapt.peft.save_peft(model, fadapt.init(model, fadapt.LoRA(r=2)), folder)
+        >>> fadapt.peft.load_peft(folder, model)
+        Params(LoRA(r=2, alpha=16.0) x 1; 32 trainable)
     """
     config, tensors = read_directory(path, adapter)
     before = None if initial is None else read_directory(initial, None)[1]
@@ -167,7 +168,7 @@ def _sort(
     where: str,
 ) -> _Sorted:
     found = _Sorted({}, {}, {})
-    for full, tensor in tensors.items():
+    for full, tensor in sorted(tensors.items()):
         if not full.startswith(PREFIX):
             raise CheckpointError(f"{where}: the key {full!r} does not start with {PREFIX!r}")
         key = full.removeprefix(PREFIX)

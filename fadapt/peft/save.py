@@ -45,16 +45,19 @@ def save_peft(model: nn.Module, params: Adapters, path: PathLike, *, serving: bo
             :func:`fadapt.as_lora`.
 
     Example:
-        >>> params = fadapt.init(model, {"q_proj": fadapt.DoRA(r=2)})
-        >>> fadapt.peft.save_peft(model, params, folder)
-        >>> fadapt.peft.load_peft(folder, model)
-        Params(DoRA(r=2, alpha=16.0, detach_norm=True) x 2; 256 trainable)
+        >>> import os, tempfile, torch, fadapt
+        >>> model = torch.nn.ModuleDict({"q_proj": torch.nn.Linear(8, 8)})
+        >>> folder = tempfile.mkdtemp()
+        >>> fadapt.peft.save_peft(model, fadapt.init(model, fadapt.DoRA(r=2)), folder)
+        >>> sorted(os.listdir(folder))
+        ['adapter_config.json', 'adapter_model.safetensors']
     """
     named = {DEFAULT: params} if isinstance(params, Params) else params
     if not isinstance(named, Mapping) or not named:
         raise CheckpointError(
             f"nothing to save: params is {type(params).__name__}; write "
-            "save_peft(model, params, path), the members of a stack one by one"
+            "save_peft(model, params, path), the members of a stack one by one: "
+            "fadapt.unstack(stack)"
         )
     write_directory({k: peft_dict(model, p, serving=serving) for k, p in named.items()}, path)
 
@@ -81,6 +84,9 @@ def peft_dict(
         ConfigError: with ``serving``, an increment that no LoRA holds.
 
     Example:
+        >>> import torch, fadapt
+        >>> layers = {name: torch.nn.Linear(8, 8) for name in ("q_proj", "k_proj", "v_proj")}
+        >>> model = torch.nn.ModuleDict(layers)
         >>> params = fadapt.init(model, {"q_proj": fadapt.HRA(r=2)})
         >>> config, tensors = fadapt.peft.peft_dict(model, params, serving=True)
         >>> config["r"], config["lora_alpha"], config["target_modules"]

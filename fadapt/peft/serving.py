@@ -173,10 +173,13 @@ def served_by(
         {"vLLM": verdict, "SGLang": verdict, "LoRAX": verdict}.
 
     Example:
-        >>> params = fadapt.init(model, {"q_proj": fadapt.PiSSA(r=2)})
+        >>> import torch, fadapt
+        >>> layers = {name: torch.nn.Linear(8, 8) for name in ("q_proj", "k_proj", "v_proj")}
+        >>> model = torch.nn.Sequential(torch.nn.ModuleDict(layers))
+        >>> params = fadapt.init(model, {"q_proj": fadapt.LoRA(r=2)})
         >>> served = fadapt.peft.served_by(*fadapt.peft.peft_dict(model, params))
-        >>> {server: bool(verdict) for server, verdict in served.items()}
-        {'vLLM': True, 'SGLang': False, 'LoRAX': True}
+        >>> print(served["SGLang"])
+        no: layer 0 has ['q_proj'] without ['v_proj']: it is dropped
         >>> full = fadapt.peft.peft_dict(model, params, serving=True)
         >>> all(fadapt.peft.served_by(*full).values())
         True

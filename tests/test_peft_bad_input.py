@@ -1,0 +1,395 @@
+"""Directories that are damaged, foreign or hostile, and params that PEFT's format cannot hold."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import fadapt
+from fadapt import CheckpointError, FadaptWarning, LoRA
+from fadapt.peft import adapters_in, from_peft_dict, load_peft, peft_dict, save_peft
+from tests.models import mlp, perturb, qwen3, seeded
+from tests.peft_table import Net
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+FIRST = "base_model.model.layers.0.up.lora_A.weight"
+
+
+@pytest.fixture
+def net() -> nn.Module:
+    return seeded(Net())
+
+
+@pytest.fixture
+def folder(net, tmp_path) -> Path:
+    path = tmp_path / "adapter"
+    save_peft(net, perturb(fadapt.init(net, {"up|down": LoRA(r=2)})), path)
+    return path
+
+
+def config(**fields: Any) -> Callable[[Path], None]:
+    def change(path: Path) -> None:
+        data = json.loads((path / CONFIG).read_text())
+        (path / CONFIG).write_text(json.dumps({**data, **fields}))
+
+    return change
+
+
+def tensors(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
+    def apply(path: Path) -> None:
+        found = load_file(path / WEIGHTS)
+        change(found)
+        save_file(found, path / WEIGHTS)
+
+    return apply
+
+
+def text(content: str) -> Callable[[Path], None]:
+    return lambda path: (path / CONFIG).write_text(content) and None
+
+
+def renamed(key: str) -> Callable[[Path], None]:
+    return tensors(lambda t: t.update({key: t.pop(FIRST)}))
+
+
+def replaced(key: str, value: torch.Tensor) -> Callable[[Path], None]:
+    return tensors(lambda t: t.update({key: value}))
+
+
+def bad_value(value: float) -> Callable[[Path], None]:
+    return tensors(lambda t: t[FIRST].view(-1)[3:4].fill_(value))
+
+
+def pickled(path: Path) -> None:
+    (path / WEIGHTS).unlink()
+    (path / "adapter_model.bin").write_bytes(pickle.dumps(Path))
+
+
+def large(path: Path) -> None:
+    with (path / CONFIG).open("a") as file:
+        file.write(" " * (9 << 20))
+
+
+def large_header(path: Path) -> None:
+    data = bytearray((path / WEIGHTS).read_bytes())
+    data[:8] = (1 << 40).to_bytes(8, "little")
+    (path / WEIGHTS).write_bytes(data)
+
+
+def shortened(path: Path) -> None:
+    os.truncate(path / WEIGHTS, (path / WEIGHTS).stat().st_size - 40)
+
+
+HUGE = "9" * 5000
+BAD: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
+    "no config": (lambda p: (p / CONFIG).unlink(), (CONFIG,)),
+    "no tensors": (lambda p: (p / WEIGHTS).unlink(), (WEIGHTS,)),
+    "pickle": (pickled, ("adapter_model.bin", "pickle")),
+    "large config": (large, (CONFIG, "bytes")),
+    "large header": (large_header, (WEIGHTS, "header")),
+    "truncated": (shortened, (WEIGHTS,)),
+    "empty tensors file": (lambda p: (p / WEIGHTS).write_bytes(b""), (WEIGHTS,)),
+    "not JSON": (text("{"), (CONFIG,)),
+    "deep JSON": (text("[" * 200_000), (CONFIG,)),
+    "a list": (text("[]"), (CONFIG, "list")),
+    "huge number": (text(f'{{"peft_type": "LORA", "r": {HUGE}}}'), (CONFIG,)),
+    "not UTF-8": (lambda p: (p / CONFIG).write_bytes(b'{"r": "\xff"}'), (CONFIG,)),
+    "no peft_type": (config(peft_type=None), ("peft_type", "None", "LORA")),
+    "unknown peft_type": (config(peft_type="SHADOW"), ("SHADOW", "LORA")),
+    "r of another type": (config(r="2"), ("r is '2'",)),
+    "r true": (config(r=True), ("r is True",)),
+    "r other than the tensors": (config(r=3), ("layers.0.down", "(2, 16)", "(3, 16)")),
+    "r negative": (config(r=-1), ("r is -1",)),
+    "alpha NaN": (config(lora_alpha=float("nan")), ("lora_alpha",)),
+    "alpha infinite": (text('{"peft_type": "LORA", "r": 2, "lora_alpha": 1e999}'), ("lora_alpha",)),
+    "flag of another type": (config(use_rslora="yes"), ("use_rslora",)),
+    "patterns of another type": (config(rank_pattern=["up"]), ("rank_pattern",)),
+    "pattern without a match": (config(rank_pattern={"nothing": 2}), ("rank_pattern", "nothing")),
+    "pattern behind another": (
+        config(alpha_pattern={"up": 3, "0.up": 4}),
+        ("alpha_pattern", "0.up"),
+    ),
+    "pattern that does not compile": (config(alpha_pattern={"(": 2}), ("alpha_pattern", "(")),
+    "target regex that does not compile": (config(target_modules="*"), ("target_modules", "*")),
+    "target of another type": (config(target_modules=[1]), ("target_modules", "1")),
+    "target without a match": (
+        config(target_modules=["up", "down", "left"]),
+        ("target_modules", "left"),
+    ),
+    "targets mean more": (tensors(lambda t: [t.pop(k) for k in list(t) if "1.up" in k]), ("1.up",)),
+    "targets mean less": (config(target_modules=["up"]), ("layers.0.down",)),
+    "layers mean less": (config(layers_to_transform=[1]), ("layers.0.down",)),
+    "layers of another type": (config(layers_to_transform="1"), ("layers_to_transform",)),
+    "key without prefix": (renamed("layers.0.up.lora_A.weight"), ("layers.0.up.lora_A.weight",)),
+    "key of no module": (
+        renamed("base_model.model.layers.7.up.lora_A.weight"),
+        ("layers.7.up", "near"),
+    ),
+    "key with dots": (renamed("base_model.model...lora_A.weight"), ("...lora_A.weight",)),
+    "key with a path": (renamed("base_model.model.../../etc.lora_A.weight"), ("../../etc",)),
+    "key of no tensor": (renamed("base_model.model.layers.0.up.lora_C"), ("lora_C",)),
+    "one factor alone": (tensors(lambda t: t.pop(FIRST)), ("layers.0.up.lora_A.weight",)),
+    "another base's shape": (replaced(FIRST, torch.zeros(2, 13)), ("(2, 13)", "(2, 12)", "base")),
+    "a vector": (replaced(FIRST, torch.zeros(24)), ("(24,)", "(2, 12)")),
+    "integers": (replaced(FIRST, torch.zeros(2, 12, dtype=torch.int8)), ("int8", FIRST)),
+    "NaN": (bad_value(float("nan")), (FIRST, "NaN")),
+    "Inf": (bad_value(-float("inf")), (FIRST, "Inf")),
+    "saved module": (
+        replaced("base_model.model.layers.0.up.base_layer.weight", torch.zeros(16, 12)),
+        ("layers.0.up.weight", "replaces"),
+    ),
+    "saved module of another shape": (
+        replaced("base_model.model.layers.0.up.base_layer.weight", torch.zeros(16, 13)),
+        ("(16, 13)", "another base"),
+    ),
+    "trained tokens": (config(trainable_token_indices=[1]), ("trainable_token_indices",)),
+    "repeated layers": (config(layer_replication=[[0, 2]]), ("layer_replication",)),
+    "CorDA without its start": (config(init_lora_weights="corda"), ("corda", "initial=")),
+    "PiSSA of niter": (config(init_lora_weights="pissa_niter_4"), ("pissa_niter_4", "initial=")),
+    "LoftQ": (config(init_lora_weights="loftq"), ("loftq",)),
+    "unknown start": (config(init_lora_weights="tomorrow"), ("tomorrow",)),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_refused(name, net, folder):
+    change, words = BAD[name]
+    change(folder)
+    before = {n: p.clone() for n, p in net.named_parameters()}
+    with pytest.raises(CheckpointError) as error:
+        load_peft(folder, net)
+    for word in (*words, "adapter"):
+        assert word in str(error.value), f"{word!r} not in {error.value}"
+    assert len(str(error.value)) < 1500
+    assert all(torch.equal(p, before[n]) for n, p in net.named_parameters())
+
+
+def test_the_unchanged_directory_is_read(net, folder):
+    assert len(load_peft(folder, net)) == 4
+
+
+def test_another_model(net, folder):
+    with pytest.raises(CheckpointError, match=r"layers\.0\.down\.lora_A.*matches no weight"):
+        load_peft(folder, mlp())
+    with torch.device("meta"), pytest.raises(CheckpointError, match="meta tensor"):
+        load_peft(folder, Net())
+
+
+@pytest.mark.parametrize("path", [None, 3, "", "nowhere"])
+def test_no_directory(path, net):
+    with pytest.raises(CheckpointError):
+        load_peft(path, net)
+
+
+def test_unknown_fields_are_named(net, folder):
+    config(new_field={"x": 1}, unset=None, off=False)(folder)
+    with pytest.warns(FadaptWarning, match=r"\['new_field'\]"):
+        load_peft(folder, net)
+
+
+def test_oft_of_another_series(net, tmp_path):
+    save_peft(net, perturb(fadapt.init(net, fadapt.OFT(4, exact=False))), tmp_path / "oft")
+    for version in ("0.17.1", None, "new"):
+        config(peft_version=version)(tmp_path / "oft")
+        with pytest.raises(CheckpointError, match=r"changed with PEFT 0\.18"):
+            load_peft(tmp_path / "oft", net)
+
+
+# ---- several adapters
+
+
+def test_several_adapters(net, tmp_path):
+    made = {n: perturb(fadapt.init(net, {"up": LoRA(r=r)}), seed=r) for r, n in enumerate("abc", 1)}
+    save_peft(net, {"default": made["a"], "style": made["b"]}, tmp_path / "both")
+    assert adapters_in(tmp_path / "both") == ["default", "style"]
+    assert load_peft(tmp_path / "both", net)["layers.0.up.weight"].method.r == 1
+    assert load_peft(tmp_path / "both", net, adapter="style")["layers.0.up.weight"].method.r == 2
+    assert load_peft(tmp_path / "both" / "style", net)["layers.0.up.weight"].method.r == 2
+    with pytest.raises(CheckpointError, match=r"no adapter 'x'.*default.*style"):
+        load_peft(tmp_path / "both", net, adapter="x")
+    save_peft(net, {"one": made["a"], "two": made["b"]}, tmp_path / "named")
+    with pytest.raises(CheckpointError, match='adapter="one"'):
+        load_peft(tmp_path / "named", net)
+    # What lies in a directory already stays.
+    save_peft(net, made["c"], tmp_path / "both")
+    assert adapters_in(tmp_path / "both") == ["default", "style"]
+    assert load_peft(tmp_path / "both", net)["layers.0.up.weight"].method.r == 3
+
+
+@pytest.mark.parametrize("name", ["..", "../up", "a/b", "", ".", "a\\b", "nul\0"])
+def test_names_that_leave_the_directory(name, net, folder, tmp_path):
+    params = fadapt.init(net, {"up": LoRA(r=1)})
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(CheckpointError, match="name of an adapter"):
+        load_peft(folder, net, adapter=name)
+    with pytest.raises(CheckpointError, match="name of an adapter"):
+        save_peft(net, {name: params}, tmp_path / "new")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+# ---- writing
+
+
+def refused_params() -> dict[str, tuple[Callable[[nn.Module], Any], str]]:
+    def make(cfg: Any) -> Callable[[nn.Module], Any]:
+        return lambda net: fadapt.init(net, cfg)
+
+    def nan(net: nn.Module) -> Any:
+        params = fadapt.init(net, {"up": LoRA(r=2)})
+        with torch.no_grad():
+            params["layers.0.up.weight"].train["A"][0, 0] = float("nan")
+        return params
+
+    def scaled(cfg: Any) -> Callable[[nn.Module], Any]:
+        return lambda net: fadapt.scale(fadapt.init(net, cfg), 0.5)
+
+    def mixed_stack(net: nn.Module) -> Any:
+        params = fadapt.init(net, {"up": LoRA(r=2)})
+        return fadapt.stack([params, params])
+
+    return {
+        "no format": (make(fadapt.AntiPaSTO(r=2)), "as_lora"),
+        "two formats": (make({"up": LoRA(r=2), "down": fadapt.HRA(r=2)}), "one kind of adapter"),
+        "DoRA beside LoRA": (make({"up": LoRA(r=2), "down": fadapt.DoRA(r=2)}), "use_dora"),
+        "DeLoRA of the paper": (make(fadapt.DeLoRA(r=2)), "as_lora"),
+        "two variants": (make({"up": fadapt.RoAd(1, 4), "down": fadapt.RoAd(2, 4)}), "one variant"),
+        "two group sizes": (
+            make({"up": fadapt.RoAd(1, 4), "down": fadapt.RoAd(1, 2)}),
+            "one group_size",
+        ),
+        "two signs": (
+            make({"up": fadapt.OFT(4), "down": fadapt.OFT(4, exact=False)}),
+            "one sign",
+        ),
+        "strength of DoRA": (scaled(fadapt.DoRA(r=2)), "strength"),
+        "strength of HRA": (scaled(fadapt.HRA(r=2)), "strength"),
+        "strength of OFT": (scaled(fadapt.OFT(4)), "strength"),
+        "strength of RoAd": (scaled(fadapt.RoAd(1, 4)), "strength"),
+        "chain": (make(fadapt.Chain((LoRA(r=1), fadapt.IA3()))), "no format"),
+        "NaN": (nan, "NaN"),
+        "stack": (mixed_stack, "unstack"),
+        "nothing": (lambda net: fadapt.Params({}), "nothing to save"),
+        "no names": (lambda net: {}, "nothing to save"),
+        "meta": (lambda net: fadapt.init(Net().to("meta"), {"up": LoRA(r=2)}), "meta"),
+        "another base": (
+            lambda net: fadapt.init(seeded(nn.Sequential(nn.Linear(3, 3))), LoRA(r=2)),
+            "another base",
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", refused_params())
+def test_not_written(name, net, tmp_path):
+    make, words = refused_params()[name]
+    with pytest.raises(CheckpointError, match=words):
+        save_peft(net, make(net), tmp_path / "adapter")
+    assert not list(tmp_path.iterdir())
+
+
+class Doubled(LoRA):
+    """A LoRA of another increment."""
+
+    def delta(self, p, x, y, base):
+        return 2 * super().delta(p, x, y, base)
+
+
+def test_a_subclass_with_another_increment_is_not_written_as_its_parent(net, tmp_path):
+    with pytest.raises(CheckpointError, match="no format for Doubled"):
+        save_peft(net, fadapt.init(net, Doubled(r=2)), tmp_path / "adapter")
+
+
+def test_attention_of_torch_is_refused_with_the_reason(tmp_path):
+    model = seeded(nn.TransformerEncoderLayer(8, 2, 8, batch_first=True))
+    params = fadapt.init(model, {"out_proj": LoRA(r=2)})
+    with pytest.raises(CheckpointError, match="does not adapt this"):
+        save_peft(model, params, tmp_path / "adapter")
+
+
+def test_convolutions_that_peft_runs_otherwise(tmp_path):
+    for options in ({"dilation": 2}, {"groups": 2}, {"padding_mode": "circular", "padding": 1}):
+        model = seeded(nn.Sequential(nn.Conv2d(4, 4, 3, **options)))
+        params = fadapt.init(model, {"0.weight": LoRA(r=2)})
+        with pytest.raises(CheckpointError, match="does not adapt this Conv2d"):
+            save_peft(model, params, tmp_path / "adapter")
+
+
+def test_interrupted_save_leaves_no_mixture(net, folder, monkeypatch):
+    """Whatever rename fails, what is left is the old adapter, the new one, or refused."""
+    new = perturb(fadapt.init(net, {"up|down": LoRA(r=5)}), seed=9)
+    replace, calls = os.replace, []
+
+    def failing(source: Any, target: Any) -> None:
+        calls.append(target)
+        if len(calls) == fail_at:
+            raise OSError("no space left")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", failing)
+    for one in (1, 2):
+        fail_at = one
+        calls.clear()
+        with pytest.raises(CheckpointError, match="no space left"):
+            save_peft(net, new, folder)
+        with pytest.raises(CheckpointError, match=CONFIG):
+            load_peft(folder, net)
+        assert not [p for p in folder.parent.iterdir() if p.name.endswith(".tmp")]
+    fail_at = 3
+    calls.clear()
+    save_peft(net, new, folder)
+    assert load_peft(folder, net)["layers.0.up.weight"].method.r == 5
+
+
+def test_a_failed_new_directory_leaves_nothing(net, tmp_path, monkeypatch):
+    def failing(descriptor: int) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "fsync", failing)
+    params = fadapt.init(net, {"up": LoRA(r=2)})
+    with pytest.raises(CheckpointError, match="disk full"):
+        save_peft(net, params, tmp_path / "adapter")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").write_text("x")
+    monkeypatch.undo()
+    with pytest.raises(CheckpointError, match="is a file"):
+        save_peft(net, params, tmp_path / "file")
+    for path in ("", None, 3):
+        with pytest.raises(CheckpointError, match="name of a directory"):
+            save_peft(net, params, path)
+
+
+def test_in_memory(net):
+    params = perturb(fadapt.init(net, {"up|down": LoRA(r=2)}))
+    made = peft_dict(net, params)
+    json.dumps(made[0])
+    again = from_peft_dict(net, *made)
+    for name, adapter in params.items():
+        assert torch.equal(again[name].train["B"], adapter.train["B"])
+        assert again[name].site == adapter.site
+    with pytest.raises(CheckpointError, match="no tensors"):
+        from_peft_dict(net, made[0], {})
+
+
+def test_targets_name_exactly_the_adapted_modules():
+    model = qwen3()
+    for pattern, expected in {
+        "q_proj": ["q_proj"],
+        "layers.1.*q_proj": ["model.layers.1.self_attn.q_proj"],
+    }.items():
+        config, _ = peft_dict(model, fadapt.init(model, {pattern: LoRA(r=2)}))
+        assert config["target_modules"] == expected
+    # "a" is the end of "b.a" too, so that only an expression means it alone.
+    inner = nn.Sequential()
+    inner.add_module("a", nn.Linear(4, 4))
+    outer = nn.Module()
+    outer.a, outer.b = nn.Linear(4, 4), inner
+    config, _ = peft_dict(seeded(outer), fadapt.init(outer, {"^a.weight": LoRA(r=2)}))
+    assert config["target_modules"] == "a"
