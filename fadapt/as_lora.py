@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .base.bound import refuse_adapted
 from .base.checks import check_model
 from .base.linear_map import DenseMap, LinearMap
-from .base.lock import exclusive
 from .base.weights import BaseWeight, weights_by_name
 from .errors import ConfigError, TargetError, require
 from .method import STRENGTH, Factors, increment_factors
@@ -93,7 +93,8 @@ def as_lora(
     for pattern in patterns:
         if not any(re.search(pattern, name) for name in params):
             raise ConfigError(f"drop_bias {pattern!r} matches no site; they are {list(params)[:8]}")
-    with torch.no_grad(), exclusive(model):
+    refuse_adapted(model, "fadapt.as_lora")
+    with torch.no_grad():
         weights = weights_by_name(model)
         found = {}
         for name, adapter in params.items():

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .base.bound import refuse_adapted
 from .base.checks import check_model
-from .base.lock import exclusive, refuse_bound
 from .base.weights import BaseWeight
 from .calibration.stats import Stats
 from .config import Config, Rules, as_config
@@ -40,7 +40,7 @@ def as_stats(
         CalibrationError: data that are missing or of another model.
         FadaptError: the model is inside ``bound``.
     """
-    refuse_bound(model, "calibrating")
+    refuse_adapted(model, "calibrating")
     for _, site, method in found:
         if calib is None and any(True for _ in statistics_of(method.statistic)):
             raise CalibrationError(
@@ -125,11 +125,12 @@ def init(
     """
     config = as_config(cfg)
     check_model(model)
-    with torch.no_grad(), exclusive(model):
+    refuse_adapted(model, "fadapt.init")
+    with torch.no_grad():
         found = resolve(model, config)
         _check_finite([weight for weight, _, _ in found])
     stats = as_stats(model, config, found, calib)
-    with torch.no_grad(), exclusive(model):
+    with torch.no_grad():
         found, statistic = prepare(found, stats)
         adapters = {
             site.name: _init_one(weight, site, m, config, statistic(site, m))

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .base.bound import refuse_adapted
 from .base.checks import check_model
-from .base.lock import exclusive
 from .base.weights import BaseWeight, weights_by_name
 from .errors import ConfigError, FadaptWarning, TargetError
 from .params.adapter import Adapter
@@ -55,7 +55,8 @@ def merge(
     params.check_whole()
     _check_dtype(dtype)
     merged: dict[str, Tensor] = {}
-    with torch.no_grad(), exclusive(model):
+    refuse_adapted(model, "fadapt.merge")
+    with torch.no_grad():
         weights = weights_by_name(model)
         for name, adapter in params.items():
             weight = weights.get(name)

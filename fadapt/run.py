@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor, nn
@@ -85,8 +85,7 @@ def apply(
     return call(model, _sites(model, params), method, args, kwargs, owner=params)
 
 
-@contextmanager
-def bound(model: nn.Module, params: Params | Stack) -> Iterator[nn.Module]:
+def bound(model: nn.Module, params: Params | Stack) -> AbstractContextManager[nn.Module]:
     """Inside the block the model *is* the adapted one: for loops, generation, checkpointing.
 
     On leaving, also by an exception, every parameter is the same object as before. Updates of the
@@ -98,8 +97,7 @@ def bound(model: nn.Module, params: Params | Stack) -> Iterator[nn.Module]:
     """
     check_model(model)
     sites = stack_sites(model, params, None) if isinstance(params, Stack) else _sites(model, params)
-    with bind(model, sites, owner=params):
-        yield model
+    return bind(model, sites, owner=params)
 
 
 def _sites(model: nn.Module, params: Params) -> Mapping[str, Adapted]:

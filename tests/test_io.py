@@ -812,8 +812,8 @@ def test_threads_save_to_one_path_at_once(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
-def test_load_waits_for_a_run_in_another_thread(small):
-    # functional_call has swapped the weights while the forward runs.
+def test_load_during_a_run_in_another_thread(small):
+    # The run sees other weights, and load must not.
     model, params, path = small
     inside, go = threading.Event(), threading.Event()
 

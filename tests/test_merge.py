@@ -363,8 +363,8 @@ def test_inside_bound():
 
 
 @pytest.mark.filterwarnings("ignore::fadapt.DenseFallbackWarning")
-def test_merge_waits_for_a_run_in_another_thread():
-    # functional_call has swapped the weights while the forward runs.
+def test_merge_during_a_run_in_another_thread():
+    # The run sees other weights, and merge must not.
     model = mlp()
     params = trained(model, LoRA(r=2))
     wanted = fadapt.merge(model, params)

@@ -688,7 +688,7 @@ def test_init_inside_bound():
 
 @pytest.mark.filterwarnings("ignore::fadapt.DenseFallbackWarning")
 def test_init_waits_for_a_run_in_another_thread():
-    # functional_call has swapped the weights while the forward runs.
+    # The run sees other weights, and init must not.
     model = mlp()
     params = perturb(fadapt.init(model, L2))
     wanted = fadapt.init(model, DoRA(r=2))

@@ -1,22 +1,82 @@
-"""A model in eval mode for a while."""
+"""A model in eval mode for a while, and passes that must not fall into it.
+
+The flags are one for all threads. So training passes and evaluations of a model, or of models that
+share modules, take turns: any number of the one kind at a time, or of the other.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+import time
+from typing import Any
 
 from torch import nn
 
+from .leaving import Block
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+# Held by ``with`` alone, whose enter and exit are then single C calls: no interrupt keeps it.
+_lock = threading.RLock()
+_turns: list[_Turn] = []
+_own_flags: dict[int, tuple[dict[str, Any], bool]] = {}
+"""{id of a module in eval mode: (its attributes, its own flag)}."""
+
+
+class _Turn(Block):
+    def __init__(self, model: nn.Module):
+        self.modules = {id(module): module for module in model.modules()}
+        self.thread, self.has = threading.get_ident(), False
+
+    def __enter__(self) -> None:
+        with _lock:
+            _turns.append(self)
+        while not self._take():
+            time.sleep(0.001)  # rarely: threads that train and evaluate one model at a time
+
+    def _take(self) -> bool:
+        with _lock:
+            others = [t for t in _turns if t is not self and t.modules.keys() & self.modules.keys()]
+            nested = any(t.has and t.thread == self.thread for t in others)
+            # An evaluation that waits goes before a pass that comes later, else it might for ever.
+            if not nested and any(
+                type(t) is not type(self) and (t.has or isinstance(t, evaluating)) for t in others
+            ):
+                return False
+            self.has = True
+            self.begin()
+            return True
+
+    def begin(self) -> None:
+        """Called when it is this one's turn."""
+
+    def end(self) -> None:
+        """Called when it is over; more than once after an interrupt."""
+
+    def undo(self) -> None:
+        with _lock:
+            self.has = False
+            if self in _turns:
+                _turns.remove(self)
+            self.end()
+
+
+class training_pass(_Turn):  # noqa: N801
+    """A forward and backward pass of a sweep or a fit: never in another thread's evaluation."""
+
+
+class evaluating(_Turn):  # noqa: N801
     """The model in eval mode; every module's own flag is restored."""
-    flags = [(module, module.training) for module in model.modules()]
-    try:
+
+    def begin(self) -> None:
         # Not model.eval(), which a model may override.
-        for module, _ in flags:
-            module.training = False
-        yield
-    finally:
-        for module, flag in flags:
-            module.training = flag
+        for key, module in self.modules.items():
+            attributes = module.__dict__
+            _own_flags.setdefault(key, (attributes, attributes["training"]))
+            attributes["training"] = False
+
+    def end(self) -> None:
+        still = [t.modules.keys() for t in _turns if t.has and isinstance(t, evaluating)]
+        for key in self.modules:
+            if key in _own_flags and not any(key in keys for keys in still):
+                attributes, flag = _own_flags[key]
+                attributes["training"] = flag
+                del _own_flags[key]

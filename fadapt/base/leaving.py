@@ -28,16 +28,26 @@ class _Exit:
     def __get__(self, block: Any, cls: Any) -> Callable[..., None]:
         if block is None:  # contextlib.ExitStack asks the class
             return lambda block, *error: block.undo()
-        token = _Token()
-        guard = [weakref.ref(token, lambda _, undo=block.undo: undo())]
-        leave: Any = functools.partial(_leave, guard, block.undo)
+        token, undo = _Token(), block.undo
+        guard = weakref.ref(token, functools.partial(_unwound, undo))
+        leave: Any = functools.partial(_leave, guard, undo)
         leave.token = token
+        _guards.add(guard)
         return leave
 
 
-def _leave(guard: list[Any], undo: Callable[[], None], *error: Any) -> None:
+_guards: set[weakref.ref[_Token]] = set()
+"""Of the blocks that were not left yet; a weak reference must live longer than what it watches."""
+
+
+def _leave(guard: weakref.ref[_Token], undo: Callable[[], None], *error: Any) -> None:
     undo()
-    guard.clear()
+    _guards.discard(guard)
+
+
+def _unwound(undo: Callable[[], None], guard: weakref.ref[_Token]) -> None:
+    undo()
+    _guards.discard(guard)
 
 
 class Block:
@@ -46,7 +56,7 @@ class Block:
     ``undo`` may be called more than once, and before or within ``__enter__``.
     """
 
-    __exit__ = _Exit()
+    __exit__: Any = _Exit()
 
     def __enter__(self) -> Any:
         raise NotImplementedError

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextvars import ContextVar
 from typing import Any
 
@@ -20,9 +20,15 @@ from torch import nn
 
 from ..errors import FadaptError
 from .leaving import Block
+from .torch_private import (
+    BUFFERS,
+    PARAMETERS,
+    hand_to_backward,
+    handed_to_backward,
+    in_backward,
+)
 
-TENSORS = ("_parameters", "_buffers")
-"""Where a module keeps its tensors."""
+TENSORS = (PARAMETERS, BUFFERS)
 
 Place = tuple[int, str]
 """(id of a module, name of an attribute)."""
@@ -41,7 +47,7 @@ class View(Block):
     Args:
         model: whose modules are seen so; those of other models are seen as without this block.
         modules: the ids of all modules of the model.
-        seen: {place: what is seen there}: for "_parameters" and "_buffers" a dict of tensors by
+        seen: {place: what is seen there}: for PARAMETERS and BUFFERS a dict of tensors by
             their names, for others the attribute itself.
         places: (module, attribute) of every place in ``seen``.
         owner: the params of a ``bound`` block, else None.
@@ -76,7 +82,7 @@ class View(Block):
         self.outer, self.open = _active.get(), True
         _put(self)
         if self.owner is not None:
-            torch._C._stash_obj_in_tls(_TLS, weakref.ref(self))
+            hand_to_backward(_TLS, weakref.ref(self))
         _active.set(self)
         return self.model
 
@@ -88,6 +94,11 @@ class View(Block):
                 outer = outer.outer
             _active.set(outer)
         _take_away(self)
+
+
+def own_tensors(tensors: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The module's own parameters or buffers, also within a call that sees others."""
+    return tensors.own if isinstance(tensors, ScopedTensors) else tensors
 
 
 def open_view(module: int | None = None) -> View | None:
@@ -110,20 +121,12 @@ def bound_view(model: nn.Module) -> View | None:
     return None
 
 
-def in_backward() -> bool:
-    """Whether autograd is running a backward pass in this thread."""
-    # No public way; torch.utils.checkpoint asks the same to tell a recomputation.
-    return torch._C._current_graph_task_id() != -1  # type: ignore[attr-defined]
-
-
 def _view_of_backward() -> View | None:
     """In autograd's own threads, the ``bound`` block in which backward was called."""
     # A backward pass over a GPU runs in a thread of autograd's, which does not have the context of
-    # the thread that asked for it, but the objects in torch's thread-local state: a private way,
-    # for which there is no public one.
-    if not in_backward() or not torch._C._is_key_in_tls(_TLS):  # type: ignore[attr-defined]
-        return None
-    view = torch._C._get_obj_in_tls(_TLS)()  # type: ignore[attr-defined]
+    # the thread that asked for it.
+    ref = handed_to_backward(_TLS) if in_backward() else None
+    view = None if ref is None else ref()
     return None if view is None or view.thread == threading.get_ident() else view
 
 
@@ -165,7 +168,7 @@ class _Stand:
 
 
 class ScopedTensors(_Stand, MutableMapping[str, Any], dict[str, Any]):  # type: ignore[misc]
-    """Stands where a module has its ``_parameters`` or ``_buffers``.
+    """Stands where a module has its parameters or its buffers.
 
     A dict by its type alone, which is what nn.Module asks for: what it holds are the module's own,
     or the call's.

@@ -32,14 +32,53 @@ def register_node(
     pytree.register_pytree_node(cls, flatten, lambda children, aux: unflatten(aux, children))
 
 
+PARAMETERS, BUFFERS = "_parameters", "_buffers"
+"""The attributes of a module in which nn.Module's ``__getattr__`` looks for its tensors.
+
+For the time of a call another dict stands there. ``torch.func.functional_call`` writes into this
+one instead, which all threads see, and which an interrupt may leave as it is.
+"""
+
+
 def parameters_of(module: nn.Module) -> MutableMapping[str, Tensor | None]:
     """A module's own parameters, to read and to replace (``module._parameters``).
 
     ``named_parameters`` cannot put a tensor that is no Parameter where a Parameter is, and its
-    generators cost more than the rest of a call's preparation. ``torch.func.functional_call``
-    replaces parameters too, but for the duration of one forward only.
+    generators cost more than the rest of a call's preparation.
     """
     return module._parameters  # type: ignore[return-value]
+
+
+def buffers_of(module: nn.Module) -> MutableMapping[str, Tensor | None]:
+    """A module's own buffers (``module._buffers``); as :func:`parameters_of`."""
+    return module._buffers
+
+
+def is_persistent(module: nn.Module, key: str) -> bool:
+    """Whether a buffer belongs to the state dict, without building it."""
+    return key not in module._non_persistent_buffers_set
+
+
+def in_backward() -> bool:
+    """Whether autograd runs a backward pass in this thread.
+
+    torch.utils.checkpoint asks the same, to tell a recomputation; there is no public question.
+    """
+    return torch._C._current_graph_task_id() != -1  # type: ignore[attr-defined]
+
+
+def hand_to_backward(key: str, value: Any) -> None:
+    """Keeps an object for this thread, and for autograd's own threads that run its backward passes.
+
+    Those take over torch's thread-local state, but neither Python's contexts nor threading.local.
+    """
+    torch._C._stash_obj_in_tls(key, value)  # type: ignore[attr-defined]
+
+
+def handed_to_backward(key: str) -> Any:
+    """What :func:`hand_to_backward` kept, or None."""
+    known = torch._C._is_key_in_tls(key)  # type: ignore[attr-defined]
+    return torch._C._get_obj_in_tls(key) if known else None  # type: ignore[attr-defined]
 
 
 def original_of(module: nn.Module) -> nn.Module | None:

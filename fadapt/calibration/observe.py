@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..base.bound import refuse_adapted
 from ..base.checks import check_model
 from ..base.eval_mode import evaluating
-from ..base.lock import refuse_bound
 from ..base.weights import BaseWeight, Kind
 from ..config import Config, Rules, as_config
 from ..errors import CalibrationError, FadaptWarning
@@ -67,7 +67,7 @@ def observe(
         FadaptError: the model is inside ``bound``.
     """
     check_model(model)
-    refuse_bound(model, "fadapt.observe")
+    refuse_adapted(model, "fadapt.observe")
     statistics = _check_options(statistics, max_memory, tolerance)
     configs: Sequence[Config | Rules] = cfg if isinstance(cfg, (list, tuple)) else [cfg]  # type: ignore[list-item]
     if not configs:

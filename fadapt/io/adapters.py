@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..base.bound import refuse_adapted
 from ..base.checks import check_model
-from ..base.lock import exclusive
 from ..base.weights import BaseWeight, Kind, weights_by_name
 from ..config import Config
 from ..errors import CheckpointError, ConfigError
@@ -88,10 +88,10 @@ def load(
     check_model(model)
     with open_tensors(path) as file:
         config, records = _records(file)
-        with exclusive(model):
-            weights = weights_by_name(model)
-            for record in records:
-                _check_record(file, record, weights.get(record.site.name), allow_other_base)
+        refuse_adapted(model, "fadapt.load")
+        weights = weights_by_name(model)
+        for record in records:
+            _check_record(file, record, weights.get(record.site.name), allow_other_base)
         # Nothing large has been read so far.
         tensors = file.read()
     adapters = {}

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 from torch.func import functional_call
 
-from ..base.lock import bound_params, exclusive
+from ..base.bound import bound_params, refuse_bound
 from ..base.quantized import has_quantized
+from ..base.scope import View
 from ..batch import Batch, arguments
 from ..errors import ConfigError, FadaptError
 from ..hugging_face import without_cache
 from ..params.adapter import Adapted
-from .checkpointing import recomputed
-from .mount import Mount, forwards_swapped, mounted, prepare
+from .mount import Mount, forwards_swapped, prepare
 
 # Dynamo traces the removal of a module's attribute, which forwards_swapped needs, since 2.13.
 _COMPILES_QUANTIZED = torch.__version__ >= "2.13"
@@ -43,28 +43,23 @@ def call(
     if torch.compiler.is_compiling():
         if not _COMPILES_QUANTIZED and has_quantized(model):
             return _call_uncompiled(model, sites, method, args, kwargs, owner=owner)
-        return _functional(model, prepare(model, sites, lasting=True), method, args, kwargs)
+        return _functional(model, prepare(model, sites), method, args, kwargs)
+    function = method_of(model, method)
     if is_bound_to(model, owner):
-        return method_of(model, method)(*args, **kwargs)
-    with exclusive(model):
-        mount = prepare(model, sites, lasting=False)
-        if not mount.checkpointing:
-            return _functional(model, mount, method, args, kwargs)
-        lasting = prepare(model, sites, lasting=True)
-
-        def again() -> Any:
-            return nullcontext() if is_bound_to(model, owner) else _mounted_alone(model, lasting)
-
-        with recomputed(mount.checkpointing, again):
-            try:
-                return _functional(model, lasting, method, args, kwargs)
-            except RuntimeError as error:
-                if "functorch" not in str(error) and "torch.func" not in str(error):
-                    raise
-                raise FadaptError(
-                    "gradient checkpointing does not work under torch.func transforms; call "
-                    "model.gradient_checkpointing_disable(), or use loss.backward()"
-                ) from error
+        return function(*args, **kwargs)
+    refuse_bound(model, "a call with other params")
+    mount = prepare(model, sites)
+    with mount.view(model):
+        try:
+            return function(*args, **kwargs)
+        except RuntimeError as error:
+            transformed = "functorch" in str(error) or "torch.func" in str(error)
+            if not mount.checkpoints or not transformed:
+                raise
+            raise FadaptError(
+                "gradient checkpointing does not work under torch.func transforms; call "
+                "model.gradient_checkpointing_disable(), or use loss.backward()"
+            ) from error
 
 
 _call_uncompiled: Any = torch.compiler.disable(
@@ -84,11 +79,10 @@ def call_on_batch(
     return call(model, sites, "forward", args, kwargs, owner=owner)
 
 
-@contextmanager
-def bind(model: nn.Module, sites: Mapping[str, Adapted], owner: Any) -> Iterator[None]:
-    """Inside the block, the sites of the model are adapted."""
-    with exclusive(model, bound=owner), mounted(prepare(model, sites, lasting=True)):
-        yield
+def bind(model: nn.Module, sites: Mapping[str, Adapted], owner: Any) -> View:
+    """A block inside which the sites of the model are adapted."""
+    refuse_bound(model, "another fadapt.bound")
+    return prepare(model, sites).view(model, owner)
 
 
 def is_bound_to(model: nn.Module, owner: Any) -> bool:
@@ -106,18 +100,12 @@ def method_of(model: nn.Module, name: str) -> Callable[..., Any]:
     return found
 
 
-@contextmanager
-def _mounted_alone(model: nn.Module, mount: Mount) -> Iterator[None]:
-    with exclusive(model), mounted(mount):
-        yield
-
-
 def _functional(model: nn.Module, mount: Mount, method: str, args: tuple, kwargs: dict) -> Any:
     with forwards_swapped(mount) if mount.forwards else nullcontext():
         if method == "forward":
-            return functional_call(model, mount.by_name, args, kwargs, tie_weights=False)
+            return functional_call(model, mount.by_name(), args, kwargs, tie_weights=False)
         wrapper = _MethodCall(model, method)
-        by_name = {f"model.{name}": tensor for name, tensor in mount.by_name.items()}
+        by_name = {f"model.{name}": tensor for name, tensor in mount.by_name().items()}
         return functional_call(wrapper, by_name, args, kwargs, tie_weights=False)
 
 

@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..base.checks import check_module, check_weight
 from ..base.quantized import QuantizedMap, quantized_map
-from ..base.torch_private import parameters_of
-from ..errors import ConfigError, FadaptError, TargetError
-from ..hugging_face import checkpoints, forward_key
+from ..base.scope import BUFFERS, PARAMETERS, Place, ScopedFunction, View, own_tensors
+from ..base.torch_private import buffers_of, is_persistent, parameters_of
+from ..errors import ConfigError, TargetError
+from ..hugging_face import CHECKPOINT_FUNCTION, checkpoint_function, forward_key
 from ..params.adapter import Adapted
-from .checkpointing import CallContext, refuse_checkpoint
+from .checkpointing import Recomputed, refuse_checkpoint
 from .rules import overlay
 from .tensor import Overlay
 
@@ -27,45 +28,73 @@ class SwappedForward:
         base: the layer's frozen map.
         adapter: the layer's adapter, or None: then the layer is its own, but in a form that
             torch.func can transform.
-        call: as for an overlay.
     """
 
-    def __init__(self, base: QuantizedMap, adapter: Adapted | None, call: CallContext):
-        self.base, self.adapter, self.call = base, adapter, call
+    def __init__(self, base: QuantizedMap, adapter: Adapted | None):
+        self.base, self.adapter = base, adapter
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.adapter is None:
             return self.base(x)
-        refuse_checkpoint(self.adapter, self.call)
+        refuse_checkpoint(self.adapter)
         return self.adapter(x, self.base)
 
 
 @dataclass(frozen=True)
 class Mount:
-    """Replacements for one call: by full name for functional_call, by place for bound.
+    """What one call is to see in the places of a model's own tensors and functions.
 
-    Of a quantised layer, whose kernel takes no overlay, the ``forward`` is replaced.
+    Attributes:
+        tensors: (full name, module, PARAMETERS or BUFFERS, key, tensor).
+        forwards: (module, attribute, function) of the quantised layers, whose kernels take no
+            overlay.
+        checkpoints: (module, attribute, function) where the model checkpoints activations.
+        modules: all modules of the model.
     """
 
-    by_name: dict[str, Tensor]
-    places: list[tuple[nn.Module, str, Tensor]]
+    tensors: list[tuple[str, nn.Module, str, str, Tensor]]
     forwards: list[tuple[nn.Module, str, SwappedForward]]
-    checkpointing: list[nn.Module]
+    checkpoints: list[tuple[nn.Module, str, Recomputed]]
+    modules: list[nn.Module]
+
+    def by_name(self) -> dict[str, Tensor]:
+        """The tensors, for torch.func.functional_call."""
+        return {name: tensor for name, _, _, _, tensor in self.tensors}
+
+    def view(self, model: nn.Module, owner: Any = None) -> View:
+        """The model as the call sees it."""
+        seen: dict[Place, Any] = {}
+        places = []
+        for _, module, attribute, key, tensor in self.tensors:
+            place = id(module), attribute
+            if place not in seen:
+                seen[place] = {}
+                places.append((module, attribute))
+            seen[place][key] = tensor
+        for module, attribute, function in (*self.forwards, *self.checkpoints):
+            seen[id(module), attribute] = function
+            places.append((module, attribute))
+        view = View(model, frozenset(map(id, self.modules)), seen, places, owner)
+        for _, _, function in self.checkpoints:
+            function.view = view
+        return view
 
 
-def prepare(model: nn.Module, sites: Mapping[str, Adapted], lasting: bool) -> Mount:
-    """An overlay for every site, and a detached alias for every other trainable base parameter."""
-    call = CallContext(lasting, torch.is_grad_enabled())
-    by_name: dict[str, Tensor] = {}
-    places: list[tuple[nn.Module, str, Tensor]] = []
-    forwards: list[tuple[nn.Module, str, SwappedForward]] = []
-    checkpointing: list[nn.Module] = []
+def prepare(model: nn.Module, sites: Mapping[str, Adapted]) -> Mount:
+    """An overlay for every site, a detached alias for every other trainable base parameter.
+
+    And copies of the buffers that training mode may write to, such as the running statistics of
+    BatchNorm: the base stays as it is.
+    """
+    mount = Mount([], [], [], [])
     found: set[str] = set()
     for prefix, module in model.named_modules():
-        if call.grad and checkpoints(module):
-            checkpointing.append(module)
+        mount.modules.append(module)
+        if (function := checkpoint_function(module)) is not None:
+            own = function.plain() if isinstance(function, ScopedFunction) else function
+            mount.checkpoints.append((module, CHECKPOINT_FUNCTION, Recomputed(own)))
         check_module(prefix, module)
-        for key, weight in parameters_of(module).items():
+        for key, weight in own_tensors(parameters_of(module)).items():
             if weight is None:
                 continue
             name = f"{prefix}.{key}" if prefix else key
@@ -77,44 +106,53 @@ def prepare(model: nn.Module, sites: Mapping[str, Adapted], lasting: bool) -> Mo
                     f"{name} is a meta tensor without values; load the weights to run the model"
                 )
             if key == "weight" and (base := quantized_map(module)) is not None:
-                forwards.append(_swap(name, module, base, sites.get(name), call))
+                mount.forwards.append(_swap(name, module, base, sites.get(name)))
                 continue
             if name in sites:
-                new = _overlay_site(name, module, weight, sites[name], call)
+                new = _overlay_site(name, module, weight, sites[name])
             elif weight.requires_grad:
                 new = weight.detach()
             else:
                 continue
-            by_name[name] = new
-            places.append((module, key, new))
+            mount.tensors.append((name, module, PARAMETERS, key, new))
+        if module.training and (buffers := own_tensors(buffers_of(module))):
+            for key, buffer in buffers.items():
+                if buffer is not None and _may_be_updated(module, key, buffer):
+                    name = f"{prefix}.{key}" if prefix else key
+                    mount.tensors.append((name, module, BUFFERS, key, buffer.clone()))
     if missing := [name for name in sites if name not in found]:
         raise TargetError(
             f"the params adapt {missing[0]} and {len(missing) - 1} more weights that this "
             f"{type(model).__name__} does not have; they were made for another model"
         )
-    return Mount(by_name, places, forwards, checkpointing)
+    return mount
+
+
+def _may_be_updated(module: nn.Module, key: str, buffer: Tensor) -> bool:
+    """Whether a forward in training mode may write to a buffer of the model's state.
+
+    Not to those outside the state dict, which a model makes anew from its configuration, nor to
+    matrices of integers, in which quantised layers of other libraries pack their weights.
+    """
+    if not is_persistent(module, key) or buffer.is_meta:
+        return False
+    return buffer.is_floating_point() or buffer.is_complex() or buffer.dim() < 2
 
 
 def _swap(
-    name: str, module: nn.Module, base: QuantizedMap, adapter: Adapted | None, call: CallContext
+    name: str, module: nn.Module, base: QuantizedMap, adapter: Adapted | None
 ) -> tuple[nn.Module, str, SwappedForward]:
     key = forward_key(module)
     if adapter is not None:
-        if isinstance(module.__dict__.get(key), SwappedForward):
-            raise FadaptError(f"{name} is already adapted: the model is inside fadapt.bound")
         base.check(name)
         _check_site(name, base.shape, base.module.weight, adapter.site.matrix_shape, adapter)
-    return module, key, SwappedForward(base, adapter, call)
+    return module, key, SwappedForward(base, adapter)
 
 
-def _overlay_site(
-    name: str, module: nn.Module, weight: Tensor, adapter: Adapted, call: CallContext
-) -> Overlay:
-    if isinstance(weight, Overlay):
-        raise FadaptError(f"{name} is already adapted: the model is inside fadapt.bound")
+def _overlay_site(name: str, module: nn.Module, weight: Tensor, adapter: Adapted) -> Overlay:
     check_weight(name, module, weight)
     _check_site(name, tuple(weight.shape), weight, adapter.site.stored_shape, adapter)
-    return overlay(weight.detach(), adapter, call)
+    return overlay(weight.detach(), adapter)
 
 
 def _check_site(
@@ -140,22 +178,8 @@ def _check_site(
 
 
 @contextmanager
-def mounted(mount: Mount) -> Iterator[None]:
-    """Everything in its place within the block, and as it was afterwards."""
-    before = [(module, key, parameters_of(module)[key]) for module, key, _ in mount.places]
-    try:
-        for module, key, new in mount.places:
-            parameters_of(module)[key] = new
-        with forwards_swapped(mount):
-            yield
-    finally:
-        for module, key, old in reversed(before):
-            parameters_of(module)[key] = old
-
-
-@contextmanager
 def forwards_swapped(mount: Mount) -> Iterator[None]:
-    """Only the quantised layers, for functional_call to replace the rest."""
+    """The forwards in their places, as torch.compile traces it; the rest is functional_call's."""
     before = [(m, key, m.__dict__.get(key)) for m, key, _ in mount.forwards]
     try:
         for module, key, new in mount.forwards:

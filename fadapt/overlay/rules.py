@@ -48,7 +48,7 @@ def _product(x: Tensor, weight: Overlay, bias: Tensor | None, rows_out: bool) ->
             f"{site.name}: the layer adds {site.bias} apart from its product, and "
             f"{weight.adapter} acts on the bias; use another method there"
         )
-    refuse_checkpoint(weight.adapter, weight.call)
+    refuse_checkpoint(weight.adapter)
     return weight.adapter(x, DenseMap(weight.frozen, bias, site.transposed))
 
 
@@ -59,7 +59,7 @@ def _transpose(weight: Tensor, *dims: int) -> Any:
     n = weight.dim()
     if n > 3 or (n == 3 and not dims) or (dims and {d % n for d in dims} != {n - 2, n - 1}):
         return NotImplemented
-    return overlay(weight.frozen, weight.adapter, weight.call, not weight.flipped)
+    return overlay(weight.frozen, weight.adapter, not weight.flipped)
 
 
 @implements(Tensor.mT.__get__)  # type: ignore[attr-defined]
@@ -84,7 +84,7 @@ def _embedding(
         raise TargetError(
             f"{name}: an embedding with max_norm writes to its weight, which is frozen"
         )
-    refuse_checkpoint(weight.adapter, weight.call)
+    refuse_checkpoint(weight.adapter)
     base = DenseMap(weight.frozen, None, transposed=True)
     return adapt_embedding(ids, weight.frozen, weight.adapter, base, padding_idx)
 
@@ -102,7 +102,7 @@ def _getitem(weight: Tensor, index: Any) -> Any:
         return NotImplemented
     count = len(index) if isinstance(index, Tensor) and index.dim() else 0
     adapter = experts.at(weight.adapter, index, count)
-    return overlay(weight.frozen[index], adapter, weight.call)
+    return overlay(weight.frozen[index], adapter)
 
 
 @implements(torch.bmm, Tensor.bmm)
@@ -113,7 +113,7 @@ def _bmm(a: Tensor, b: Tensor) -> Any:
     site = weight.adapter.site
     if not site.experts or (site.transposed == weight.flipped) != rows_out:
         return NotImplemented
-    refuse_checkpoint(weight.adapter, weight.call)
+    refuse_checkpoint(weight.adapter)
     frozen = weight.frozen.mT if weight.flipped else weight.frozen
 
     def product(x: Tensor) -> Tensor:
@@ -138,7 +138,7 @@ def _grouped_mm(
     ends = known_values(offs)
     if ends is None:
         return NotImplemented
-    refuse_checkpoint(weight.adapter, weight.call)
+    refuse_checkpoint(weight.adapter)
     frozen = weight.frozen.mT if weight.flipped else weight.frozen
     adapter = experts.at(weight.adapter, slice(None), site.experts)
     return experts.grouped(

@@ -19,7 +19,7 @@ from ..base.torch_private import pytree
 from ..errors import DenseFallbackWarning, FadaptError, TargetError
 from ..linalg import inverse_permutation
 from ..params.adapter import Adapted
-from .checkpointing import CallContext, refuse_checkpoint
+from .checkpointing import refuse_checkpoint
 
 RULES: dict[Callable, Callable[..., Any]] = {}
 """What stands for a torch function that gets an overlay."""
@@ -45,7 +45,6 @@ class Overlay(Tensor):
     frozen: Tensor
     adapter: Adapted
     flipped: bool
-    call: CallContext
 
     @classmethod
     def __torch_function__(
@@ -61,7 +60,7 @@ class Overlay(Tensor):
         return _dense_fallback(func, args, kwargs)
 
 
-def overlay(weight: Tensor, adapter: Adapted, call: CallContext, flipped: bool = False) -> Overlay:
+def overlay(weight: Tensor, adapter: Adapted, flipped: bool = False) -> Overlay:
     """An overlay of ``weight`` (frozen, in its stored layout) that applies ``adapter``.
 
     as_subclass, not _make_wrapper_subclass: torch.compile traces through it, and every overlay is
@@ -70,7 +69,7 @@ def overlay(weight: Tensor, adapter: Adapted, call: CallContext, flipped: bool =
     shape = weight.mT.shape if flipped else weight.shape
     nan = torch.full((), float("nan"), dtype=weight.dtype, device=weight.device)
     result = nan.expand(shape).as_subclass(Overlay)
-    result.frozen, result.adapter, result.flipped, result.call = weight, adapter, flipped, call
+    result.frozen, result.adapter, result.flipped = weight, adapter, flipped
     return result
 
 
@@ -87,7 +86,7 @@ def _dense_fallback(func: Callable, args: tuple, kwargs: dict) -> Any:
                 f"{o.adapter.site.name} is used by {name}, for which fadapt has no rule, and "
                 f"{o.adapter} acts on the bias; use another method there"
             )
-        refuse_checkpoint(o.adapter, o.call)
+        refuse_checkpoint(o.adapter)
     if not torch.compiler.is_compiling():  # which cannot trace a warning
         warnings.warn(
             f"{names} used by {name}, for which fadapt has no rule: the adapted weight was "

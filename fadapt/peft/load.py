@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..base.bound import refuse_adapted
 from ..base.checks import check_model
-from ..base.lock import exclusive
 from ..base.weights import Kind
 from ..errors import CheckpointError, FadaptWarning
 from ..params.adapter import Adapter
@@ -108,7 +108,8 @@ def _read(
     form = format_named(config.get("peft_type"), where)
     settings = Settings(config, where)
     _check_config(form, settings)
-    with torch.no_grad(), exclusive(model):
+    refuse_adapted(model, "fadapt.peft.load_peft")
+    with torch.no_grad():
         places = Places(model)
         found = _sort(form, places, tensors, config, where)
         start = None if initial is None else _sort(form, places, initial, config, f"{where}: start")

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..base.bound import refuse_adapted
 from ..base.checks import check_model
-from ..base.lock import exclusive
 from ..errors import CheckpointError
 from ..methods.bitfit import BitFit
 from ..methods.chain import Chain
@@ -103,7 +103,8 @@ def peft_dict(
         fields = config_fields(model, format_named("LORA", "serving"))
         check_tensors(tensors, "params")
         return {**fields, **config}, tensors
-    with torch.no_grad(), exclusive(model):
+    refuse_adapted(model, "fadapt.peft.save_peft")
+    with torch.no_grad():
         places = Places(model)
         at = places.for_sites(adapter.site for adapter in params.values())
         adapters = {at[name]: adapter for name, adapter in params.items()}

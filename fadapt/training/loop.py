@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..base.eval_mode import evaluating
+from ..base.eval_mode import evaluating, training_pass
 from ..base.torch_private import pytree
 from ..errors import CheckpointError, ConfigError
 from ..params.stack import stack
@@ -168,11 +168,12 @@ class Loop:
         order = self.flat.order
         try:
             batch = next(self.data)
-            if self.runner.chosen is None:
-                self._choose(batch)
-                order = self.flat.order
-            weights = [1 / self.trials[t].accumulate for t in order]
-            losses = self.runner.gradients(batch, weights)
+            with training_pass(self.model):
+                if self.runner.chosen is None:
+                    self._choose(batch)
+                    order = self.flat.order
+                weights = [1 / self.trials[t].accumulate for t in order]
+                losses = self.runner.gradients(batch, weights)
         except Exception:
             self.whole = not self.runner.partial
             self.data.go_back(before[0])
