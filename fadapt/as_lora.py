@@ -9,12 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .adapted_map import adapt, dense, increment_factors
 from .base.bound import refuse_adapted
 from .base.checks import check_model
 from .base.linear_map import DenseMap, LinearMap
 from .base.weights import BaseWeight, weights_by_name
 from .errors import ConfigError, TargetError, require
-from .method import STRENGTH, Factors, increment_factors
+from .method import STRENGTH, Factors
 from .methods.lora import LoRA
 from .overlay import experts
 from .params.adapter import Adapter
@@ -149,7 +150,7 @@ def _factors(adapter: Adapter, base: LinearMap, r: int | None) -> tuple[Factors,
     """(A, B) and the relative error."""
     leaves = adapter.leaves
     wide = torch.promote_types(_dtype(adapter), torch.float32)
-    p = {k: t if k == STRENGTH else t.detach().to(wide) for k, t in leaves.items()}
+    p = {k: t if k == STRENGTH else _as(t, wide) for k, t in leaves.items()}
     factors = increment_factors(adapter.method, p, base)
     if factors is not None:
         a, b = factors
@@ -180,7 +181,12 @@ def _factors(adapter: Adapter, base: LinearMap, r: int | None) -> tuple[Factors,
 
 
 def _dtype(adapter: Adapter) -> torch.dtype:
-    return next((t.dtype for k, t in adapter.leaves.items() if k != STRENGTH), torch.float32)
+    found = (t.dtype for k, t in adapter.leaves.items() if k != STRENGTH and t.is_floating_point())
+    return next(found, torch.float32)
+
+
+def _as(leaf: Tensor, dtype: torch.dtype) -> Tensor:
+    return leaf.detach().to(dtype) if leaf.is_floating_point() else leaf
 
 
 def _increment(adapter: Adapter, base: LinearMap) -> Tensor:
@@ -189,8 +195,8 @@ def _increment(adapter: Adapter, base: LinearMap) -> Tensor:
     exact = torch.float32 if weight.device.type == "mps" else torch.float64
     weight = weight.detach().to(exact)
     bias = None if base.bias is None else base.bias.detach().to(exact)
-    p = {k: t.detach().to(exact) for k, t in adapter.leaves.items()}
-    return adapter.method.dense(p, DenseMap(weight, bias))[0] - weight
+    p = {k: _as(t, exact) for k, t in adapter.leaves.items()}
+    return dense(adapter.method, p, DenseMap(weight, bias))[0] - weight
 
 
 def _cut(u: Tensor, s: Tensor, vh: Tensor, r: int, dtype: torch.dtype) -> tuple[Factors, float]:
@@ -214,7 +220,8 @@ def _refuse_bias(adapter: Adapter, weight: BaseWeight) -> None:
         p = {k: t.detach() for k, t in one.leaves.items()}
         matrix = base.weight().detach().to(_dtype(adapter))
         bias = None if base.bias is None else base.bias.detach().to(matrix.dtype)
-        moved = one.method(p, matrix.new_zeros(1, site.in_features), DenseMap(matrix, bias))[0]
+        zero = matrix.new_zeros(1, site.in_features)
+        moved = adapt(one.method, p, zero, DenseMap(matrix, bias))[0]
         start = 0 if bias is None else bias
         change = float((moved - start).abs().max())
         if change > 0:

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from .adapted_map import start
 from .base.bound import refuse_adapted
 from .base.checks import check_model
 from .base.weights import BaseWeight
 from .calibration.stats import Stats
 from .config import Config, Rules, as_config
-from .errors import CalibrationError, ConfigError, FadaptWarning, TargetError
-from .method import STRENGTH, Leaves, Method
+from .errors import CalibrationError, FadaptWarning, TargetError
+from .method import Leaves, Method, Planned
 from .params.adapter import Adapter
 from .params.params import Params, trainable_leaves
 from .seeds import generator
@@ -66,8 +67,9 @@ def prepare(found: Found, stats: Stats | None) -> tuple[Found, Callable[[Site, M
         stats: from :func:`as_stats`.
 
     Returns:
-        The sites that remain, with the methods that :meth:`Method.plan` chose; and a function that
-        gives ``init`` the statistic of a site, or None where its method asks for none.
+        The sites that remain, with the methods that :meth:`Planned.plan_ranks` chose; and a
+        function that gives ``init`` the statistic of a site, or None where its method asks for
+        none.
 
     Raises:
         CalibrationError: data that are insufficient.
@@ -90,9 +92,9 @@ def _read(stats: Stats, site: str, wanted: Any) -> Any:
 def _plan(found: Found, statistic: Callable[[Site, Method], Any]) -> Found:
     chosen: dict[str, Method | None] = {site.name: m for _, site, m in found}
     for cls in dict.fromkeys(type(m) for _, _, m in found):
-        if cls.plan.__func__ is not Method.plan.__func__:  # type: ignore[attr-defined]
+        if issubclass(cls, Planned):
             mine = {s.name: (m, statistic(s, m)) for _, s, m in found if type(m) is cls}
-            chosen.update(cls.plan(mine))
+            chosen.update(cls.plan_ranks(mine))
     if dropped := [name for name, method in chosen.items() if method is None]:
         warnings.warn(
             f"{len(dropped)} of {len(chosen)} sites got rank 0 and are not adapted: {dropped}",
@@ -146,8 +148,7 @@ def _init_one(weight: BaseWeight, site: Site, method: Method, config: Config, st
         # Each matrix of a stack under its own name, from which its random values follow.
         own = replace(site, name=f"{site.name}[{i}]", experts=0) if site.experts else site
         view = SiteView(own, base, weight.device, at_least)
-        parts.append(method.init(view, generator(config.seed, own.name), stat))
-        _check_leaves(method, own, *parts[-1])
+        parts.append(start(method, view, generator(config.seed, own.name), stat))
     train, fixed = parts[0] if not site.experts else map(_stacked, zip(*parts, strict=True))
     dtype = config.dtype or at_least
     exact = torch.promote_types(dtype, at_least)
@@ -155,23 +156,19 @@ def _init_one(weight: BaseWeight, site: Site, method: Method, config: Config, st
         # Copies: a tensor that a method returns for several sites would be optimised once for each.
         train={k: t.detach().to(dtype, copy=True).contiguous() for k, t in train.items()},
         fixed={
-            k: t.detach().to(exact if k in method.keep_wide else dtype).contiguous()
+            k: _cast(t.detach(), exact if k in method.keep_fp32 else dtype).contiguous()
             for k, t in fixed.items()
         },
     )
 
 
+def _cast(leaf: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Integers and booleans stay what they are."""
+    return leaf.to(dtype) if leaf.is_floating_point() else leaf
+
+
 def _stacked(leaves: tuple[Leaves, ...]) -> Leaves:
     return {k: torch.stack([part[k] for part in leaves]) for k in leaves[0]}
-
-
-def _check_leaves(method: Method, site: Site, train: Leaves, fixed: Leaves) -> None:
-    who = f"{type(method).__name__}.init at {site.name}"
-    if shared := (train.keys() & fixed.keys()) | ({STRENGTH} & (train.keys() | fixed.keys())):
-        raise ConfigError(f"{who}: leaf names must be distinct and not 'strength': {shared}")
-    for name, leaf in {**train, **fixed}.items():
-        if not isinstance(leaf, torch.Tensor) or not leaf.is_floating_point():
-            raise ConfigError(f"{who}: leaf {name!r} must be a floating tensor, got {leaf!r}")
 
 
 def _check_finite(weights: list[BaseWeight]) -> None:

@@ -1,19 +1,30 @@
-"""The contract of a method: frozen hyper-parameters and pure functions."""
+"""The contract of a method: what its author writes, and no more.
+
+    from fadapt.method import Leaves, LinearMap, Method, SiteView, Statistic
+
+:class:`Method` is the whole of it for most methods. :class:`RankPadded`, :class:`InputDropout` and
+:class:`Planned` are for those whose ranks mix in a stack, that drop parts of their input, or that
+choose ranks over all sites at once.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .base.linear_map import LinearMap
-    from .site import Site, SiteView
-
+from .base.linear_map import LinearMap as LinearMap
+from .errors import ConfigError, require
+from .fields import check_fields
+from .site import Site as Site
+from .site import SiteView as SiteView
+from .statistics.reduction import Statistic as Statistic
 
 Leaves = dict[str, Tensor]
 Factors = tuple[Tensor, Tensor]
@@ -30,68 +41,87 @@ class Method:
         x' = x + shift(p, x);   y = base(x');   y' = y + delta(p, x', y, base)
 
     with ``x`` (tokens, in_features) and ``y`` (tokens, out_features) as plain matrices in the
-    adapter's dtype. It flattens, casts, maps over stacked adapters and applies the strength.
+    adapter's dtype, and ``p`` the trainable and the fixed leaves together. It flattens, casts, maps
+    over stacked adapters and applies the strength.
 
     Two laws hold for every method. At the initial parameters ``shift`` and ``delta`` return exact
-    zeros. The adapted map is affine in x, so the dense weight and bias are derived from it
-    (:meth:`dense`); an override may be faster but never mean something else.
+    zeros. The adapted map is affine in x, so its dense weight and bias are derived from it.
+    ``fadapt.testing.check_method`` tests these and all others.
+
+    Fields may be None, bool, int, float, str, Literal, methods and tuples of them. They are checked
+    by their annotations before ``__post_init__`` runs, in which a subclass checks their ranges.
+
+    Example:
+        >>> @dataclass(frozen=True)
+        ... class Gate(Method):
+        ...     acts_on_bias = True
+        ...
+        ...     def init(self, site, rng):
+        ...         return {"d": site.zeros(site.out_features)}, {}
+        ...
+        ...     def delta(self, p, x, y, base):
+        ...         return p["d"] * y
+        >>> fadapt.init(torch.nn.Linear(4, 3), Gate())
+        Params(Gate() x 1; 3 trainable)
     """
 
-    keep_wide: ClassVar[frozenset[str]] = frozenset()
-    """Fixed leaves kept in float32 or better whatever the adapter dtype; the method casts them."""
     reads_output: ClassVar[bool] = True
     """False where ``delta`` ignores ``y``: spares the cast of ``y`` to the adapter dtype."""
-    acts_on_bias: ClassVar[bool] = False
-    """True where the adapted layer's bias differs from the base's (IA3, RoAd)."""
     owns_strength: ClassVar[bool] = False
     """True where the method reads the strength c itself, through :meth:`strength`."""
-    broadcasts: ClassVar[bool] = False
-    """True where shift and delta also take leading axes, with vectors given as rows (..., 1, k).
-
-    A stack of such a method runs as batched products, without torch.func.vmap's overhead."""
-    statistic: ClassVar[Any] = None
-    """What :meth:`init` needs as ``stat``: a ``fadapt.calibration.Statistic``, or None."""
-    rank_axes: ClassVar[Mapping[str, int]] = {}
-    """{leaf: axis} that a larger rank extends, where zero padding leaves the map as it is.
-
-    Axes count from the end (-1 is the last), because leaves of expert stacks have more in front."""
     needs_plain_base: ClassVar[bool] = False
     """True where constants of the frozen weight enter, so that a Chain may hold it only first."""
 
-    def init(self, site: SiteView, rng: torch.Generator, stat: Any = None) -> tuple[Leaves, Leaves]:
+    # Flags that may depend on the fields. A class may also set them as plain attributes.
+
+    @property
+    def acts_on_bias(self) -> bool:
+        """True where the adapted layer's bias differs from the base's (IA3, RoAd)."""
+        return False
+
+    @property
+    def statistic(self) -> Statistic | tuple | None:
+        """What :meth:`init` gets as its third argument ``stat``; None for a method without data."""
+        return None
+
+    @property
+    def keep_fp32(self) -> frozenset[str]:
+        """Fixed leaves kept in float32 or better whatever the adapter dtype; the method casts."""
+        return frozenset()
+
+    @property
+    def supports_batch_dims(self) -> bool:
+        """True where shift and delta also take leading axes, vectors given as rows (..., 1, k).
+
+        A stack of such a method runs as batched products, without torch.func.vmap's overhead.
+        """
+        return False
+
+    def init(self, site: SiteView, rng: torch.Generator) -> tuple[Leaves, Leaves]:
         """Makes the trainable and the fixed leaves of one site.
+
+        A method with a :attr:`statistic` takes a third argument, ``stat``: this site's.
 
         Args:
             site: shapes, the frozen weight and tensor factories of this site.
             rng: a CPU generator seeded by (seed, site name) alone.
-            stat: this site's calibration statistic, for methods that ask for one.
 
         Returns:
-            Two flat dicts of floating tensors with disjoint names: trainable, fixed.
+            Two flat dicts of tensors with disjoint names: trainable, which are floating; and fixed,
+            which may also be integers or booleans.
         """
-        raise NotImplementedError(f"{type(self).__name__} must define init")
-
-    @classmethod
-    def plan(cls, sites: Mapping[str, tuple[Method, Any]]) -> Mapping[str, Method | None]:
-        """Looks at all calibrated sites of this class at once, before :meth:`init` of each.
-
-        Args:
-            sites: {site name: (method, its statistic)}.
-
-        Returns:
-            The methods to use, None for a site that is to be dropped.
-        """
-        return {name: method for name, (method, _) in sites.items()}
-
-    def check(self, site: Site) -> None:
-        """Raises ConfigError for a shape that the method cannot take."""
+        raise ConfigError(f"{type(self).__name__} must define init(self, site, rng)")
 
     def shift(self, p: Mapping[str, Tensor], x: Tensor) -> Tensor:
         """The increment of the input: (tokens, in_features) -> the same shape."""
         raise NotImplementedError
 
     def delta(self, p: Mapping[str, Tensor], x: Tensor, y: Tensor, base: LinearMap) -> Tensor:
-        """The increment of the output: (tokens, out_features)."""
+        """The increment of the output: (tokens, out_features).
+
+        One that takes a fifth argument named ``training`` is told whether the layer is in
+        training mode.
+        """
         raise NotImplementedError
 
     def low_rank(self, p: Mapping[str, Tensor], base: LinearMap) -> Factors | None:
@@ -102,6 +132,9 @@ class Method:
         A method with ``owns_strength`` includes the strength, for others the caller does.
         """
         return None
+
+    def check(self, site: Site) -> None:
+        """Raises ConfigError for a shape that the method cannot take."""
 
     def project(self, train: Leaves) -> Leaves:
         """The trainable leaves moved to the nearest allowed point; the identity by default."""
@@ -114,94 +147,100 @@ class Method:
         """
         return self
 
-    def widened(self, r: int) -> Method:
-        """The method that runs this one's leaves padded to rank ``r`` along ``rank_axes``.
+    def strength(self, p: Mapping[str, Tensor]) -> Tensor | float:
+        """The strength c that ``fadapt.scale`` sets: 0 is the base, 1 the trained adapter."""
+        return p.get(STRENGTH, 1.0)
 
-        Methods that agree on ``widened(1)`` share a stack; what still differs between them, they
-        read from :meth:`hyper_leaves`.
+    # What follows holds for every method and is not for authors.
+
+    name: ClassVar[str]
+    """The class's name in files, where it is to differ from ``module:Class``."""
+    aliases: ClassVar[tuple[str, ...]] = ()
+    """Its former names, under which files of it still load."""
+    delta_takes_training: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__post_init__" in vars(cls):
+            cls.__post_init__ = _after_check(vars(cls)["__post_init__"])
+        if "delta" in vars(cls):
+            cls.delta_takes_training = "training" in inspect.signature(cls.delta).parameters
+
+
+def _after_check(own: Any) -> Any:
+    """A subclass's ``__post_init__`` that need not call its parent's to have the fields checked."""
+
+    @functools.wraps(own)
+    def checked(self: Method, *args: Any) -> None:
+        check_fields(self)
+        own(self, *args)
+
+    return checked
+
+
+@dataclass(frozen=True)
+class RankPadded(Method):
+    """A method of rank ``r`` that computes the same with leaves padded with zeros to a larger one.
+
+    Adapters of different ranks then share a group of a stack: their leaves are padded along
+    :attr:`rank_axes`, and what still differs between them is read from :meth:`hyper_leaves`.
+    """
+
+    r: int = 8
+
+    rank_axes: ClassVar[Mapping[str, int]] = {}
+    """{leaf: axis} that a larger rank extends, where zero padding leaves the map as it is.
+
+    Axes count from the end (-1 is the last), because leaves of expert stacks have more in front."""
+
+    def widened(self, r: int) -> Method:
+        """The method that runs this one's leaves padded to rank ``r``.
+
+        Methods that agree on ``widened(1)`` share a stack.
         """
-        return self
+        return dataclasses.replace(self, r=r)
 
     def hyper_leaves(self) -> dict[str, float]:
         """Fixed scalar leaves that stand for hyper-parameters in a stack of mixed ones."""
         return {}
 
-    def dense(self, p: Mapping[str, Tensor], base: LinearMap) -> tuple[Tensor, Tensor | None]:
-        """The adapted weight (out, in) and bias: W' = [f(I) - f(0)]ᵀ, b' = f(0)."""
-        weight = base.weight()
-        zero = self(p, weight.new_zeros(1, weight.shape[1]), base)
-        width = weight.shape[1]
-        rows = []
-        for start in range(0, width, 2048):
-            count = min(2048, width - start)
-            # Rows of the identity; the whole of it would be as large as the input is wide, squared.
-            eye = torch.eye(count, dtype=weight.dtype, device=weight.device)
-            rows.append(self(p, F.pad(eye, (start, width - start - count)), base) - zero)
-        return torch.cat(rows).mT, None if base.bias is None else zero[0]
 
-    # The runtime's half. Chain overrides enter and leave; nothing else does.
+@dataclass(frozen=True)
+class InputDropout(Method):
+    """A method whose ``delta`` sees an input of which a part is dropped while the model trains.
 
-    @property
-    def has_shift(self) -> bool:
-        return type(self).shift is not Method.shift
-
-    @property
-    def has_delta(self) -> bool:
-        return type(self).delta is not Method.delta
-
-    def enter(self, p: Mapping[str, Tensor], x: Tensor) -> tuple[Tensor, Any]:
-        """The base's input x', and what :meth:`leave` needs of it."""
-        if not self.has_shift:
-            return x, x
-        shift = self.shift(p, x.to(self.compute_dtype(p)))
-        x = x + self._with_strength(p, shift).to(x.dtype)
-        return x, x
-
-    def leave(self, p: Mapping[str, Tensor], saved: Any, y: Tensor, base: LinearMap) -> Tensor:
-        """The adapted output, from the base's output y = base(x').
-
-        Its leading axes may be others than those of the rows that came in, of as many rows.
-        """
-        if not self.has_delta:
-            return y
-        dtype = self.compute_dtype(p)
-        rows = y.reshape(*saved.shape[:-1], y.shape[-1]).to(dtype) if self.reads_output else y
-        delta = self.delta(p, saved.to(dtype), rows, base)
-        return y + self._with_strength(p, delta).to(y.dtype).reshape(y.shape)
-
-    def __call__(self, p: Mapping[str, Tensor], x: Tensor, base: LinearMap) -> Tensor:
-        """The adapted map on plain rows: (tokens, in_features) -> (tokens, out_features)."""
-        x, saved = self.enter(p, x)
-        return self.leave(p, saved, base(x), base)
-
-    def compute_dtype(self, p: Mapping[str, Tensor]) -> torch.dtype:
-        """The dtype of the adapter's arithmetic: that of its leaves."""
-        for name, leaf in p.items():
-            if name not in self.keep_wide and name != STRENGTH:
-                return leaf.dtype
-        return torch.float32
-
-    def strength(self, p: Mapping[str, Tensor]) -> Tensor | float:
-        """The runtime strength c: 0 is the base, 1 the trained adapter."""
-        return p.get(STRENGTH, 1.0)
-
-    def _with_strength(self, p: Mapping[str, Tensor], increment: Tensor) -> Tensor:
-        if self.owns_strength or STRENGTH not in p:
-            return increment
-        return p[STRENGTH].to(increment.dtype) * increment
-
-
-def increment_factors(method: Method, p: Mapping[str, Tensor], base: LinearMap) -> Factors | None:
-    """:meth:`Method.low_rank` at the strength in ``p``; None where it is not known.
-
-    What a class says of its increment is not taken for a subclass with another increment.
+    A subclass declares the field ``dropout``: the share of the entries of ``delta``'s input that
+    are zeroed in the layer's training mode, the others being scaled by 1 / (1 - dropout). They are
+    drawn for every adapter of a stack apart, from torch's generator.
     """
-    order = type(method).__mro__
-    says = next(i for i, cls in enumerate(order) if "low_rank" in vars(cls))
-    means = (i for i, c in enumerate(order) if vars(c).keys() & {"delta", "shift"})
-    if next(means, len(order)) < says:
-        return None
-    factors = method.low_rank(p, base)
-    if factors is None or method.owns_strength or STRENGTH not in p:
-        return factors
-    return factors[0], factors[1] * p[STRENGTH].to(factors[1].dtype)
+
+    if TYPE_CHECKING:
+        # A subclass declares it itself, so that it comes after the fields that it is known by.
+        dropout: float = field(default=0.0, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            0 <= self.dropout < 1,
+            f"dropout must be at least 0 and less than 1, got {self.dropout}",
+        )
+
+
+@dataclass(frozen=True)
+class Planned(Method):
+    """A method that looks at the statistics of all its sites before any of them starts."""
+
+    @classmethod
+    def plan_ranks(cls, sites: Mapping[str, tuple[Any, Any]]) -> Mapping[str, Method | None]:
+        """Chooses the method of every site.
+
+        Args:
+            sites: {site name: (method, its statistic)}, the sites whose method is of this class.
+
+        Returns:
+            The methods to use, None for a site that is to be dropped.
+        """
+        return {name: method for name, (method, _) in sites.items()}

@@ -7,6 +7,7 @@ import re
 
 from torch import nn
 
+from .adapted_map import check_site
 from .base.checks import check_model
 from .base.roles import find_roles
 from .base.weights import LINEAR_KINDS, BaseWeight, Kind, find_weights
@@ -43,7 +44,7 @@ def resolve(model: nn.Module, config: Config) -> list[tuple[BaseWeight, Site, Me
                 "starts from them; use a method without calibration"
             )
         try:
-            method.check(site)
+            check_site(method, site)
         except ConfigError as error:
             shape = f"{site.out_features} x {site.in_features}"
             raise ConfigError(f"{site.name} ({shape}): {error}") from None

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import fadapt
 from fadapt import ConfigError, DoRA, LoRA, Method
+from fadapt.adapted_map import compute_dtype, has_delta, has_shift
 from fadapt.methods.delora import DeLoRA
 from fadapt.methods.hra import HRA
 from fadapt.methods.oft import OFT
@@ -206,11 +207,11 @@ REFUSALS = [
     (lambda: DoRA(r=-1), "at least 1"),
     (lambda: DeLoRA(r=0), "at least 1"),
     (lambda: DeLoRA(lambda0=0.0), "lambda0"),
-    (lambda: DeLoRA(form="other"), "'paper' or 'peft'"),
+    (lambda: DeLoRA(form="other"), "one of 'paper', 'peft'"),
     (lambda: HRA(r=3), r"HRA\(r=4\)"),
     (lambda: HRA(r=0), r"HRA\(r=2\)"),
     (lambda: HRA(r=-2), r"HRA\(r=2\)"),
-    (lambda: RoAd(variant=3), "1, 2 or 4"),
+    (lambda: RoAd(variant=3), "one of 1, 2, 4"),
     (lambda: RoAd(group_size=0), "even"),
     (lambda: RoAd(group_size=5), "even"),
     (lambda: RoAd(group_size=6), "group_size=4"),
@@ -252,9 +253,9 @@ def test_the_start_is_exact_when_compiled_to_fused_code(method: Method, dtype: t
 
     def increments(leaves: dict[str, Tensor], x: Tensor, y: Tensor) -> list[Tensor]:
         method = adapter.method
-        x, y = x.to(method.compute_dtype(leaves)), y.to(method.compute_dtype(leaves))
-        found = [method.shift(leaves, x)] if method.has_shift else []
-        return found + ([method.delta(leaves, x, y, base)] if method.has_delta else [])
+        x, y = x.to(compute_dtype(method, leaves)), y.to(compute_dtype(method, leaves))
+        found = [method.shift(leaves, x)] if has_shift(method) else []
+        return found + ([method.delta(leaves, x, y, base)] if has_delta(method) else [])
 
     torch.compiler.reset()
     for increment in torch.compile(increments, fullgraph=True)(adapter.leaves, x, y):

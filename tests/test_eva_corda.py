@@ -169,14 +169,14 @@ def spectra(**values: list[float]) -> dict[str, tuple[fadapt.EVA, Spectrum]]:
 
 
 def ranks(sites: dict) -> dict[str, int]:
-    plan = fadapt.EVA.plan(sites)
+    plan = fadapt.EVA.plan_ranks(sites)
     return {name: 0 if m is None else m.r for name, m in plan.items()}  # type: ignore[attr-defined]
 
 
 def test_ranks_go_where_the_variance_is() -> None:
     sites = spectra(a=[0.9, 0.05, 0.01, 0.0], b=[0.4, 0.3, 0.2, 0.1], c=[0.03, 0.02, 0.02, 0.02])
     assert ranks(sites) == {"a": 2, "b": 4, "c": 0}
-    plan = fadapt.EVA.plan(sites)
+    plan = fadapt.EVA.plan_ranks(sites)
     assert plan["b"] == fadapt.EVA(4, 8.0, rho=1.0)  # alpha / r stays 2
     assert plan["c"] is None
 

@@ -15,11 +15,12 @@ ROOT = Path(fadapt.__file__).parent
 # may import each other, without a circle.
 FLOORS = (
     ("errors", "seeds", "fusion", "linalg"),
-    ("hugging_face", "batch"),
+    ("hugging_face", "batch", "fields"),
     ("base",),
     ("statistics",),
     ("site",),
     ("method",),
+    ("adapted_map",),
     ("methods",),
     ("config",),
     ("targeting",),
@@ -37,7 +38,7 @@ FLOORS = (
 ORDER = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
 # Folders that take part only on the ground: what may stand beneath each of them.
 ONLY = {
-    "methods": {"errors", "seeds", "linalg", "base", "statistics", "site", "method"},
+    "methods": {"errors", "seeds", "linalg", "base", "statistics", "site", "method", "adapted_map"},
     "statistics": {"errors", "linalg"},
 }
 

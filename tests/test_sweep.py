@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fadapt
+from fadapt.params.stack import rank_axes
 from fadapt.training import Halving, Trial, fit, grid, sweep
 from fadapt.training.engine.flat_params import FlatParams
 from fadapt.training.grid import named
@@ -914,7 +915,7 @@ class TestGradientsOfAnArena:
                 for key in adapter.train:
                     leaf, grad = next(leaves)
                     grad = torch.zeros_like(leaf) if grad is None else grad.clone()
-                    axis = adapter.method.rank_axes.get(key)
+                    axis = rank_axes(adapter.method).get(key)
                     for row, original in enumerate(group.originals):
                         if axis is not None:
                             rank = original[name].method.r

@@ -6,10 +6,10 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..base.linear_map import LinearMap
 from ..base.torch_private import version_of
@@ -40,6 +40,9 @@ class Probe:
 
     def __call__(self, x: Tensor, base: LinearMap) -> Tensor:
         return self.see(self.site.name, x, base)
+
+    def within(self, module: nn.Module) -> Self:
+        return self
 
     def embed(self, one_hot: Any, base: LinearMap) -> Tensor:
         return self(one_hot, base)

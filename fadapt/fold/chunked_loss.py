@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Mapping
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -139,6 +139,9 @@ class FrozenHead:
 
     def dense(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return weight, bias
+
+    def within(self, module: nn.Module) -> Self:
+        return self
 
     def losses(self, labels: Tensor, adapters: int) -> Tensor:
         """(N,) losses of the last forward."""

@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ..adapted_map import acts_in_training, adapt_input, adapt_output, has_shift
 from ..base.linear_map import LinearMap
 from ..base.torch_private import pytree
 from ..errors import ConfigError, FadaptError
@@ -44,6 +45,7 @@ class FoldedSite:
         ]
         have = {i for index, _ in self.pieces for i in index}
         self.rest = tuple(i for i in range(stack.size) if i not in have)
+        self.owner: nn.Module | None = None
         self.site: Site = self.pieces[0][1].site
 
     @property
@@ -60,12 +62,12 @@ class FoldedSite:
     def __call__(self, x: Tensor, base: LinearMap) -> Tensor:
         n = self.stack_size
         self._check(x)
-        shifts = any(adapter.method.has_shift for _, adapter in self.pieces)
+        shifts = any(has_shift(adapter.method) for _, adapter in self.pieces)
         # First: torch.compile copies an x that it has not written down before it is seen as rows.
         y = None if shifts else base(x)
         rows = x.reshape(n, -1, x.shape[-1])
         entered = [
-            adapter.over(adapter.method.enter, part)
+            adapter.over(functools.partial(_adapt_input, adapter.method, self.site.name), part)
             for (_, adapter), part in zip(self.pieces, self._parts(rows), strict=True)
         ]
         if y is None:
@@ -74,7 +76,7 @@ class FoldedSite:
         # the base's product as a matrix, twice.
         split = y.unflatten(0, (n, -1))
         left = [
-            adapter.over(functools.partial(_leave, adapter.method, base), saved, part)
+            adapter.over(functools.partial(self._adapt_output, adapter.method, base), saved, part)
             for (_, adapter), (_, saved), part in zip(
                 self.pieces, entered, self._parts(split), strict=True
             )
@@ -84,7 +86,7 @@ class FoldedSite:
     def embed(self, one_hot: OneHot, base: LinearMap) -> Tensor:
         """The adapted map on the one-hot rows of an embedding (N·B, ..., vocabulary)."""
         n = self.stack_size
-        if any(adapter.method.has_shift for _, adapter in self.pieces):
+        if any(has_shift(adapter.method) for _, adapter in self.pieces):
             raise FadaptError(
                 f"{one_hot.owner}: {self} changes the one-hot input of an embedding, which a stack "
                 "cannot do; run the adapters one by one"
@@ -93,10 +95,12 @@ class FoldedSite:
         y = base(one_hot)  # type: ignore[arg-type]
         id_rows, y_rows = one_hot.ids.reshape(n, -1), y.reshape(n, -1, y.shape[-1])
 
+        name = self.site.name
+
         def leave(method: Method, p: Leaves, ids: Tensor, y: Tensor) -> Tensor:
             # Made inside, because vmap maps over tensors.
             rows: Any = OneHot(ids, one_hot.width, one_hot.dtype, one_hot.owner)
-            return method.leave(p, method.enter(p, rows)[1], y, base)
+            return adapt_output(method, p, adapt_input(method, p, rows)[1], y, base, name)
 
         left = [
             torch.func.vmap(
@@ -112,6 +116,18 @@ class FoldedSite:
             f"{self.site.name} is used by an operation without a rule, and {self.stack_size} "
             f"adapters in one pass have no common weight. {APART}"
         )
+
+    def _adapt_output(
+        self, method: Method, base: LinearMap, p: Any, saved: Any, y: Tensor
+    ) -> Tensor:
+        training = self.owner is not None and self.owner.training
+        return adapt_output(method, p, saved, y, base, self.site.name, training)
+
+    def within(self, module: nn.Module) -> FoldedSite:
+        """The same in the layer that holds the weight, where a method follows its training mode."""
+        if any(acts_in_training(adapter.method) for _, adapter in self.pieces):
+            self.owner = module
+        return self
 
     def _parts(self, rows: Tensor) -> Sequence[Tensor]:
         """The rows of each piece."""
@@ -143,8 +159,8 @@ class FoldedSite:
             )
 
 
-def _leave(method: Any, base: LinearMap, p: Any, saved: Any, y: Tensor) -> Tensor:
-    return method.leave(p, saved, y, base)
+def _adapt_input(method: Method, where: str, p: Any, x: Tensor) -> tuple[Tensor, Any]:
+    return adapt_input(method, p, x, where)
 
 
 def take(rows: Tensor, index: Sequence[int]) -> Tensor:

@@ -8,13 +8,15 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from ..adapted_map import adapt, check_site, start
 from ..base.linear_map import DenseMap
 from ..errors import CheckpointError
-from ..method import STRENGTH, Leaves, Method
+from ..method import STRENGTH, Leaves, Method, RankPadded
 from ..seeds import generator
 from ..site import Site, SiteView
 from .tensors import TensorSpec
 
+INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 Specs = dict[str, TensorSpec]
 
@@ -32,7 +34,7 @@ def check_specs(who: str, site: Site, method: Method, train: Specs, fixed: Specs
     specs = {**train, **fixed}
     if len(specs) < len(train) + len(fixed):
         raise CheckpointError(f"{who}: {sorted(train.keys() & fixed.keys())} is there twice")
-    _check_dtypes(who, method, specs)
+    _check_dtypes(who, method, train, fixed)
     strength = fixed.get(STRENGTH)
     if STRENGTH in train or (strength is not None and strength.shape):
         raise CheckpointError(f"{who}: the strength must be one fixed number, got {strength}")
@@ -43,9 +45,9 @@ def check_specs(who: str, site: Site, method: Method, train: Specs, fixed: Specs
     shapes = [{k: s.shape[1:] if site.experts else s.shape for k, s in p.items()} for p in own]
     both = {**shapes[0], **shapes[1]}
     try:
-        method.check(site)
+        check_site(method, site)
         _check_rank(who, method, both)
-        _check_map(who, site, method, both)
+        _check_map(who, site, method, both, {k: spec.dtype for k, spec in specs.items()})
         made = _made(site, method)
     except CheckpointError:
         raise
@@ -59,11 +61,14 @@ def check_specs(who: str, site: Site, method: Method, train: Specs, fixed: Specs
         )
 
 
-def _check_dtypes(who: str, method: Method, specs: Specs) -> None:
-    if odd := [k for k, spec in specs.items() if spec.dtype not in FLOATS]:
-        raise CheckpointError(f"{who}: {odd[0]} is {specs[odd[0]].dtype}")
-    wide = method.keep_wide | {STRENGTH}
-    dtypes = {str(spec.dtype) for k, spec in specs.items() if k not in wide}
+def _check_dtypes(who: str, method: Method, train: Specs, fixed: Specs) -> None:
+    for part, may_be in ((train, FLOATS), (fixed, (*FLOATS, *INTEGERS))):
+        if odd := [k for k, spec in part.items() if spec.dtype not in may_be]:
+            raise CheckpointError(f"{who}: {odd[0]} is {part[odd[0]].dtype}")
+    if STRENGTH in fixed and fixed[STRENGTH].dtype not in FLOATS:
+        raise CheckpointError(f"{who}: the strength is {fixed[STRENGTH].dtype}")
+    wide, specs = method.keep_fp32 | {STRENGTH}, {**train, **fixed}
+    dtypes = {str(s.dtype) for k, s in specs.items() if k not in wide and s.dtype in FLOATS}
     if len(dtypes) > 1:
         raise CheckpointError(f"{who}: its leaves are of several dtypes, {sorted(dtypes)}")
 
@@ -76,18 +81,28 @@ def _per_expert(who: str, site: Site, key: str, spec: TensorSpec) -> bool:
 
 def _check_rank(who: str, method: Method, shapes: dict[str, tuple[int, ...]]) -> None:
     # First: where the shapes are made, a rank of 10¹² is a shape like any other.
-    r = getattr(method, "r", None)
+    if not isinstance(method, RankPadded):
+        return
     for key, axis in method.rank_axes.items():
         shape = shapes.get(key)
-        if r is not None and shape is not None and (len(shape) < -axis or shape[axis] != r):
+        if shape is not None and (len(shape) < -axis or shape[axis] != method.r):
             raise CheckpointError(f"{who}: {key} has the shape {list(shape)}, under {method!r}")
 
 
-def _check_map(who: str, site: Site, method: Method, shapes: dict[str, tuple[int, ...]]) -> None:
+def _check_map(
+    who: str,
+    site: Site,
+    method: Method,
+    shapes: dict[str, tuple[int, ...]],
+    dtypes: dict[str, torch.dtype],
+) -> None:
     """Runs the adapted map on tensors without values."""
     with torch.no_grad(), torch.device("meta"):
-        p = {k: torch.empty(shape) for k, shape in shapes.items()}
-        y = method(p, torch.empty(3, site.in_features), _base(site))
+        p = {
+            k: torch.empty(shape, dtype=dtypes[k] if dtypes[k] in INTEGERS else torch.float32)
+            for k, shape in shapes.items()
+        }
+        y = adapt(method, p, torch.empty(3, site.in_features), _base(site))
     if tuple(y.shape) != (3, site.out_features):
         raise CheckpointError(f"{who}: the leaves {shapes} do not fit its shape")
 
@@ -103,7 +118,7 @@ def _made(site: Site, method: Method) -> tuple[dict, dict] | None:
         with torch.no_grad(), torch.device("meta"), _AnyAnswer():
             view = _ShapeView(site, _base(site), torch.device("meta"), torch.float32)
             stat = _statistic(method.statistic, site)
-            train, fixed = method.init(view, generator(0, site.name), stat)
+            train, fixed = start(method, view, generator(0, site.name), stat)
         return _shapes(train), _shapes(fixed)
     except Exception:
         # A method may draw its own numbers, or refuse a statistic without values.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import require
 from ..method import Factors, Leaves
-from ._svd_core import check_rank
+from ._ranks import check_rank
 from .lora import LoRA
 
 if TYPE_CHECKING:
@@ -32,9 +32,9 @@ class MovedFactors(LoRA):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(
-            self.alpha > 0,
-            f"alpha must be positive, because the singular values are divided by alpha / r; "
-            f"got {self.alpha}",
+            self.alpha >= 1e-6,
+            f"alpha must be positive, at least 1e-6, because the singular values are divided by "
+            f"alpha / r; got {self.alpha}",
         )
 
     def check(self, site: Site) -> None:
@@ -63,4 +63,4 @@ class MovedFactors(LoRA):
 
     def widened(self, r: int) -> MovedFactors:
         # What else a subclass has only chose A0 and B0.
-        return MovedFactors(r=r, alpha=float(r))
+        return MovedFactors(r=r, alpha=float(r), dropout=self.dropout)

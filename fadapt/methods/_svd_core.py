@@ -19,9 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..base.linear_map import without_bias
-from ..errors import CalibrationError, require
+from ..errors import CalibrationError
 from ..linalg import top_svd
 from ..method import Factors, Leaves, Method
+from ._ranks import check_rank, check_rank_range
 
 if TYPE_CHECKING:
     from ..base.linear_map import LinearMap
@@ -42,15 +43,16 @@ class SpectralMethod(Method):
     needs_plain_base: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        require(self.r >= 1, f"r must be at least 1, got {self.r}")
+        super().__post_init__()
+        check_rank_range("r", self.r)
 
     def check(self, site: Site) -> None:
         check_rank(site, "r", self.r)
 
-    def init(self, site: SiteView, rng: torch.Generator, stat: Any = None) -> tuple[Leaves, Leaves]:
-        return self.start(site, rng), direction_leaves(site, self.directions(site, stat))
+    def init(self, site: SiteView, rng: torch.Generator) -> tuple[Leaves, Leaves]:
+        return self.start(site, rng), direction_leaves(site, self.directions(site))
 
-    def directions(self, site: SiteView, stat: Any) -> Tensor:
+    def directions(self, site: SiteView) -> Tensor:
         """U (out, r), orthonormal columns; the top left singular vectors by default."""
         return top_svd(site.weight(), self.r)[0]
 
@@ -69,7 +71,9 @@ class SpectralGain(SpectralMethod):
 
     suppress_only: bool = field(default=False, kw_only=True)
 
-    broadcasts: ClassVar[bool] = True
+    @property
+    def supports_batch_dims(self) -> bool:
+        return True
 
     def start(self, site: SiteView, rng: torch.Generator) -> Leaves:
         return {"g": site.zeros(self.r)}
@@ -126,16 +130,6 @@ def coefficient(method: Method, p: Mapping[str, Tensor], like: Tensor) -> Tensor
     """The strength c in the dtype of ``like``."""
     c = method.strength(p)
     return c.to(like.dtype) if isinstance(c, Tensor) else c
-
-
-def check_rank(site: Site, name: str, value: int) -> None:
-    """Raises ConfigError where the layer has fewer singular directions than asked for."""
-    largest = min(site.out_features, site.in_features)
-    require(
-        value <= largest,
-        f"{name}={value} is more than the {largest} singular directions of a "
-        f"{site.out_features} x {site.in_features} weight; write {name}={largest} or less",
-    )
 
 
 def calibrated(site: SiteView, method: Method, stat: Any, shape: tuple[int, ...]) -> Tensor:

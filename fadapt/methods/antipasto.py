@@ -23,13 +23,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from torch import Tensor
 
-from ..errors import require
 from ..linalg import top_svd
+from ..method import Leaves
 from ..statistics.moments import Gram
 from ..statistics.reduction import Statistic
-from ._svd_core import SpectralGain, calibrated
+from ._svd_core import SpectralGain, calibrated, direction_leaves
 
 if TYPE_CHECKING:
     from ..site import SiteView
@@ -48,19 +49,16 @@ class AntiPaSTO(SpectralGain):
 
     select: Literal["wanda"] | None = None
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(
-            self.select in (None, "wanda"), f'select must be None or "wanda", got {self.select!r}'
-        )
-
     @property
-    def statistic(self) -> Statistic | None:  # type: ignore[override]
+    def statistic(self) -> Statistic | None:
         return Statistic(Gram()) if self.select else None
 
-    def directions(self, site: SiteView, stat: Any) -> Tensor:
+    def init(self, site: SiteView, rng: torch.Generator, stat: Any = None) -> tuple[Leaves, Leaves]:
+        return self.start(site, rng), direction_leaves(site, self.directions(site, stat))
+
+    def directions(self, site: SiteView, stat: Any = None) -> Tensor:
         if self.select is None:
-            return super().directions(site, stat)
+            return super().directions(site)
         moment = calibrated(site, self, stat, (site.in_features, site.in_features))
         u = top_svd(site.weight(), min(site.out_features, site.in_features))[0]
         projected = u.to(moment.dtype).mT @ site.weight(moment.dtype)

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -59,8 +59,8 @@ class AntiPaSTOAblate(SpectralMethod):
     def true_gradient(self) -> AntiPaSTOAblate:
         return replace(self, floor=0.0)
 
-    def init(self, site: SiteView, rng: torch.Generator, stat: Any = None) -> tuple[Leaves, Leaves]:
-        train, fixed = super().init(site, rng, stat)
+    def init(self, site: SiteView, rng: torch.Generator) -> tuple[Leaves, Leaves]:
+        train, fixed = super().init(site, rng)
         return train, {**fixed, "C0": site.normal(rng, (self.r, self.k), self.r**-0.5)}
 
     def start(self, site: SiteView, rng: torch.Generator) -> Leaves:

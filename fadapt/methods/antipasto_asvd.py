@@ -18,15 +18,17 @@ in place of its mean magnitude.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from ..errors import require
 from ..linalg import top_svd
+from ..method import Leaves
 from ..statistics.reduction import Statistic
 from ..statistics.sums import SumSq
-from ._svd_core import SpectralGain, calibrated
+from ._svd_core import SpectralGain, calibrated, direction_leaves
 
 if TYPE_CHECKING:
     from ..site import SiteView
@@ -44,13 +46,18 @@ class AntiPaSTOASVD(SpectralGain):
 
     eps: float = 1e-3
 
-    statistic: ClassVar[Statistic | None] = Statistic(SumSq())
+    @property
+    def statistic(self) -> Statistic:
+        return Statistic(SumSq())
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.eps >= 0, f"eps must be at least 0, got {self.eps}")
 
-    def directions(self, site: SiteView, stat: Any) -> Tensor:
+    def init(self, site: SiteView, rng: torch.Generator, stat: Any = None) -> tuple[Leaves, Leaves]:
+        return self.start(site, rng), direction_leaves(site, self.directions(site, stat))
+
+    def directions(self, site: SiteView, stat: Any = None) -> Tensor:
         squares = calibrated(site, self, stat, (site.in_features,))
         scale = (squares + self.eps * squares.mean()).sqrt()
         return top_svd(site.weight(squares.dtype) * scale, self.r)[0].to(site.dtype)

@@ -19,15 +19,16 @@ arXiv 2406.05223, with C^½ in place of its C: the best rank-r approximation of 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..errors import require
+from ..method import Leaves
 from ..statistics.moments import Gram
 from ..statistics.reduction import Statistic
-from ._svd_core import SpectralGain, calibrated
+from ._svd_core import SpectralGain, calibrated, direction_leaves
 
 if TYPE_CHECKING:
     from ..site import SiteView
@@ -45,13 +46,18 @@ class AntiPaSTOCorDA(SpectralGain):
 
     eps: float = 1e-3
 
-    statistic: ClassVar[Statistic | None] = Statistic(Gram(), "out")
+    @property
+    def statistic(self) -> Statistic:
+        return Statistic(Gram(), "out")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.eps >= 0, f"eps must be at least 0, got {self.eps}")
 
-    def directions(self, site: SiteView, stat: Any) -> Tensor:
+    def init(self, site: SiteView, rng: torch.Generator, stat: Any = None) -> tuple[Leaves, Leaves]:
+        return self.start(site, rng), direction_leaves(site, self.directions(site, stat))
+
+    def directions(self, site: SiteView, stat: Any = None) -> Tensor:
         moment = calibrated(site, self, stat, (site.out_features, site.out_features))
         weight = site.weight(moment.dtype)
         plain = weight @ weight.mT

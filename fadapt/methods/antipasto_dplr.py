@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -48,7 +48,7 @@ class AntiPaSTODPLR(SpectralMethod):
         super().__post_init__()
         require(1 <= self.k <= self.r, f"k must be from 1 to r={self.r}, got {self.k}")
 
-    def init(self, site: SiteView, rng: torch.Generator, stat: Any = None) -> tuple[Leaves, Leaves]:
+    def init(self, site: SiteView, rng: torch.Generator) -> tuple[Leaves, Leaves]:
         train = {
             "g": site.zeros(self.r),
             "A": site.uniform(rng, (self.k, self.r), self.r**-0.5),

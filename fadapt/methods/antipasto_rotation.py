@@ -23,7 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -67,13 +67,9 @@ class AntiPaSTORotation(SpectralMethod):
             f"write r={max(self.r // size, 1) * size}",
         )
         require(0 < self.max_angle < math.pi, f"max_angle must lie in (0, π), got {self.max_angle}")
-        require(
-            self.basis in ("V", "U", "both"),
-            f'basis must be "V", "U" or "both", got {self.basis!r}',
-        )
         require(self.noise >= 0, f"noise must be at least 0, got {self.noise}")
 
-    def init(self, site: SiteView, rng: torch.Generator, stat: Any = None) -> tuple[Leaves, Leaves]:
+    def init(self, site: SiteView, rng: torch.Generator) -> tuple[Leaves, Leaves]:
         size = self.block_size
         train = {"d": site.zeros(self.r)}
         if self.noise:

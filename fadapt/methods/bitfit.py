@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -28,10 +28,13 @@ if TYPE_CHECKING:
 class BitFit(Method):
     """A trained increment of the bias."""
 
-    acts_on_bias: ClassVar[bool] = True
     reads_output: ClassVar[bool] = False
 
-    def init(self, site: SiteView, rng: torch.Generator, stat: Any = None) -> tuple[Leaves, Leaves]:
+    @property
+    def acts_on_bias(self) -> bool:
+        return True
+
+    def init(self, site: SiteView, rng: torch.Generator) -> tuple[Leaves, Leaves]:
         return {"d": site.zeros(site.out_features)}, {}
 
     def delta(self, p: Mapping[str, Tensor], x: Tensor, y: Tensor, base: LinearMap) -> Tensor:

@@ -21,7 +21,7 @@ Task-Aware Parameter-Efficient Fine-tuning", arXiv 2406.05223, eq. 1 to 4.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -51,11 +51,12 @@ class CorDA(MovedFactors):
     mode: Literal["ipm", "kpm"] = "ipm"
     damping: float = 0.01
 
-    statistic: ClassVar[Statistic] = Statistic(Gram())
+    @property
+    def statistic(self) -> Statistic:
+        return Statistic(Gram())
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.mode in ("ipm", "kpm"), f'mode must be "ipm" or "kpm", got {self.mode!r}')
         require(self.damping > 0, f"damping must be positive, got {self.damping}")
 
     def init(self, site: SiteView, rng: torch.Generator, stat: Any = None) -> tuple[Leaves, Leaves]:

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ from torch import Tensor
 from ..errors import require
 from ..linalg import lengths_after_step
 from ..method import Factors, Leaves, Method
+from ._ranks import check_rank_range
 
 if TYPE_CHECKING:
     from ..base.linear_map import LinearMap
@@ -53,19 +54,19 @@ class DeLoRA(Method):
 
     r: int = 8
     lambda0: float = 15.0
-    form: str = "paper"
+    form: Literal["paper", "peft"] = "paper"
 
-    keep_wide: ClassVar[frozenset[str]] = frozenset({"w"})
+    @property
+    def keep_fp32(self) -> frozenset[str]:
+        return frozenset({"w"})
+
     reads_output: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        require(self.r >= 1, f"r must be at least 1, got {self.r}")
+        check_rank_range("r", self.r)
         require(self.lambda0 > 0, f"lambda0 must be positive, got {self.lambda0}")
-        require(
-            self.form in ("paper", "peft"), f"form must be 'paper' or 'peft', got {self.form!r}"
-        )
 
-    def init(self, site: SiteView, rng: torch.Generator, stat: Any = None) -> tuple[Leaves, Leaves]:
+    def init(self, site: SiteView, rng: torch.Generator) -> tuple[Leaves, Leaves]:
         a = site.uniform(rng, (self.r, site.in_features), site.in_features**-0.5)
         w = torch.linalg.vector_norm(site.weight(), dim=0)
         zero_b, dlambda = site.zeros(site.out_features, self.r), site.zeros()

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -43,11 +43,14 @@ class DoRA(LoRA):
 
     detach_norm: bool = True
 
-    keep_wide: ClassVar[frozenset[str]] = frozenset({"w2"})
+    @property
+    def keep_fp32(self) -> frozenset[str]:
+        return frozenset({"w2"})
+
     reads_output: ClassVar[bool] = True
     needs_plain_base: ClassVar[bool] = True
 
-    def init(self, site: SiteView, rng: torch.Generator, stat: Any = None) -> tuple[Leaves, Leaves]:
+    def init(self, site: SiteView, rng: torch.Generator) -> tuple[Leaves, Leaves]:
         train, _ = super().init(site, rng)
         return (
             {**train, "mu": site.zeros(site.out_features)},
@@ -64,7 +67,7 @@ class DoRA(LoRA):
 
     def _gain_minus_1(self, p: Mapping[str, Tensor], base: LinearMap) -> Tensor:
         """c - 1 as a row (..., 1, out)."""
-        w2, s, a, b = p["w2"], self.scale(p), p["A"], p["B"]
+        w2, s, a, b = p["w2"], self.s(p), p["A"], p["B"]
         if self.detach_norm:
             a, b = a.detach(), b.detach()
         with full_precision(a):

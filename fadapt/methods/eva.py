@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import CalibrationError, require
-from ..method import Leaves
+from ..method import Leaves, Planned
 from ..statistics.moments import PCA
 from ..statistics.reduction import Statistic
 from ..statistics.spectrum import Spectrum
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class EVA(LoRA):
+class EVA(LoRA, Planned):
     """LoRA started from the principal directions of the layer's input, ranks where variance is.
 
     Args:
@@ -64,7 +64,7 @@ class EVA(LoRA):
         return round(self.r * self.rho)
 
     @property
-    def statistic(self) -> Statistic:  # type: ignore[override]
+    def statistic(self) -> Statistic:
         # A centred covariance of n rows has rank n - 1 at most.
         return Statistic(PCA(self.most, self.center), at_least=self.r + self.center)
 
@@ -76,9 +76,9 @@ class EVA(LoRA):
         )
 
     @classmethod
-    def plan(cls, sites: Mapping[str, tuple[Method, Any]]) -> Mapping[str, Method | None]:
+    def plan_ranks(cls, sites: Mapping[str, tuple[EVA, Any]]) -> Mapping[str, Method | None]:
         """Redistributes the ranks over the sites; see the module docstring."""
-        methods: dict[str, EVA] = {name: m for name, (m, _) in sites.items()}  # type: ignore[misc]
+        methods = {name: m for name, (m, _) in sites.items()}  # type: ignore[misc]
         if all(m.most == m.r for m in methods.values()):
             return methods
         offers = []
@@ -121,4 +121,4 @@ class EVA(LoRA):
 
     def widened(self, r: int) -> LoRA:
         # Once started, EVA is LoRA.
-        return LoRA(r=r, alpha=float(r))
+        return LoRA(r=r, alpha=float(r), dropout=self.dropout)

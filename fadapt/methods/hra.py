@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ from torch import Tensor
 from ..errors import require
 from ..linalg import block_diagonal, full_precision, lengths_after_step
 from ..method import Factors, Leaves, Method
+from ._ranks import check_rank_range
 
 if TYPE_CHECKING:
     from ..base.linear_map import LinearMap
@@ -47,7 +48,9 @@ class HRA(Method):
 
     r: int = 8
 
-    broadcasts: ClassVar[bool] = True
+    @property
+    def supports_batch_dims(self) -> bool:
+        return True
 
     def __post_init__(self) -> None:
         require(
@@ -55,8 +58,9 @@ class HRA(Method):
             f"r must be positive and even, because the reflections start as pairs that cancel; "
             f"got r={self.r}, write HRA(r={max(2, self.r + self.r % 2)})",
         )
+        check_rank_range("r", self.r)
 
-    def init(self, site: SiteView, rng: torch.Generator, stat: Any = None) -> tuple[Leaves, Leaves]:
+    def init(self, site: SiteView, rng: torch.Generator) -> tuple[Leaves, Leaves]:
         half = site.uniform(rng, (self.r // 2, site.in_features), (2 / self.r) ** 0.5)
         return {"dU": site.zeros(self.r, site.in_features)}, {"U0": half}
 

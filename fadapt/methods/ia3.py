@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -30,10 +30,15 @@ if TYPE_CHECKING:
 class IA3(Method):
     """Learned rescaling of the output, bias included."""
 
-    acts_on_bias: ClassVar[bool] = True
-    broadcasts: ClassVar[bool] = True
+    @property
+    def acts_on_bias(self) -> bool:
+        return True
 
-    def init(self, site: SiteView, rng: torch.Generator, stat: Any = None) -> tuple[Leaves, Leaves]:
+    @property
+    def supports_batch_dims(self) -> bool:
+        return True
+
+    def init(self, site: SiteView, rng: torch.Generator) -> tuple[Leaves, Leaves]:
         return {"d": site.zeros(site.out_features)}, {}
 
     def delta(self, p: Mapping[str, Tensor], x: Tensor, y: Tensor, base: LinearMap) -> Tensor:
@@ -44,9 +49,11 @@ class IA3(Method):
 class IA3FF(Method):
     """Learned rescaling of the input."""
 
-    broadcasts: ClassVar[bool] = True
+    @property
+    def supports_batch_dims(self) -> bool:
+        return True
 
-    def init(self, site: SiteView, rng: torch.Generator, stat: Any = None) -> tuple[Leaves, Leaves]:
+    def init(self, site: SiteView, rng: torch.Generator) -> tuple[Leaves, Leaves]:
         return {"d": site.zeros(site.in_features)}, {}
 
     def shift(self, p: Mapping[str, Tensor], x: Tensor) -> Tensor:

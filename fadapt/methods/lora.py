@@ -11,14 +11,14 @@ arXiv 2312.03732.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
-from ..errors import require
-from ..method import Factors, Leaves, Method
+from ..method import Factors, InputDropout, Leaves, RankPadded
+from ._ranks import check_rank_range
 
 if TYPE_CHECKING:
     from ..base.linear_map import LinearMap
@@ -26,32 +26,36 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class LoRA(Method):
+class LoRA(RankPadded, InputDropout):
     """Low-rank additive update.
 
     Args:
         r: rank, at least 1.
         alpha: numerator of the scale alpha / r.
+        dropout: the share of the input's entries that A does not see in training mode.
     """
 
     r: int = 8
     alpha: float = 16.0
+    dropout: float = field(default=0.0, kw_only=True)
 
     reads_output: ClassVar[bool] = False
-    broadcasts: ClassVar[bool] = True
+
+    @property
+    def supports_batch_dims(self) -> bool:
+        return True
+
     rank_axes: ClassVar[Mapping[str, int]] = {"A": -2, "B": -1}
 
     def __post_init__(self) -> None:
-        require(
-            isinstance(self.r, int) and self.r >= 1,
-            f"r must be an int, at least 1; got {self.r!r}",
-        )
+        super().__post_init__()
+        check_rank_range("r", self.r)
 
     @property
     def scaling(self) -> float:
         return self.alpha / self.r
 
-    def init(self, site: SiteView, rng: torch.Generator, stat: Any = None) -> tuple[Leaves, Leaves]:
+    def init(self, site: SiteView, rng: torch.Generator) -> tuple[Leaves, Leaves]:
         a = site.uniform(rng, (self.r, site.in_features), site.in_features**-0.5)
         return {"A": a, "B": site.zeros(site.out_features, self.r)}, {}
 
@@ -63,11 +67,11 @@ class LoRA(Method):
 
     def scaled(self, p: Mapping[str, Tensor], h: Tensor) -> Tensor:
         """s h."""
-        s = self.scale(p)
+        s = self.s(p)
         # A product with 1 is a kernel like any other, which torch.compile does not leave out.
         return h if isinstance(s, float) and s == 1 else s * h
 
-    def scale(self, p: Mapping[str, Tensor]) -> Tensor | float:
+    def s(self, p: Mapping[str, Tensor]) -> Tensor | float:
         """s, which a stack of mixed ranks holds as a leaf."""
         return p.get("s", self.scaling)
 
@@ -87,4 +91,4 @@ class RsLoRA(LoRA):
         return self.alpha / self.r**0.5
 
     def widened(self, r: int) -> LoRA:
-        return LoRA(r=r, alpha=float(r))
+        return LoRA(r=r, alpha=float(r), dropout=self.dropout)

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -47,7 +47,9 @@ class OFT(Method):
     exact: bool = True
     coft: float | None = None
 
-    broadcasts: ClassVar[bool] = True
+    @property
+    def supports_batch_dims(self) -> bool:
+        return True
 
     def __post_init__(self) -> None:
         require(
@@ -69,7 +71,7 @@ class OFT(Method):
             + (f"choose from {near}" if near else "OFT needs at least 2"),
         )
 
-    def init(self, site: SiteView, rng: torch.Generator, stat: Any = None) -> tuple[Leaves, Leaves]:
+    def init(self, site: SiteView, rng: torch.Generator) -> tuple[Leaves, Leaves]:
         b = self.block_size
         return {"q": site.zeros(site.in_features // b, b * (b - 1) // 2)}, {}
 

@@ -17,7 +17,7 @@ Large Language Models", arXiv 2404.02948.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -50,7 +50,7 @@ class PiSSA(MovedFactors):
             f"niter must be None (exact SVD) or at least 0, got {self.niter}",
         )
 
-    def init(self, site: SiteView, rng: torch.Generator, stat: Any = None) -> tuple[Leaves, Leaves]:
+    def init(self, site: SiteView, rng: torch.Generator) -> tuple[Leaves, Leaves]:
         w = site.weight()
         if self.niter is None:
             u, s, v = top_svd(w, self.r)

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -41,13 +41,14 @@ class RoAd(Method):
         group_size: G, even; divides the number of outputs.
     """
 
-    variant: int = 1
+    variant: Literal[1, 2, 4] = 1
     group_size: int = 64
 
-    acts_on_bias: ClassVar[bool] = True
+    @property
+    def acts_on_bias(self) -> bool:
+        return True
 
     def __post_init__(self) -> None:
-        require(self.variant in (1, 2, 4), f"variant must be 1, 2 or 4, got {self.variant}")
         require(
             self.group_size >= 2 and self.group_size % 2 == 0,
             f"group_size must be positive and even, got {self.group_size}",
@@ -63,7 +64,7 @@ class RoAd(Method):
             f"write group_size={fits}",
         )
 
-    def init(self, site: SiteView, rng: torch.Generator, stat: Any = None) -> tuple[Leaves, Leaves]:
+    def init(self, site: SiteView, rng: torch.Generator) -> tuple[Leaves, Leaves]:
         count = site.out_features * self.variant // 2
         return {"theta": site.zeros(count), "a": site.zeros(count)}, {}
 

@@ -31,9 +31,9 @@ from ..errors import CalibrationError, require
 from ..method import Factors, Leaves, Method
 from ..statistics.pairs import PairedSums, Pairs
 from ..statistics.reduction import Statistic
+from ._ranks import check_rank
 from ._svd_core import (
     calibrated,
-    check_rank,
     coefficient,
     coordinates,
     core_factors,
@@ -66,7 +66,7 @@ class SSteer(Method):
             check_rank(site, "r", self.r)
 
     @property
-    def statistic(self) -> Statistic:  # type: ignore[override]
+    def statistic(self) -> Statistic:
         return Statistic(PairedSums(self.r), "out")
 
     def init(self, site: SiteView, rng: torch.Generator, stat: Any = None) -> tuple[Leaves, Leaves]:

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -30,13 +30,12 @@ from torch import Tensor
 from ..errors import require
 from ..linalg import cayley_minus_identity, skew
 from ..method import Factors, Leaves, Method
-from ._svd_core import check_rank, coefficient, core_factors, singular_leaves
+from ._ranks import check_rank, check_rank_range
+from ._svd_core import coefficient, core_factors, singular_leaves
 
 if TYPE_CHECKING:
     from ..base.linear_map import LinearMap
     from ..site import Site, SiteView
-
-KINDS = ("strict", "first_order", "free")
 
 
 @dataclass(frozen=True)
@@ -57,13 +56,13 @@ class SSVD(Method):
 
     def __post_init__(self) -> None:
         least = 1 if self.kind == "free" else 2  # one vector cannot turn
-        require(self.kind in KINDS, f"kind must be one of {KINDS}, got {self.kind!r}")
         require(self.k >= least, f"k must be at least {least}, got {self.k}")
+        check_rank_range("k", self.k)
 
     def check(self, site: Site) -> None:
         check_rank(site, "k", self.k)
 
-    def init(self, site: SiteView, rng: torch.Generator, stat: Any = None) -> tuple[Leaves, Leaves]:
+    def init(self, site: SiteView, rng: torch.Generator) -> tuple[Leaves, Leaves]:
         train = {"d": site.zeros(self.k)}
         if self.kind == "free":
             train["F"] = site.zeros(self.k, self.k)

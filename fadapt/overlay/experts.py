@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..adapted_map import adapt_input, adapt_output, has_shift
 from ..base.linear_map import DenseMap
 from ..method import STRENGTH
 from ..params.adapter import Adapter
@@ -34,13 +35,20 @@ def batched(adapter: Adapter, x: Tensor, weight: Tensor, product: Any) -> Tensor
     method, transposed = adapter.method, adapter.site.transposed
     p = adapter.leaves
     axes = {name: None if name == STRENGTH else 0 for name in p}
-    entered, saved = torch.func.vmap(method.enter, in_dims=(axes, 0))(p, x)
-    y = product(entered if method.has_shift else x)
+    where, training = adapter.site.name, adapter.training
+
+    def enter(p: Any, x: Tensor) -> tuple[Tensor, Any]:
+        return adapt_input(method, p, x, where)
+
+    entered, saved = torch.func.vmap(enter, in_dims=(axes, 0))(p, x)
+    y = product(entered if has_shift(method) else x)
 
     def leave(p: Any, saved: Any, y: Tensor, weight: Tensor) -> Tensor:
-        return method.leave(p, saved, y, DenseMap(weight, None, transposed))
+        base = DenseMap(weight, None, transposed)
+        return adapt_output(method, p, saved, y, base, where, training)
 
-    return torch.func.vmap(leave, in_dims=(axes, 0, 0, 0))(p, saved, y, weight)
+    mapped = torch.func.vmap(leave, in_dims=(axes, 0, 0, 0), randomness="different")
+    return mapped(p, saved, y, weight)
 
 
 def grouped(adapter: Adapter, x: Tensor, weight: Tensor, ends: list[int], product: Any) -> Tensor:
@@ -60,11 +68,12 @@ def grouped(adapter: Adapter, x: Tensor, weight: Tensor, ends: list[int], produc
         for e, (start, end) in enumerate(zip(starts, ends, strict=True))
         if end > start
     ]
-    entered = [method.enter(p, x[rows]) for p, rows, _ in groups]
+    where, training = adapter.site.name, adapter.training
+    entered = [adapt_input(method, p, x[rows], where) for p, rows, _ in groups]
     rest = slice(ends[-1], None)
-    y = product(torch.cat([*(x for x, _ in entered), x[rest]]) if method.has_shift else x)
+    y = product(torch.cat([*(x for x, _ in entered), x[rest]]) if has_shift(method) else x)
     left = [
-        method.leave(p, saved, y[rows], DenseMap(w, None, transposed))
+        adapt_output(method, p, saved, y[rows], DenseMap(w, None, transposed), where, training)
         for (p, rows, w), (_, saved) in zip(groups, entered, strict=True)
     ]
     return torch.cat([*left, y[rest]])

@@ -109,7 +109,7 @@ def prepare(model: nn.Module, sites: Mapping[str, Adapted]) -> Mount:
                 mount.forwards.append(_swap(name, module, base, sites.get(name)))
                 continue
             if name in sites:
-                new = _overlay_site(name, module, weight, sites[name])
+                new = _overlay_site(name, module, weight, sites[name].within(module))
             elif weight.requires_grad:
                 new = weight.detach()
             else:
@@ -146,6 +146,7 @@ def _swap(
     if adapter is not None:
         base.check(name)
         _check_site(name, base.shape, base.module.weight, adapter.site.matrix_shape, adapter)
+        adapter = adapter.within(module)
     return module, key, SwappedForward(base, adapter)
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..adapted_map import acts_in_training, adapt_input, adapt_output, dense
 from ..base.linear_map import DenseMap, LinearMap
+from ..errors import FadaptError
 from ..method import STRENGTH, Leaves, Method
 from ..site import Site
 from .pytree import register_node
@@ -39,6 +41,10 @@ class Adapted(Protocol):
         """The adapted parameter, in its stored shape, and bias; or an error."""
         ...
 
+    def within(self, module: nn.Module) -> Adapted:
+        """The same in the layer that holds the weight, whose training mode it may follow."""
+        ...
+
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
@@ -49,12 +55,23 @@ class Adapter:
         method: its hyper-parameters; static.
         train: trainable leaves, which start at the increment zero or at random.
         fixed: constants the method needs (row norms, SVD factors) and the runtime strength.
+        owner: the layer whose training mode the adapter follows, during a call; not kept.
     """
 
     site: Site
     method: Method
     train: Leaves
     fixed: Leaves
+    owner: nn.Module | None = field(default=None, kw_only=True)
+
+    @property
+    def training(self) -> bool:
+        """Whether the layer trains and the method acts otherwise then."""
+        return self.owner is not None and self.owner.training
+
+    def within(self, module: nn.Module) -> Adapted:
+        """The adapter in its layer, for one call; a method that need not know it is as it was."""
+        return replace(self, owner=module) if acts_in_training(self.method) else self
 
     @property
     def leaves(self) -> Leaves:
@@ -78,13 +95,14 @@ class Adapter:
 
         The base sees x in its own shape, so its kernel and rounding are those of the plain layer.
         """
-        p = self.leaves
-        if self.method.broadcasts:
-            return self.method(p, x, base)
+        p, method, where = self.leaves, self.method, self.site.name
+        if method.supports_batch_dims:
+            x, saved = adapt_input(method, p, x, where)
+            return adapt_output(method, p, saved, base(x), base, where, self.training)
         rows = x.reshape(-1, x.shape[-1])
-        shifted, saved = self.method.enter(p, rows)
+        shifted, saved = adapt_input(method, p, rows, where)
         y = base(x if shifted is rows else shifted.reshape(x.shape))
-        return self.method.leave(p, saved, y, base)
+        return adapt_output(method, p, saved, y, base, where, self.training)
 
     def embed(self, one_hot: Any, base: LinearMap) -> Tensor:
         """The adapted map on the one-hot rows of an embedding."""
@@ -104,6 +122,11 @@ class Adapter:
 
         Pass float32 or float64 tensors; the leaves are cast to them.
         """
+        if self.training:
+            raise FadaptError(
+                f"{self.site.name} is used by an operation without a rule, where {self.method} "
+                "cannot act as it does in training mode; write dropout=0.0, or model.eval()"
+            )
         matrix = self.site.matrix(weight)
         if self.site.experts:
             each = range(self.site.experts)
@@ -113,8 +136,8 @@ class Adapter:
         return self.site.parameter(new), new_bias
 
     def _dense(self, matrix: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        p = {k: t.to(matrix.dtype) for k, t in self.leaves.items()}
-        return self.method.dense(p, DenseMap(matrix, bias))
+        p = {k: t.to(matrix.dtype) if t.is_floating_point() else t for k, t in self.leaves.items()}
+        return dense(self.method, p, DenseMap(matrix, bias))
 
     def projected(self) -> Leaves:
         """The trainable leaves moved into the constraints of the method."""

@@ -180,7 +180,7 @@ class Params(Mapping[str, Adapter]):
 
         As for a tensor: ``params.to(torch.bfloat16)``, ``params.to("cuda")``,
         ``params.to("cuda", torch.bfloat16)``, ``params.to(other_tensor)``. Leaves that a method
-        declares ``keep_wide`` keep their dtype.
+        declares ``keep_fp32``, integers and booleans keep their dtype.
 
         Raises:
             ConfigError: something else than a device and a floating dtype.
@@ -188,11 +188,12 @@ class Params(Mapping[str, Adapter]):
         device, dtype = _destination(where, device, dtype)
 
         def move(adapter: Adapter) -> Adapter:
-            exact = adapter.method.keep_wide | {STRENGTH}
+            exact = adapter.method.keep_fp32 | {STRENGTH}
             return adapter.replace(
                 train={k: cut(t).to(device, dtype) for k, t in adapter.train.items()},
                 fixed={
-                    k: t.to(device, None if k in exact else dtype) for k, t in adapter.fixed.items()
+                    k: t.to(device, None if k in exact or not t.is_floating_point() else dtype)
+                    for k, t in adapter.fixed.items()
                 },
             )
 

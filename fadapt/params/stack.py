@@ -20,7 +20,7 @@ from torch import Tensor
 from ..base.linear_map import LinearMap
 from ..errors import ConfigError
 from ..linalg import inverse_permutation
-from ..method import STRENGTH, Leaves, Method
+from ..method import STRENGTH, Leaves, Method, RankPadded
 from .adapter import Adapter
 from .params import Params, Train, cut, is_made, own_leaves, set_strength, strength_value
 from .pytree import Note, register_node
@@ -35,12 +35,15 @@ class StackedAdapter(Adapter):
     def over(self, function: Callable[..., Any], *batched: Any) -> Any:
         """``function(p, *batched)`` over the group, by broadcasting or by torch.func.vmap."""
         p = self.leaves
-        if self.method.broadcasts:
+        if self.method.supports_batch_dims:
             own = {k: t for k, t in p.items() if k not in self.shared}
             rows = {k: t.reshape(*t.shape[:1], 1, -1) for k, t in own.items() if t.dim() < 3}
             return function({**p, **rows}, *batched)
         axes = {name: None if name in self.shared else 0 for name in p}
-        return torch.func.vmap(function, in_dims=(axes, *(0 for _ in batched)))(p, *batched)
+        vmapped = torch.func.vmap(
+            function, in_dims=(axes, *(0 for _ in batched)), randomness="different"
+        )
+        return vmapped(p, *batched)
 
     def projected(self) -> Leaves:
         if not self.train:
@@ -349,14 +352,27 @@ def alone(stack: Stack) -> Params:
 
 
 def rank_of(method: Method) -> int:
-    """The rank of a method, 1 where it has none."""
-    return getattr(method, "r", 1)
+    """The rank of a method, 1 where ranks do not mix."""
+    return method.r if isinstance(method, RankPadded) else 1
+
+
+def rank_axes(method: Method) -> Mapping[str, int]:
+    """The axes of its leaves that a larger rank extends."""
+    return method.rank_axes if isinstance(method, RankPadded) else {}
 
 
 def at_rank(method: Method, name: str, leaf: Tensor) -> Tensor:
     """A leaf of a member without the padding of its stack: a view."""
-    axis = method.rank_axes.get(name)
+    axis = rank_axes(method).get(name)
     return leaf if axis is None else leaf.narrow(axis, 0, rank_of(method))
+
+
+def _widened(method: Method, r: int) -> Method:
+    return method.widened(r) if isinstance(method, RankPadded) else method
+
+
+def _hyper_leaves(method: Method) -> dict[str, float]:
+    return method.hyper_leaves() if isinstance(method, RankPadded) else {}
 
 
 def _take(params: Params, index: Tensor) -> Params:
@@ -393,14 +409,14 @@ def _check_one_base(members: list[Params]) -> None:
 
 def _group_key(member: Params) -> Hashable:
     def leaf_key(adapter: Adapter, name: str, leaf: Tensor) -> Hashable:
-        axis = adapter.method.rank_axes.get(name, 0)
+        axis = rank_axes(adapter.method).get(name, 0)
         shape = tuple(n for i, n in enumerate(leaf.shape) if i - leaf.dim() != axis)
         return name, shape, leaf.dtype, leaf.device
 
     return tuple(
         (
             name,
-            adapter.method.widened(1),
+            _widened(adapter.method, 1),
             tuple(leaf_key(adapter, *item) for item in adapter.train.items()),
             tuple(leaf_key(adapter, *i) for i in adapter.fixed.items() if i[0] != STRENGTH),
         )
@@ -425,15 +441,16 @@ def _stack_site(adapters: list[Adapter]) -> StackedAdapter:
         fixed = [{STRENGTH: torch.ones(()), **f} for f in fixed]
     if any(a.method != method for a in adapters):
         rank = max(rank_of(a.method) for a in adapters)
-        like, site = next(iter(adapters[0].leaves.values())), adapters[0].site
+        like = next(t for t in adapters[0].leaves.values() if t.is_floating_point())
+        site = adapters[0].site
         each = (site.experts,) if site.experts else ()
         fixed = [
-            {**f, **{k: like.new_full(each, v) for k, v in a.method.hyper_leaves().items()}}
+            {**f, **{k: like.new_full(each, v) for k, v in _hyper_leaves(a.method).items()}}
             for f, a in zip(fixed, adapters, strict=True)
         ]
-        method = method.widened(rank)
-        fixed = [_pad(f, method.rank_axes, rank) for f in fixed]
-        train = [_pad(a.train, method.rank_axes, rank) for a in adapters]
+        method = _widened(method, rank)
+        fixed = [_pad(f, rank_axes(method), rank) for f in fixed]
+        train = [_pad(a.train, rank_axes(method), rank) for a in adapters]
     else:
         train = [a.train for a in adapters]
     shared = frozenset(k for k in fixed[0] if len(fixed) > 1 and _is_shared([f[k] for f in fixed]))
@@ -480,7 +497,7 @@ def _member(adapter: Adapter, row: int, original: Adapter) -> Adapter:
         leaf = cut(leaf)
         return at_rank(method, name, leaf if name in adapter.shared else leaf[row]).clone()
 
-    added = set(method.hyper_leaves()) | ({STRENGTH} - original.fixed.keys())
+    added = set(_hyper_leaves(method)) | ({STRENGTH} - original.fixed.keys())
     return original.replace(
         {k: own(k, t) for k, t in adapter.train.items()},
         {k: own(k, t) for k, t in adapter.fixed.items() if k not in added},

@@ -6,14 +6,14 @@ Files. ``road_theta`` and ``road_alpha`` = 1 + a, out / 2, out or 2 out of them 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from ...methods.road import RoAd
 from ...params.adapter import Adapter
 from ..format import Format, Read, Settings, Taken, Tensors, common, refuse_strength
 from ..places import LINEAR, QUANTIZED, Place
 
-VARIANTS = {"road_1": 1, "road_2": 2, "road_4": 4}
+VARIANTS: dict[str, Literal[1, 2, 4]] = {"road_1": 1, "road_2": 2, "road_4": 4}
 
 
 class RoAdFormat(Format):

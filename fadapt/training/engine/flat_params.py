@@ -20,7 +20,7 @@ from ...linalg import inverse_permutation
 from ...method import Leaves, Method
 from ...params.adapter import Adapter
 from ...params.params import Params, Train
-from ...params.stack import Group, Stack, StackedAdapter, rank_of, stack
+from ...params.stack import Group, Stack, StackedAdapter, rank_axes, rank_of, stack
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class FlatGroup:
         # Leaves of one shape lie side by side: their gradients are taken over together.
         alike: dict[Any, list[int]] = {}
         for i, (site, name, leaf) in enumerate(leaves):
-            axis = group.params[site].method.rank_axes.get(name)
+            axis = rank_axes(group.params[site].method).get(name)
             own = tuple(rank_of(original[site].method) for original in group.originals)
             if axis is None or min(own) == leaf.shape[axis]:  # nobody's is padded
                 axis, own = None, (1,) * len(rows)

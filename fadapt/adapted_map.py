@@ -1,0 +1,299 @@
+"""The runtime's half of a method: from its shift and delta to the adapted map."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .base.linear_map import LinearMap
+from .base.weights import LINEAR_KINDS, Kind
+from .errors import ConfigError, require
+from .fields import check_fields
+from .method import STRENGTH, Factors, InputDropout, Leaves, Method, Site, SiteView
+
+
+@dataclass(frozen=True)
+class Composed(Method):
+    """A method made of others, innermost first; :class:`fadapt.Chain` is the public one."""
+
+    methods: tuple[Method, ...] = ()
+
+    def part(self, p: Mapping[str, Tensor], i: int) -> Leaves:
+        """The leaves of the method at ``i``, among those of all."""
+        prefix = f"{i}."
+        part = {k[len(prefix) :]: t for k, t in p.items() if k.startswith(prefix)}
+        if STRENGTH in p:
+            part[STRENGTH] = p[STRENGTH]
+        return part
+
+
+def has_shift(method: Method) -> bool:
+    """Whether a method changes the input of its map."""
+    if isinstance(method, Composed):
+        return any(has_shift(m) for m in method.methods)
+    return type(method).shift is not Method.shift
+
+
+def has_delta(method: Method) -> bool:
+    """Whether a method changes the output of its map."""
+    if isinstance(method, Composed):
+        return any(has_delta(m) for m in method.methods)
+    return type(method).delta is not Method.delta
+
+
+def acts_in_training(method: Method) -> bool:
+    """Whether a method acts otherwise in its layer's training mode."""
+    if isinstance(method, Composed):
+        return any(acts_in_training(m) for m in method.methods)
+    dropped = isinstance(method, InputDropout) and method.dropout > 0
+    return dropped or type(method).delta_takes_training
+
+
+def check_contract(method: Method) -> None:
+    """Refuses a class that is no whole method.
+
+    Raises:
+        ConfigError: no dataclass, no ``init``, or neither ``shift`` nor ``delta``; or fields that
+            were changed after construction to what they may not be.
+    """
+    cls = type(method)
+    own = [n for n, hint in inspect.get_annotations(cls).items() if "ClassVar" not in str(hint)]
+    require(
+        "__dataclass_fields__" in vars(cls) or not own,
+        f"{cls.__name__} declares the fields {own}; write @dataclass(frozen=True) above the class",
+    )
+    require(
+        cls.init is not Method.init,
+        f"{cls.__name__} has no init; write init(self, site, rng), which returns two dicts of "
+        "tensors, the trainable leaves and the fixed ones",
+    )
+    require(
+        has_shift(method) or has_delta(method),
+        f"{cls.__name__} has neither shift nor delta, so it would change nothing; write "
+        "delta(self, p, x, y, base), which returns the increment of the output, or shift(self, p, "
+        "x), that of the input",
+    )
+    check_fields(method)
+
+
+def check_site(method: Method, site: Site) -> None:
+    """Refuses a site that the method, or the runtime for it, cannot take.
+
+    Raises:
+        ConfigError: with the reason.
+    """
+    check_contract(method)
+    if isinstance(method, Composed):
+        for inner in method.methods:
+            check_site(inner, site)
+    if isinstance(method, InputDropout) and method.dropout:
+        require(
+            site.kind in (*LINEAR_KINDS, Kind.MATRIX) and has_delta(method),
+            f"dropout={method.dropout} drops entries of a linear map's input, and this is "
+            f"{site.kind}; write dropout=0.0 here",
+        )
+    method.check(site)
+
+
+def start(method: Method, site: SiteView, rng: torch.Generator, stat: Any) -> tuple[Leaves, Leaves]:
+    """What ``init`` returns, after the checks.
+
+    Raises:
+        ConfigError: something else than two dicts of tensors with distinct names.
+    """
+    who = f"{type(method).__name__}.init at {site.name}"
+    # An author whose method asks for no statistic writes no argument for it.
+    made = method.init(site, rng, *(() if method.statistic is None else (stat,)))
+    two = isinstance(made, (tuple, list)) and len(made) == 2
+    if not two or not all(isinstance(part, Mapping) for part in made):
+        found = type(made).__name__
+        if isinstance(made, (tuple, list)):
+            found = f"a {found} of ({', '.join(type(part).__name__ for part in made)})"
+        raise ConfigError(
+            f"{who} returned {'one dict' if isinstance(made, Mapping) else found}; return two "
+            "dicts, the trainable leaves and the fixed ones: return {...}, {}"
+        )
+    train, fixed = made
+    if taken := (train.keys() & fixed.keys()) | ({STRENGTH} & (train.keys() | fixed.keys())):
+        raise ConfigError(
+            f"{who}: leaf names must be distinct and not {STRENGTH!r}; rename {sorted(taken)}"
+        )
+    for name, leaf in {**train, **fixed}.items():
+        if not isinstance(name, str) or not isinstance(leaf, Tensor):
+            raise ConfigError(
+                f"{who}: leaf {name!r} must be a tensor under a string, got "
+                f"{type(leaf).__name__}; write torch.as_tensor(...)"
+            )
+        if name in train and not leaf.is_floating_point():
+            raise ConfigError(
+                f"{who}: the trainable leaf {name!r} is {leaf.dtype}, which has no gradient; make "
+                "it floating, or return it among the fixed leaves, the second dict"
+            )
+        if leaf.is_complex() or leaf.is_sparse or leaf.is_quantized:
+            raise ConfigError(
+                f"{who}: leaf {name!r} is {leaf.layout} {leaf.dtype}; leaves are dense tensors, "
+                "real, and only fixed ones integers or booleans (torch.view_as_real(z) holds a "
+                "complex one)"
+            )
+    return dict(train), dict(fixed)
+
+
+def compute_dtype(method: Method, p: Mapping[str, Tensor]) -> torch.dtype:
+    """The dtype of the adapter's arithmetic: that of its floating leaves."""
+    wide = method.keep_fp32
+    for name, leaf in p.items():
+        if leaf.is_floating_point() and name not in wide and name != STRENGTH:
+            return leaf.dtype
+    return torch.float32
+
+
+def adapt_input(
+    method: Method, p: Mapping[str, Tensor], x: Tensor, where: str = ""
+) -> tuple[Tensor, Any]:
+    """The base's input x', and what :func:`adapt_output` needs of it.
+
+    Args:
+        where: the site's name, for errors.
+
+    Raises:
+        ConfigError: an increment of another shape than what it is added to.
+    """
+    if isinstance(method, Composed):
+        saved = []
+        for i in reversed(range(len(method.methods))):
+            x, keep = adapt_input(method.methods[i], method.part(p, i), x, where)
+            saved.append(keep)
+        return x, tuple(reversed(saved))
+    if not has_shift(method):
+        return x, x
+    shift = method.shift(p, x.to(compute_dtype(method, p)))
+    _check_shape(method, "shift", shift, x.shape, where)
+    x = x + _with_strength(method, p, shift).to(x.dtype)
+    return x, x
+
+
+def adapt_output(
+    method: Method,
+    p: Mapping[str, Tensor],
+    saved: Any,
+    y: Tensor,
+    base: LinearMap,
+    where: str = "",
+    training: bool = False,
+) -> Tensor:
+    """The adapted output, from the base's output y = base(x').
+
+    Its leading axes may be others than those of the rows that came in, of as many rows.
+
+    Args:
+        where: the site's name, for errors.
+        training: whether the layer is in training mode.
+
+    Raises:
+        ConfigError: an increment of another shape than what it is added to.
+    """
+    if isinstance(method, Composed):
+        for i, inner in enumerate(method.methods):
+            part = method.part(p, i)
+            y = adapt_output(inner, part, saved[i], y, base, where, training)
+            base = AdaptedMap(inner, part, base)
+        return y
+    if not has_delta(method):
+        return y
+    dtype = compute_dtype(method, p)
+    rows = y.reshape(*saved.shape[:-1], y.shape[-1]).to(dtype) if method.reads_output else y
+    x = saved.to(dtype)
+    if training and isinstance(method, InputDropout) and method.dropout:
+        x = F.dropout(x, method.dropout)
+    if type(method).delta_takes_training:
+        delta = method.delta(p, x, rows, base, training=training)  # type: ignore[call-arg]
+    else:
+        delta = method.delta(p, x, rows, base)
+    _check_shape(method, "delta", delta, (*saved.shape[:-1], y.shape[-1]), where)
+    return y + _with_strength(method, p, delta).to(y.dtype).reshape(y.shape)
+
+
+def adapt(method: Method, p: Mapping[str, Tensor], x: Tensor, base: LinearMap) -> Tensor:
+    """The adapted map on plain rows: (tokens, in_features) -> (tokens, out_features)."""
+    x, saved = adapt_input(method, p, x)
+    return adapt_output(method, p, saved, base(x), base)
+
+
+def dense(method: Method, p: Mapping[str, Tensor], base: LinearMap) -> tuple[Tensor, Tensor | None]:
+    """The adapted weight (out, in) and bias: W' = [f(I) - f(0)]ᵀ, b' = f(0)."""
+    weight = base.weight()
+    zero = adapt(method, p, weight.new_zeros(1, weight.shape[1]), base)
+    width = weight.shape[1]
+    rows = []
+    for start in range(0, width, 2048):
+        count = min(2048, width - start)
+        # Rows of the identity; the whole of it would be as large as the input is wide, squared.
+        eye = torch.eye(count, dtype=weight.dtype, device=weight.device)
+        rows.append(adapt(method, p, F.pad(eye, (start, width - start - count)), base) - zero)
+    return torch.cat(rows).mT, None if base.bias is None else zero[0]
+
+
+def increment_factors(method: Method, p: Mapping[str, Tensor], base: LinearMap) -> Factors | None:
+    """:meth:`Method.low_rank` at the strength in ``p``; None where it is not known.
+
+    What a class says of its increment is not taken for a subclass with another increment.
+    """
+    order = type(method).__mro__
+    says = next(i for i, cls in enumerate(order) if "low_rank" in vars(cls))
+    means = (i for i, c in enumerate(order) if vars(c).keys() & {"delta", "shift"})
+    if next(means, len(order)) < says:
+        return None
+    factors = method.low_rank(p, base)
+    if factors is None or method.owns_strength or STRENGTH not in p:
+        return factors
+    return factors[0], factors[1] * p[STRENGTH].to(factors[1].dtype)
+
+
+class AdaptedMap:
+    """An adapted map as the base of the next method: what makes composition closed."""
+
+    def __init__(self, method: Method, p: Mapping[str, Tensor], base: LinearMap):
+        self._method, self._p, self._base = method, p, base
+
+    @property
+    def bias(self) -> Tensor | None:
+        if self._base.bias is None or not self._method.acts_on_bias:
+            return self._base.bias
+        return self(self._zero())[0]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return adapt(self._method, self._p, x, self._base)
+
+    def linear(self, z: Tensor) -> Tensor:
+        y = self(z)
+        return y if self.bias is None else y - self(self._zero()).to(y.dtype)
+
+    def weight(self) -> Tensor:
+        return dense(self._method, self._p, self._base)[0]
+
+    def _zero(self) -> Tensor:
+        weight = self._base.weight()
+        return weight.new_zeros(1, weight.shape[1])
+
+
+def _check_shape(method: Method, what: str, increment: Any, wanted: Any, where: str) -> None:
+    found = tuple(increment.shape) if isinstance(increment, Tensor) else type(increment).__name__
+    if found != tuple(wanted):
+        of = "input (tokens, in_features)" if what == "shift" else "output (tokens, out_features)"
+        raise ConfigError(
+            f"{type(method).__name__}.{what} at {where or 'a site'} returned {found} where "
+            f"{tuple(wanted)} is needed: {what} returns the increment of the {of}, one row per "
+            "token; .expand_as(...) repeats one row for all"
+        )
+
+
+def _with_strength(method: Method, p: Mapping[str, Tensor], increment: Tensor) -> Tensor:
+    if method.owns_strength or STRENGTH not in p:
+        return increment
+    return p[STRENGTH].to(increment.dtype) * increment
