@@ -18,7 +18,11 @@ from .init import init as init
 from .io.adapters import load as load
 from .io.adapters import save as save
 from .merge import merge as merge
+from .method import Leaves as Leaves
+from .method import LinearMap as LinearMap
 from .method import Method as Method
+from .method import SiteView as SiteView
+from .method import Statistic as Statistic
 from .methods import EVA as EVA
 from .methods import HRA as HRA
 from .methods import IA3 as IA3

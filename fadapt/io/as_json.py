@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
 
 from ..config import Config
-from ..errors import ConfigError
+from ..errors import ConfigError, FadaptWarning
 from ..method import Method
 
 MAX_DEPTH = 16
@@ -31,7 +32,15 @@ def method_to_json(method: Method, depth: int = 0) -> dict[str, Any]:
                 f"{type(method).__name__}.{field.name}: {error}; a method's fields must be None, "
                 "numbers, strings, methods, or tuples of them"
             ) from error
-    return {"method": method_key(type(method)), "fields": fields}
+    key = method_key(type(method))
+    if key.startswith("__main__:"):
+        warnings.warn(
+            f"a file that holds {key} loads only where a script defines {type(method).__name__} "
+            f'itself; give the class a name for files: name = "my_project:{type(method).__name__}"',
+            FadaptWarning,
+            stacklevel=2,
+        )
+    return {"method": key, "fields": fields}
 
 
 def method_from_json(data: Mapping[str, Any], depth: int = 0) -> Method:
@@ -44,10 +53,11 @@ def method_from_json(data: Mapping[str, Any], depth: int = 0) -> Method:
     """
     fields = {k: _from_json(v, depth + 1) for k, v in data["fields"].items()}
     key = data.get("method")
-    classes = {method_key(cls): cls for cls in _subclasses(Method)}
+    classes = _classes()
     if key not in classes:
+        known = sorted(k for k, c in classes.items() if "._" not in c.__module__)
         raise ConfigError(
-            f"unknown method {key!r}; this process knows {sorted(classes)}. "
+            f"unknown method {key!r}; this process knows {known}. "
             "Import the module that defines it first, or update fadapt"
         )
     try:
@@ -98,9 +108,37 @@ def config_from_json(data: Mapping[str, Any]) -> Config:
 
 
 def method_key(cls: type[Method]) -> str:
-    """A method's name in files: bare for fadapt's own, module-qualified for others."""
-    own = cls.__module__.split(".")[0] == __name__.split(".")[0]
-    return cls.__name__ if own else f"{cls.__module__}:{cls.__qualname__}"
+    """A method's name in files: bare for fadapt's own; for others ``name`` or module:Class.
+
+    Raises:
+        ConfigError: a ``name`` that belongs to fadapt.
+    """
+    if _is_own(cls):
+        return cls.__name__
+    name = vars(cls).get("name")  # its own: a subclass is another method
+    is_field = any(f.name == "name" for f in dataclasses.fields(cls))
+    if not isinstance(name, str) or not name or is_field:
+        return f"{cls.__module__}:{cls.__qualname__}"
+    if any(_is_own(c) and c.__name__ == name for c in _subclasses(Method)):
+        raise ConfigError(
+            f"{cls.__qualname__}.name = {name!r} is fadapt's own; write another, such as "
+            f"{cls.__module__ + ':' + cls.__name__!r}"
+        )
+    return name
+
+
+def _is_own(cls: type[Method]) -> bool:
+    return cls.__module__.split(".")[0] == __name__.split(".")[0]
+
+
+def _classes() -> dict[str, type[Method]]:
+    """All classes by their names in files, and where these do not clash by their former names."""
+    every = _subclasses(Method)
+    classes = {method_key(cls): cls for cls in every}
+    for cls in every:
+        for alias in vars(cls).get("aliases", ()):
+            classes.setdefault(alias, cls)
+    return classes
 
 
 def _subclasses(cls: type[Method]) -> list[type[Method]]:
