@@ -409,7 +409,7 @@ def _check_joined(name: str, adapter: Adapter, leaves: Any, awaited: Any) -> Non
     whole = {**leaves, **{k: t for k, t in adapter.fixed.items() if k != STRENGTH}}
     if odd := [k for k, t in whole.items() if t.dtype not in _STRENGTHS]:
         raise ConfigError(f"join: {name}: {odd[0]} is {whole[odd[0]].dtype}; leaves are floating")
-    dtypes = {t.dtype for k, t in whole.items() if k not in adapter.method.keep_wide}
+    dtypes = {t.dtype for k, t in whole.items() if k not in adapter.method.keep_fp32}
     devices = {t.device for t in whole.values()}
     if len(dtypes) > 1 or len(devices) > 1:
         raise ConfigError(
