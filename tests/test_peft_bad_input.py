@@ -17,6 +17,7 @@ from torch import nn
 import fadapt
 from fadapt import CheckpointError, FadaptWarning, LoRA
 from fadapt.peft import adapters_in, from_peft_dict, load_peft, peft_dict, save_peft
+from fadapt.peft.formats import FORMATS
 from tests.models import mlp, perturb, qwen3, seeded
 from tests.peft_table import Net
 
@@ -120,6 +121,9 @@ BAD: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     ),
     "pattern that does not compile": (config(alpha_pattern={"(": 2}), ("alpha_pattern", "(")),
     "target regex that does not compile": (config(target_modules="*"), ("target_modules", "*")),
+    "pattern that takes forever": (config(rank_pattern={"((a|[b-z.])+)+#": 2}), ("forever",)),
+    "target that takes forever": (config(target_modules=r"(?:.*(?:\w+\.)*)*#"), ("forever",)),
+    "long pattern": (config(target_modules="x" * 30_000), ("forever", "longer")),
     "target of another type": (config(target_modules=[1]), ("target_modules", "1")),
     "target without a match": (
         config(target_modules=["up", "down", "left"]),
@@ -205,6 +209,32 @@ def test_oft_of_another_series(net, tmp_path):
 
 
 # ---- several adapters
+
+
+ODD: list[Any] = [5, -1, 0, 2.5, True, "x", "", [], {}, [1], {"a": 1}, 10**400, [[]], {"up": None}]
+FORMS = {
+    "LORA": LoRA(r=2),
+    "DELORA": fadapt.DeLoRA(r=2, form="peft"),
+    "IA3": fadapt.IA3(),
+    "HRA": fadapt.HRA(r=2),
+    "ROAD": fadapt.RoAd(1, 4),
+    "OFT": fadapt.OFT(4),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.filterwarnings("ignore::fadapt.FadaptWarning")
+def test_odd_values_of_any_field(net, form):
+    """They end in a CheckpointError or, where the field does not matter, in the same adapter."""
+    made, values = peft_dict(net, perturb(fadapt.init(net, FORMS[form])))
+    own = next(f for f in FORMATS if f.peft_type == form)
+    for field in (*made, *own.fields, *own.refused, "layers_pattern", "exclude_modules"):
+        for value in ODD:
+            try:
+                params = from_peft_dict(net, {**made, field: value}, values)
+            except CheckpointError:
+                continue
+            assert len(params) == 4
 
 
 def test_several_adapters(net, tmp_path):
@@ -364,6 +394,21 @@ def test_a_failed_new_directory_leaves_nothing(net, tmp_path, monkeypatch):
     for path in ("", None, 3):
         with pytest.raises(CheckpointError, match="name of a directory"):
             save_peft(net, params, path)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r".*\.(?:up|down)",
+        r"(?:\w+\.)*(?:up|down)",
+        r"(?:[^.]+\.)+(?:up|down)",
+        r"layers\.(?:[0-9]|1[0-9])\.(?:up|down)",
+        r"(?:.*?(?:layers|blocks).*?(?:mlp|\d).*?(?:up|down).*?)|(?:\bmodel\.[\d]{1,}\.(?:(?:up)))",
+    ],
+)
+def test_expressions_that_files_have(pattern, net, folder):
+    config(target_modules=pattern)(folder)
+    assert len(load_peft(folder, net)) == 4
 
 
 def test_in_memory(net):

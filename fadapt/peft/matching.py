@@ -13,6 +13,7 @@ from typing import Any
 from ..errors import CheckpointError
 
 ALL_LINEAR = "all-linear"
+LONGEST = 20_000
 
 
 def is_targeted(config: Mapping[str, Any], module: str) -> bool:
@@ -77,12 +78,37 @@ def check_patterns(config: Mapping[str, Any], fields: Iterable[str], where: str)
         for text in texts:
             if text is not None and not isinstance(text, str):
                 raise CheckpointError(f"{where}: {field} holds {text!r}, not a name")
+            if text and (len(text) > LONGEST or _repeats_a_repetition(text)):
+                raise CheckpointError(
+                    f"{where}: {field}: {text[:80]!r} may take forever to match: it repeats what "
+                    f"repeats, as (a+)+ does, or is longer than {LONGEST} characters"
+                )
             try:
                 re.compile(text or "")
             except (re.error, RecursionError, OverflowError) as error:
                 raise CheckpointError(
                     f"{where}: {field}: {text!r} is no pattern: {error}"
                 ) from None
+
+
+def _repeats_a_repetition(text: str) -> bool:
+    """Whether an expression repeats a group that repeats something, without a bound on either."""
+    # Words with dots between them, in whose repetition no match can begin in two ways.
+    text = re.sub(r"\((?:\?:)?(?:\\w|\\d|\[\^\\?\.\])[*+]\\\.\)", "x", text)
+    text = re.sub(r"\\.", "x", text)  # escaped characters
+    text = re.sub(r"\[\^?\]?[^\]]*\]", "x", text)  # sets of characters
+    inner = [False]
+    for match in re.finditer(r"\(|\)([*+]|\{\d*,\d*\})?|[*+]|\{\d*,\}", text):
+        if match[0] == "(":
+            inner.append(False)
+        elif match[0].startswith(")"):
+            repeats = inner.pop() if len(inner) > 1 else False
+            if repeats and match[1]:
+                return True
+            inner[-1] |= repeats or bool(match[1])
+        else:
+            inner[-1] = True
+    return False
 
 
 def _ends(targets: Any, name: str) -> bool:

@@ -23,6 +23,7 @@ from ..methods.lora import LoRA
 from ..params.adapter import Adapter
 from ..params.params import Params
 from .files import is_number
+from .format import wide
 from .matching import pattern_value
 from .places import LINEAR, PREFIX, QUANTIZED, Places
 
@@ -110,8 +111,8 @@ def _suffixes(given: Mapping[str, Adapter], places: Places) -> set[str]:
     found = {module.rpartition(".")[2] for module in given}
     for group in FUSED:
         if found & set(group):
-            parents = {m.rpartition(".")[0] for m in given if m.rpartition(".")[2] in group}
-            found |= {n for n in group for p in parents if f"{p}.{n}" in places.modules}
+            parents = {m.removesuffix(n) for m in given for n in group if m.endswith(n)}
+            found |= {n for n in group for p in parents if p + n in places.modules}
     return found
 
 
@@ -127,7 +128,9 @@ def _factors(
     assert isinstance(method, LoRA)
     s = float(p["s"]) if "s" in p else method.scaling
     a, b = p["A"].detach(), p["B"].detach()
-    b = b if s == 1 else b * s
+    if s != 1:
+        # In float32, which a scale does not round as it would bfloat16.
+        a, b = wide(a), wide(b) * s
     missing = r - a.shape[0]
     if missing:
         a = torch.cat([a, a.new_zeros(missing, d_in)])

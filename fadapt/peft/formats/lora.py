@@ -33,7 +33,17 @@ from ...methods.dora import DoRA
 from ...methods.lora import LoRA, RsLoRA
 from ...methods.pissa import PiSSA
 from ...params.adapter import Adapter
-from ..format import Format, Read, Settings, Taken, Tensors, majority, refuse_strength, strength
+from ..format import (
+    Format,
+    Read,
+    Settings,
+    Taken,
+    Tensors,
+    majority,
+    refuse_strength,
+    strength,
+    wide,
+)
 from ..places import CONV1D, CONVOLUTION, EMBEDDING, LINEAR, PARAMETER, QUANTIZED, Place
 
 UNCHANGED_BASE = ("gaussian", "eva", "orthogonal", "mica")
@@ -147,7 +157,9 @@ class LoRAFormat(Format):
             r, own = settings["r"], settings["lora_alpha"]
             c = c * s / (own / (r**0.5 if settings["use_rslora"] else r))
             a, b = F.pad(a, (0, 0, 0, r - a.shape[-2])), F.pad(b, (0, r - b.shape[-1]))
-        a, b = _put_factors(place, a, b if c == 1 else c * b)
+        if c != 1:
+            a, b = wide(a), c * wide(b)
+        a, b = _put_factors(place, a, b)
         embedding = place.layer == EMBEDDING
         names = ("lora_embedding_A", "lora_embedding_B") if embedding else self.suffixes[:2]
         found.update(zip(names, (a, b), strict=True))
