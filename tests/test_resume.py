@@ -390,3 +390,210 @@ def test_a_disk_that_begins_to_refuse_loses_nothing(tmp_path, file):
     (tmp_path / file).rmdir()
     (tmp_path / "aside").rename(tmp_path / file)
     same(whole, full_sweep(tmp_path, checkpoint_every=4))
+
+
+def small(directory, options=None, **changes):
+    """A sweep of two trials; what a test changes of it."""
+    x = torch.ones(4, 8)
+    given = dict(
+        model=seeded(nn.Sequential(nn.Linear(8, 8)), std=0.3),
+        trials=[Trial(fadapt.LoRA(r=2)), Trial(fadapt.IA3())],
+        batches=[x * i for i in range(1, 5)], steps=8, loss_fn=Loss8(), eval=[x], eval_every=2,
+    )  # fmt: skip
+    kept = fadapt.Checkpoints(directory, **{"every": 1, **(options or {})})
+    return sweep(**{**given, "directory": kept, **changes})
+
+
+class Loss8(Loss):
+    def __call__(self, output, batch):
+        self.left -= output.requires_grad
+        if self.left < 0:
+            self.stop()
+        return output.square().mean()
+
+
+def stopped_half_way(directory, **changes):
+    with pytest.raises(StopHereError):
+        small(directory, loss_fn=Loss8(9), **changes)
+
+
+def doubled(output, batch):
+    return 2 * output.square().mean()
+
+
+def score(model, stack):
+    return {"loss": torch.zeros(len(stack))}
+
+
+OTHERS = {
+    "a weight": (dict(model=seeded(nn.Sequential(nn.Linear(8, 8)), seed=1, std=0.3)), "0.bias"),
+    "a batch": (dict(batches=[torch.ones(4, 8)] * 3 + [torch.zeros(4, 8)]), "batches"),
+    "the number of batches": (dict(batches=[torch.ones(4, 8) * i for i in range(1, 4)]), "of 3"),
+    "another loss": (dict(loss_fn=doubled), "loss_fn.*doubled"),
+    "eval batches": (dict(eval=[torch.zeros(4, 8)]), "eval"),
+    "an eval function": (dict(eval=score), "eval.*score"),
+}
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_what_a_sweep_was_is_compared(tmp_path, what):
+    stopped_half_way(tmp_path)
+    changes, match = OTHERS[what]
+    with pytest.raises(fadapt.FadaptError, match=match):
+        small(tmp_path, **changes)
+    if what != "a weight":  # a loss or an eval function that was mended
+        assert len(small(tmp_path, dict(resume="anyway"), **changes).losses) == 8
+    else:
+        same(small(tmp_path), small(tmp_path / "anew"))
+
+
+def test_functions_count_by_their_code_and_numbers():
+    from fadapt.training.fingerprints import code_of
+
+    def squares(k):
+        return lambda o, b: k * o.square().mean()
+
+    def lengths(k):
+        return lambda o, b: k * o.abs().mean()
+
+    assert code_of(squares(1.0)) == code_of(squares(1.0))
+    assert code_of(squares(1.0)) != code_of(squares(2.0))
+    assert code_of(squares(1.0)).split("code")[1] != code_of(lengths(1.0)).split("code")[1]
+    assert code_of(Loss()) == code_of(Loss(5))
+    assert code_of(Loss()) != code_of(Loss8())
+
+
+def test_other_data_behind_a_loader_are_refused(tmp_path):
+    """The set is not a list, so its first batch tells."""
+
+    class Rows(torch.utils.data.Dataset):
+        def __init__(self, value):
+            self.value = value
+
+        def __len__(self):
+            return 12
+
+        def __getitem__(self, i):
+            return torch.full((8,), self.value * (i + 1.0))
+
+    def of(value):
+        return DataLoader(Rows(value), batch_size=4, shuffle=True)
+
+    stopped_half_way(tmp_path, batches=of(0.5))
+    with pytest.raises(fadapt.ConfigError, match="first batch"):
+        small(tmp_path, batches=of(0.25))
+    same(small(tmp_path, batches=of(0.5)), small(tmp_path / "anew", batches=of(0.5)))
+
+
+def test_an_eval_that_raises_loses_nothing(tmp_path):
+    """The error is the user's own; the mended sweep ends as one that never failed."""
+
+    class Score:
+        def __init__(self, fails):
+            self.fails = fails
+
+        def __call__(self, model, stack):
+            if self.fails:
+                self.fails -= 1
+                if not self.fails:
+                    raise KeyError("mine")
+            return fadapt.run(model, stack, torch.ones(4, 8), Loss8())
+
+    whole = small(tmp_path / "whole", eval=Score(0))
+    with pytest.raises(KeyError, match="mine") as caught:
+        small(tmp_path / "failed", options=dict(), eval=Score(3))
+    notes = "\n".join(caught.value.__notes__)
+    assert "'LoRA(r=2)', 'IA3'" in notes
+    assert "evaluation after step 6 of 8" in notes
+    assert len(caught.value.report.losses) == 6
+    assert sorted(caught.value.report.scores) == [2, 4]
+    same(whole, small(tmp_path / "failed", eval=Score(0)))
+    assert log_of(tmp_path / "failed") == log_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+@pytest.mark.parametrize("calls", [10, 11])
+def test_a_loss_that_raises_loses_no_step(tmp_path, accumulate, calls):
+    """Between two checkpoints, in the first or second trial of a step: one is written then."""
+    trials = [Trial(fadapt.LoRA(r=2), accumulate=accumulate), Trial(fadapt.LoRA(r=2), seed=1)]
+    options = dict(trials=trials, batches=DataLoader(torch.ones(12, 8), batch_size=2, shuffle=True))
+    for width in ("auto", 1):
+        whole = small(tmp_path / f"whole {width}", max_adapters=width, **options)
+        directory = tmp_path / f"failed {width}"
+        with pytest.raises(StopHereError) as caught:
+            small(directory, dict(every=None), max_adapters=width, loss_fn=Loss8(calls), **options)
+        # A gradient that is half added up is no state to go on from.
+        half = accumulate > 1 and width == 1 and calls == 11
+        assert "after step 5 of 8" in caught.value.__notes__[-1]
+        assert ("goes on from here" in caught.value.__notes__[-1]) != half
+        same(whole, small(directory, max_adapters=width, **options))
+
+
+@pytest.mark.parametrize("damage", [b"\xff\xfe", b"5\n", b'{"step": "x"}\n', None])
+def test_a_damaged_log_is_made_anew(tmp_path, damage):
+    small(tmp_path / "whole")
+    stopped_half_way(tmp_path / "half")
+    log = tmp_path / "half" / "log.jsonl"
+    log.write_bytes(log.read_bytes()[30:] + damage if damage else b"")
+    small(tmp_path / "half")
+    assert log_of(tmp_path / "half") == log_of(tmp_path / "whole")
+
+
+def test_adapters_are_those_of_this_sweep_after_any_end(tmp_path, monkeypatch):
+    def files():
+        return sorted(p.name for p in (tmp_path / "adapters").iterdir())
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fadapt.training.loop.save_adapters", lambda *a: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            small(tmp_path)
+    report = small(tmp_path)
+    assert files() == ["000-LoRA_r=2_.safetensors", "001-IA3.safetensors"]
+    model = seeded(nn.Sequential(nn.Linear(8, 8)), std=0.3)
+    found = fadapt.load(tmp_path / "adapters" / "001-IA3.safetensors", model)
+    assert torch.equal(fadapt.trainable(found)[0], fadapt.trainable(report.params["IA3"])[0])
+    (tmp_path / "adapters" / "mine.txt").touch()
+    with pytest.raises(StopHereError):
+        small(tmp_path, dict(resume=False), trials=[Trial(fadapt.DoRA(r=1))], loss_fn=Loss8(3))
+    assert files() == ["mine.txt"]
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from fadapt.training.directory import held
+with held(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(100)
+"""
+
+
+def test_one_sweep_at_a_time_in_a_directory(tmp_path):
+    """In another process, in another thread, and after that process was killed."""
+    from fadapt.training.directory import held
+
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(fadapt.CheckpointError, match=rf"in use .*process {holder.pid}"):
+        small(tmp_path)
+    holder.kill()
+    holder.wait()
+    holder.stdout.close()
+    with held(tmp_path), pytest.raises(fadapt.CheckpointError, match="in use"):
+        small(tmp_path)
+    small(tmp_path)
+
+
+def test_a_checkpoint_may_go_on_at_another_width(tmp_path):
+    """One by one the values lie otherwise in memory; the file does not tell."""
+    whole = small(tmp_path / "whole")
+    for first, then in (("auto", 1), (1, None), (2, 1)):
+        directory = tmp_path / f"{first} {then}"
+        stopped_half_way(directory, max_adapters=first)
+        found = small(directory, max_adapters=then)
+        for a, b in zip(weights(whole).values(), weights(found).values(), strict=True):
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
