@@ -21,7 +21,7 @@ from fadapt.training import Halving, Trial, fit, grid, sweep
 from fadapt.training.engine.flat_params import FlatParams
 from fadapt.training.grid import named
 from fadapt.training.loop import Loop
-from fadapt.training.settings import Settings
+from fadapt.training.settings import Options, Settings
 
 from .models import batch_for, qwen3, seeded
 
@@ -95,8 +95,15 @@ def plain_training(model, trial, batches, steps, optimizer=torch.optim.AdamW, **
         params = fadapt.unstack(params)[0]
     else:
         params = fadapt.init(model, fadapt.Config(trial.config, seed=trial.seed or 0))
-    leaves = fadapt.trainable(params)
-    opt = optimizer(leaves, lr=trial.lr, weight_decay=trial.weight_decay, **kwargs)
+    ratios = trial.lr_ratio or {}
+    leaves = [t for a in params.values() for k, t in a.train.items() if ratios.get(k, 1)]
+    opt = optimizer(
+        [
+            {"params": [t], "ratio": ratios.get(k, 1)}
+            for a in params.values() for k, t in a.train.items() if ratios.get(k, 1)
+        ],
+        lr=trial.lr, weight_decay=trial.weight_decay, **kwargs,
+    )  # fmt: skip
     losses = []
     for step in range(steps):
         loss = fadapt.run(model, params, batches[step % len(batches)], loss_fn)
@@ -107,9 +114,11 @@ def plain_training(model, trial, batches, steps, optimizer=torch.optim.AdamW, **
         if trial.clip is not None:
             nn.utils.clip_grad_norm_(leaves, trial.clip)
         for group in opt.param_groups:
-            group["lr"] = rate(trial, step // trial.accumulate, steps // trial.accumulate)
+            now = rate(trial, step // trial.accumulate, steps // trial.accumulate)
+            group["lr"] = now * group["ratio"]
         opt.step()
-        opt.zero_grad()
+        for leaf in fadapt.trainable(params):
+            leaf.grad = None
         fadapt.project(params)
     return params, losses
 
@@ -161,6 +170,222 @@ def test_a_sweep_is_the_plain_loops(name):
         torch.testing.assert_close(swept, losses, atol=1e-9, rtol=1e-9)
         start = fadapt.init(model, fadapt.Config(trial.config, seed=trial.seed or 0))
         assert not equal_bits(params, start)
+
+
+RATIOS = [
+    Trial(fadapt.LoRA(r=2), lr=1e-2, lr_ratio={"B": 16.0}, weight_decay=0.1, clip=0.05),
+    Trial(fadapt.LoRA(r=4), lr=2e-2, lr_ratio={"A": 0.0}, clip=0.05, accumulate=2, seed=1),
+    Trial(fadapt.LoRA(r=3), lr=1e-2, seed=2),
+    Trial(fadapt.DoRA(r=2), lr=1e-2, lr_ratio={"A": 0.5, "B": 2.0}, schedule="cosine", warmup=2),
+]
+
+
+@pytest.mark.parametrize("name", ["AdamW", "SGD", "Adafactor"])
+@pytest.mark.parametrize("width", ["auto", 1])
+def test_learning_rates_of_single_leaves(name, width):
+    """Each trial ends where a loop with a param group per leaf ends; a leaf at 0 does not move."""
+    (factory, kwargs), trials = OPTIMIZERS[name], RATIOS
+    model, batches = net(), make_batches()
+    report = sweep(
+        model, trials, batches, steps=12, loss_fn=loss_fn, max_adapters=width,
+        optimizer=functools.partial(factory, **kwargs),
+    )  # fmt: skip
+    for key, trial in named(trials).items():
+        params, _ = plain_training(model, trial, batches, 12, factory, **kwargs)
+        assert_close(report.params[key], params)
+    start = fadapt.init(model, fadapt.Config(RATIOS[1].config, seed=1))
+    frozen = report.params[list(named(trials))[1]]
+    for site, adapter in frozen.items():
+        assert torch.equal(adapter.train["A"], start[site].train["A"])
+        assert not torch.equal(adapter.train["B"], start[site].train["B"])
+
+
+def test_a_loop_of_ones_own_has_the_same_rates():
+    """LoRA+ by param_groups, by fit, and by PEFT's own optimiser."""
+    from peft import LoraConfig, get_peft_model
+    from peft.optimizers import create_loraplus_optimizer
+
+    model, batches = net(torch.float32), make_batches(3, torch.float32)
+    params = fadapt.init(model, fadapt.LoRA(r=2, alpha=4.0))
+    trained = fit(
+        model, params, batches, lr=1e-2, lr_ratio={"B": 16.0}, steps=6, loss_fn=loss_fn,
+        optimizer=torch.optim.Adam,
+    )  # fmt: skip
+    other: object = get_peft_model(
+        net(torch.float32), LoraConfig(r=2, lora_alpha=4, target_modules=["up", "mid", "head"])
+    )
+    for name, adapter in params.items():
+        module = other.base_model.model.get_submodule(name.removesuffix(".weight"))
+        module.lora_A.default.weight.data.copy_(adapter.train["A"])
+    plus = create_loraplus_optimizer(
+        other, torch.optim.Adam, lr=1e-2, loraplus_lr_ratio=16.0, loraplus_weight_decay=0.0
+    )
+    own = torch.optim.Adam(fadapt.param_groups(params, {"B": 16.0}, lr=1e-2))
+    for step in range(6):
+        batch = batches[step % 3]
+        for optimizer, loss in (
+            (own, fadapt.run(model, params, batch, loss_fn)),
+            (plus, loss_fn(other(x=batch["x"]), batch)),
+        ):
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    assert_close(trained, params, 1e-5)
+    for name, adapter in params.items():
+        module = other.base_model.model.get_submodule(name.removesuffix(".weight"))
+        for key, leaf in (("A", module.lora_A), ("B", module.lora_B)):
+            torch.testing.assert_close(
+                adapter.train[key], leaf.default.weight, atol=2e-5, rtol=2e-4
+            )
+
+
+def test_param_groups_of_a_stack():
+    model = net()
+    members = [fadapt.init(model, m) for m in (fadapt.LoRA(r=2), fadapt.DoRA(r=2))]
+    stack = fadapt.stack(members)
+    groups = fadapt.param_groups(stack, {"A": 0.0, "B": 2.0}, lr=0.1, weight_decay=0.3)
+    assert [(g["lr"], g["weight_decay"]) for g in groups] == [(0.2, 0.3), (0.1, 0.3)]
+    held = [id(t) for g in groups for t in g["params"]]
+    wanted = {
+        id(t) for g in stack.groups for a in g.params.values()
+        for k, t in a.train.items() if k != "A"
+    }  # fmt: skip
+    assert set(held) == wanted
+    assert len(held) == len(wanted)
+
+
+SOLO = (
+    fadapt.LoRA(r=2),
+    fadapt.LoRA(r=4),
+    fadapt.DoRA(r=3),
+    fadapt.OFT(block_size=4),
+    fadapt.IA3(),
+)
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD, torch.optim.RMSprop])
+@pytest.mark.parametrize("options", [{}, {"clip": 0.05, "accumulate": 2, "lr_ratio": None}])
+def test_one_by_one_is_fit_alone_bit_for_bit(optimizer, options):
+    """Mixed ranks in float32; the losses, too. Beside a trial that diverges."""
+    model, batches = net(torch.float32), make_batches(dtype=torch.float32, rows=7)
+    members = [fadapt.init(model, m) for m in SOLO]
+    given = dict(steps=10, loss_fn=loss_fn, optimizer=optimizer)
+    trials = [Trial(p, lr=1e-2, name=str(i), **options) for i, p in enumerate(members)]
+    wild = Trial(fadapt.LoRA(r=3), lr=1e30, weight_decay=1e30, name="wild")
+    report = sweep(model, [*trials, wild], batches, max_adapters=1, **given)
+    assert report.chunk == 1
+    for i, params in enumerate(members):
+        alone, single = fit(model, params, batches, lr=1e-2, return_report=True, **given, **options)
+        assert equal_bits(alone, report.final[str(i)])
+        assert [r[i] for r in report.losses.values()] == [r[0] for r in single.losses.values()]
+
+
+def test_auto_that_runs_one_by_one_is_fit_alone(monkeypatch):
+    monkeypatch.setattr("fadapt.training.engine.chunks.CPU_BYTES", 1)
+    model, batches = net(torch.float32), make_batches(dtype=torch.float32)
+    members = [fadapt.init(model, m) for m in SOLO]
+    report = sweep(model, [Trial(p, lr=1e-2, name=str(i)) for i, p in enumerate(members)],
+                   batches, loss_fn=loss_fn)  # fmt: skip
+    for i, params in enumerate(members):
+        alone = fit(model, params, batches, lr=1e-2, loss_fn=loss_fn)
+        assert equal_bits(alone, report.final[str(i)])
+
+
+def test_options_are_those_of_sweep():
+    """The names and types that fit checks are sweep's own."""
+    own = list(inspect.signature(sweep).parameters)[3:]
+    assert own == list(Options.__annotations__)
+    assert len(own) <= 18
+
+
+def test_a_misspelt_option_is_named():
+    model, batches = net(), make_batches(1)
+    params = fadapt.init(model, fadapt.LoRA(r=2))
+    with pytest.raises(fadapt.ConfigError, match=r"fit has no option 'setps'.*'steps'"):
+        fit(model, params, batches, setps=3)
+    with pytest.raises(fadapt.ConfigError, match=r"fit has no option 'weigth_decay'.*weight_decay"):
+        fit(model, params, batches, weigth_decay=3)
+    with pytest.raises(fadapt.ConfigError, match=r"sweep has no option 'max_adapter'"):
+        sweep(model, [Trial(params)], batches, max_adapter=3)
+
+
+def test_former_names_of_options_mean_what_they_did(tmp_path):
+    model, batches = net(), make_batches()
+    new = sweep(
+        model, TRIALS[:2], batches, loss_fn=loss_fn,
+        optimizer=functools.partial(torch.optim.AdamW, betas=(0.5, 0.6)),
+    )  # fmt: skip
+    given = dict(optimizer_args={"betas": (0.5, 0.6)}, checkpoint_every=2, checkpoint_minutes=None)
+    old = sweep(model, TRIALS[:2], batches, loss_fn=loss_fn, directory=tmp_path, **given)
+    for name, params in new.params.items():
+        assert equal_bits(params, old.params[name])
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_under_a_mode_without_gradients(mode):
+    model, batches = net(), make_batches(3)
+    expected = sweep(model, TRIALS[:2], batches, loss_fn=loss_fn)
+    with mode():
+        pissa = fadapt.init(model, fadapt.PiSSA(r=2))
+        inside = sweep(model, TRIALS[:2], make_batches(3), loss_fn=loss_fn)
+        fit(model, pissa, make_batches(3), loss_fn=loss_fn)
+        made = net()
+    for name, params in expected.params.items():
+        assert equal_bits(params, inside.params[name])
+    if mode is torch.inference_mode:
+        with pytest.raises(fadapt.ConfigError, match="inference_mode"):
+            sweep(made, TRIALS[:2], batches, loss_fn=loss_fn)
+
+
+def test_a_sweep_leaves_no_tensors_behind():
+    """The pass that measures memory saves an output of its own node."""
+    import gc
+
+    model, batches = net(), make_batches(1)
+
+    def live():
+        gc.collect()
+        return sum(type(o) is Tensor for o in gc.get_objects())
+
+    trials = [Trial(fadapt.LoRA(r=2), seed=s) for s in range(2)]
+    sweep(model, trials, batches, loss_fn=loss_fn)
+    before = live()
+    for _ in range(5):
+        sweep(model, trials, batches, loss_fn=loss_fn)
+    assert live() == before
+
+
+def test_several_processes_are_refused(monkeypatch):
+    model, batches = net(), make_batches(1)
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    with pytest.raises(fadapt.ConfigError, match="one of 2"):
+        sweep(model, TRIALS[:2], batches, loss_fn=loss_fn)
+
+
+def test_metrics_stay_what_they_are():
+    model, batches = net(), make_batches()
+    trials = [Trial(fadapt.LoRA(r=2), seed=s) for s in range(4)]
+
+    def run(evaluate, **options):
+        return sweep(model, trials, batches, loss_fn=loss_fn, eval=evaluate, **options)
+
+    calls: list[int] = []
+
+    def renamed(model, stack):
+        calls.append(1)
+        return {f"score {len(calls)}": torch.zeros(len(stack))}
+
+    with pytest.raises(fadapt.ConfigError, match=r"'score 2'.*at step 4, but .*'score 1'"):
+        run(renamed, eval_every=2)
+    calls.clear()
+    with pytest.raises(fadapt.ConfigError, match="for some adapters"):
+        run(renamed, max_adapters=2)
+    numbered = run(lambda m, s: {1: torch.zeros(len(s))})
+    assert list(numbered.scores[7]) == ["1"]
+    for wrong in (None, "x", torch.zeros(4) * 1j, {None: torch.zeros(4)}, {"a": None}, {}, 0.5):
+        with pytest.raises(fadapt.ConfigError, match="eval"):
+            run(lambda m, s, wrong=wrong: wrong)
 
 
 def test_fit_is_a_plain_loop_and_leaves_its_params_alone():
@@ -838,6 +1063,22 @@ def bad_inputs():
     yield "grid method field", lambda: grid(fadapt.LoRA(), r=[2]), "class"
     yield "halving", lambda: Halving(first=0), "first"
 
+    for name in (5, ("a", 1), ["a"], "", "a\nb", "a\0", "\ud800", "a" * 501):
+        yield f"name {name!r:.9}", lambda name=name: Trial(fadapt.LoRA(), name=name), "name must be"
+    for field, value in (
+        ("clip", "a"), ("clip", True), ("lr", True), ("lr", "1"), ("warmup", True), ("seed", 1.0),
+        ("accumulate", 2.0), ("schedule", 3), ("schedule", []), ("weight_decay", math.inf),
+        ("lr_ratio", {"B": -1.0}), ("lr_ratio", {"B": math.nan}), ("lr_ratio", {1: 1.0}),
+        ("lr_ratio", 16.0),
+    ):  # fmt: skip
+        yield f"{field} {value!r}", lambda f=field, v=value: Trial(fadapt.LoRA(), **{f: v}), field
+    for values in (
+        {"first": math.inf}, {"first": 1.5}, {"first": True}, {"first": 1, "factor": math.nan},
+        {"first": 1, "factor": "2"}, {"first": 1, "least": 1.5}, {"first": 1, "shrink": 1},
+    ):  # fmt: skip
+        yield f"halving {values}", lambda v=values: Halving(**v), "needs first"
+    yield "idle halving", lambda: Halving(1, factor=1 + 1e-9).rungs(10, 4), "1.333"
+
     def swept(trials=ok, batches=(), **options):
         batches = [batch] if batches == () else batches
         return lambda: sweep(net(), trials, batches, **{"loss_fn": loss_fn, **options})
@@ -867,6 +1108,36 @@ def bad_inputs():
     yield "accumulate steps", swept([Trial(fadapt.IA3(), accumulate=3)], steps=4), "steps=3"
     yield "tensorboard", swept(tensorboard=True), "directory"
     yield "optimizer args", swept(optimizer_args={"beta": 1}), "optimiser"
+    yield "one trial", swept(ok[0]), r"\[Trial"
+    yield "trials None", swept(5), "list of fadapt.Trial"
+    for name, values in {
+        "directory": ("", " ", 5, b"a", "a\0"), "seed": (2**70, 1.0, True),
+        "halving": ({"first": 1},),
+        "compile": ("yes", None), "loss_fn": (5,), "optimizer": ("adam", None), "eval": (5,),
+        "log_every": (True, 0), "eval_every": (True, 1.0), "progress": ("yes",), "steps": (True,),
+        "per_adapter": (1,), "tensorboard": ("yes",), "max_adapters": (True, 1.5), "goal": (None,),
+    }.items():  # fmt: skip
+        for value in values:
+            match = "batches" if name == "eval" else name
+            given = {"eval": [batch], name: value} if name != "eval" else {name: value}
+            yield f"{name}={value!r:.9}", swept(**given), match
+    for name in ("lr", "weight_decay"):
+        yield f"{name} of the optimizer", swept(optimizer_args={name: 9.0}), "no effect"
+    yield "no optimizer", swept(optimizer=lambda groups: None), "NoneType"
+    yield "every", lambda: fadapt.Checkpoints("a", every=0), "every"
+    yield "every float", lambda: fadapt.Checkpoints("a", every=0.5), "every"
+    yield "resume", lambda: fadapt.Checkpoints("a", resume="yes"), "resume"
+    yield "unknown leaf", swept([Trial(fadapt.IA3(), lr_ratio={"B": 2.0})]), r"\['B'\]"
+    yield "all frozen", swept([Trial(fadapt.LoRA(r=2), lr_ratio={"A": 0, "B": 0.0})]), "nothing"
+    curved = [Trial(fadapt.LoRA(r=2), schedule=lambda d: math.nan)]
+    yield "schedule nan", swept(curved), "schedule.*nan"
+    yield "schedule word", swept([Trial(fadapt.LoRA(r=2), schedule=lambda d: "x")]), "schedule"
+    idle = dict(halving=Halving(1, factor=1.1), eval=[batch], steps=4)
+    yield "halving of two", swept(**idle), "stops none of 2"
+    params = fadapt.init(net(), fadapt.LoRA(r=2))
+    yield "ratios", lambda: fadapt.param_groups(params, {"C": 1.0}, lr=0.1), r"\['C'\]"
+    yield "ratios all 0", lambda: fadapt.param_groups(params, {"A": 0, "B": 0}, lr=0.1), "nothing"
+    yield "groups lr", lambda: fadapt.param_groups(params, {}, lr=math.nan), "lr"
     yield "LBFGS", swept(optimizer=torch.optim.LBFGS), "LBFGS"
     yield "detached", swept(loss_fn=lambda o, b: o.detach().sum()), "depend"
     yield "fit", lambda: fit(net(), {}, [batch]), "Params"
