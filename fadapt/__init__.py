@@ -6,6 +6,7 @@ from .as_lora import as_lora as as_lora
 from .calibration import Stats as Stats
 from .calibration import observe as observe
 from .calibration import wanda_scores as wanda_scores
+from .combine import combine as combine
 from .config import Config as Config
 from .errors import CalibrationError as CalibrationError
 from .errors import CheckpointError as CheckpointError
@@ -46,6 +47,7 @@ from .methods import PiSSA as PiSSA
 from .methods import RoAd as RoAd
 from .methods import RsLoRA as RsLoRA
 from .methods import SSteer as SSteer
+from .methods import Sum as Sum
 from .params.adapter import Adapter as Adapter
 from .params.params import Params as Params
 from .params.params import join as join

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,8 +11,10 @@ from torch import Tensor, nn
 
 from .base.bound import refuse_adapted
 from .base.checks import check_model
+from .base.linear_map import DenseMap
 from .base.weights import BaseWeight, weights_by_name
 from .errors import ConfigError, FadaptWarning, TargetError
+from .method import Leaves
 from .params.adapter import Adapter
 from .params.params import Params
 from .params.stack import Stack
@@ -22,10 +25,13 @@ def merge(
 ) -> dict[str, Tensor]:
     """New weights, and biases where a method acts on them, for the adapted names.
 
-    Computed in float64 (float32 where the device has none) and cast once to ``dtype``.
-    Nothing of the model changes; load the result with
+    Computed in float64 (float32 where the device has none) and cast once to ``dtype``. One random
+    row is run through the adapted map and compared with the merged one, so a method that is not
+    affine is refused. Nothing of the model changes; load the result with
     ``model.load_state_dict(merged, strict=False)``, or call it without loading through
-    ``torch.func.functional_call(model, merged, ..., tie_weights=False)``.
+    ``torch.func.functional_call(model, merged, (inputs,), tie_weights=False)``. A weight that is
+    tied to another use has to be untied before it is loaded, and a bias that is new to its layer
+    has to be made; a warning says how.
 
     Args:
         model: the base that the params were made for.
@@ -39,10 +45,19 @@ def merge(
 
     Raises:
         TargetError: a site that the model does not have.
+        ConfigError: a dtype that is not floating, a stack, or a method whose map no weight and bias
+            can stand for.
 
     Warns:
         FadaptWarning: a site whose tensor is tied to another use, which the merged value is not
-            meant for.
+            meant for; a bias that ``load_state_dict`` would leave out.
+
+    Example:
+        >>> import torch, fadapt
+        >>> model = torch.nn.Linear(4, 3)
+        >>> params = fadapt.init(model, fadapt.LoRA(r=2))
+        >>> torch.equal(fadapt.merge(model, params)["weight"], model.weight)
+        True
     """
     check_model(model)
     if isinstance(params, Stack):
@@ -72,17 +87,16 @@ def merge(
             bias = weights[adapter.site.bias].parameter if adapter.site.bias else None
             new_weight, new_bias = _merge_site(adapter, weight, bias)
             merged[name] = _own(new_weight.to(dtype or weight.dtype), weight.parameter)
-            if bias is not None and new_bias is not None and adapter.method.acts_on_bias:
+            if new_bias is None:
+                continue
+            if bias is not None:
                 assert adapter.site.bias is not None
                 merged[adapter.site.bias] = _own(new_bias.to(dtype or bias.dtype), bias)
-            if adapter.site.tied:
-                warnings.warn(
-                    f"{name} is tied to {', '.join(adapter.site.tied)}: the merged value is for "
-                    f"{name} alone. Untie before loading it (give it its own nn.Parameter, and "
-                    "set config.tie_word_embeddings=False), or the other use changes too",
-                    FadaptWarning,
-                    stacklevel=2,
-                )
+            else:
+                key = _new_bias(adapter, weight)
+                merged[key] = new_bias.to(dtype or weight.dtype)
+                _say_new_bias(key, weight)
+        _say_tied(model, params, merged)
     return merged
 
 
@@ -98,8 +112,109 @@ def _check_dtype(dtype: Any) -> None:
 def _merge_site(
     adapter: Adapter, weight: BaseWeight, bias: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
+    """The new parameter, and the bias where it is another than before."""
     wide = torch.float32 if weight.device.type == "mps" else torch.float64
-    return adapter.dense(weight.dense().to(wide), None if bias is None else bias.to(wide))
+    frozen = weight.dense().to(wide)
+    wide_bias = None if bias is None else bias.to(wide)
+    new_weight, new_bias = adapter.dense(frozen, wide_bias)
+    pairs = zip(
+        *(_matrices(adapter, parameter) for parameter in (frozen, new_weight)),
+        _members(adapter),
+        strict=True,
+    )
+    for old, new, member in pairs:
+        p = {k: t.to(wide) for k, t in member.leaves.items()}
+        base = DenseMap(old, wide_bias)
+        zero = member.method(p, old.new_zeros(1, old.shape[1]), base)[0]
+        _check_affine(member, p, base, new, zero)
+        moved = (zero if wide_bias is None else zero - wide_bias).nan_to_num(0, 0, 0)
+        size = 0 if wide_bias is None else 1e-9 * wide_bias.abs().max()
+        if adapter.method.acts_on_bias and bias is not None:
+            new_bias = zero
+        else:
+            # What a method declares does not matter: f(0) is the bias.
+            new_bias = zero if bool((moved.abs() > size).any()) else None
+    return new_weight, new_bias
+
+
+def _members(adapter: Adapter) -> list[Adapter]:
+    if not adapter.site.experts:
+        return [adapter]
+    return [adapter.expert(e) for e in range(adapter.site.experts)]
+
+
+def _matrices(adapter: Adapter, parameter: Tensor) -> list[Tensor]:
+    matrix = adapter.site.matrix(parameter)
+    return list(matrix) if adapter.site.experts else [matrix]
+
+
+def _check_affine(adapter: Adapter, p: Leaves, base: DenseMap, new: Tensor, zero: Tensor) -> None:
+    """Compares the adapted map with the merged one at a random row."""
+    row = torch.randn(
+        1,
+        new.shape[1],
+        generator=torch.Generator("cpu").manual_seed(0),
+        dtype=new.dtype,
+        device="cpu",
+    )
+    row = row.to(new.device)
+    got, want = (row @ new.mT + zero)[0], adapter.method(p, row, base)[0]
+    size = (row.abs() @ new.abs().mT)[0] + zero.abs()
+    bound = 1e-3 if new.dtype == torch.float32 else 1e-7
+    gap = ((got - want).abs() / size.clamp(min=torch.finfo(new.dtype).tiny)).nan_to_num(0).max()
+    if gap > bound:
+        raise ConfigError(
+            f"{adapter.method!r} at {adapter.site.name} is not affine in its input: at a random "
+            f"row it differs by {float(gap):.2g} from every weight and bias that could stand for "
+            "it, so it cannot be merged; use it through run, apply or bound"
+        )
+
+
+def _new_bias(adapter: Adapter, weight: BaseWeight) -> str:
+    """The name of the bias of a layer that has none."""
+    key = "in_proj_bias" if weight.key == "in_proj_weight" else "bias"
+    registered = getattr(weight.module, "_parameters", {})
+    if adapter.site.experts or key not in registered or registered[key] is not None:
+        raise ConfigError(
+            f"{adapter.method!r} adds a bias at {weight.name}, and this "
+            f"{type(weight.module).__name__} ({weight.kind}) cannot have one: the merged weight "
+            "would leave it out. Use it through run, apply or bound"
+        )
+    return weight.name.removesuffix(weight.key) + key
+
+
+def _say_new_bias(key: str, weight: BaseWeight) -> None:
+    path, _, name = key.rpartition(".")
+    warnings.warn(
+        f"{key} is new: its layer has no bias, and load_state_dict(merged, strict=False) would "
+        f"leave it out. Make it first: model.get_submodule({path!r}).{name} = "
+        f"torch.nn.Parameter(merged[{key!r}]); {type(weight.module).__name__} then adds it",
+        FadaptWarning,
+        stacklevel=4,
+    )
+
+
+def _say_tied(model: nn.Module, params: Params, merged: Mapping[str, Tensor]) -> None:
+    """Warns of values that would reach another use of a tied tensor when they are loaded."""
+    for name, adapter in params.items():
+        others = [n for n in adapter.site.tied if n not in merged or not _same(merged, n, name)]
+        if not others:
+            continue
+        path, _, key = name.rpartition(".")
+        untie = f"m = model.get_submodule({path!r}); m.{key} = torch.nn.Parameter(m.{key}.detach()"
+        config = getattr(model, "config", None)
+        flag = "; model.config.tie_word_embeddings = False" if config is not None else ""
+        warnings.warn(
+            f"{name} is tied to {', '.join(others)}: the merged value is for {name} alone, and "
+            f"load_state_dict would give it to both. Untie before loading it: {untie}.clone())"
+            f"{flag}",
+            FadaptWarning,
+            stacklevel=3,
+        )
+
+
+def _same(merged: Mapping[str, Tensor], one: str, other: str) -> bool:
+    return merged[one].shape == merged[other].shape and torch.equal(merged[one], merged[other])
 
 
 def _own(value: Tensor, frozen: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ FLOORS = (
     ("io",),
     ("overlay",),
     ("fold",),
-    ("run", "merge", "as_lora"),
+    ("run", "merge", "combine", "as_lora"),
     ("peft",),
     ("calibration",),
     ("init",),

@@ -14,7 +14,19 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import fadapt
-from fadapt import IA3, IA3FF, Chain, Config, DoRA, FadaptError, LoRA, Params, RsLoRA, TargetError
+from fadapt import (
+    IA3,
+    IA3FF,
+    Chain,
+    Config,
+    ConfigError,
+    DoRA,
+    FadaptError,
+    LoRA,
+    Params,
+    RsLoRA,
+    TargetError,
+)
 from tests.models import (
     HF,
     SharedModule,
@@ -434,3 +446,94 @@ def test_meta_params_have_nothing_to_merge():
         fadapt.merge(mlp(), fadapt.init(mlp().to("meta"), LoRA(r=2)))
     with pytest.raises(FadaptError, match="meta"):
         fadapt.merge(mlp().to("meta"), fadapt.init(mlp(), LoRA(r=2)))
+
+
+# What no weight can stand for, and what load_state_dict would not do
+
+
+@dataclass(frozen=True)
+class AddedBias(fadapt.Method):
+    """A bias for layers with and without one."""
+
+    acts_on_bias = True
+
+    def init(self, site, rng, stat=None):
+        return {"b": site.zeros(site.out_features)}, {}
+
+    def delta(self, p, x, y, base):
+        return p["b"].expand_as(y)
+
+
+@dataclass(frozen=True)
+class Bent(fadapt.Method):
+    """Not affine in x."""
+
+    acts_on_bias = True
+
+    def init(self, site, rng, stat=None):
+        return {"v": site.zeros(site.out_features)}, {}
+
+    def delta(self, p, x, y, base):
+        return p["v"] * y.tanh()
+
+
+def test_a_new_bias_is_returned_and_named() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5, bias=False), nn.Tanh(), nn.Linear(5, 4))
+    params = perturb(fadapt.init(model, AddedBias()), std=1.0)
+    x = torch.randn(3, 6)
+    want = fadapt.apply(model, params, x)
+    with pytest.warns(fadapt.FadaptWarning, match=r"0.bias is new.*get_submodule\('0'\)\.bias ="):
+        merged = fadapt.merge(model, params)
+    assert sorted(merged) == ["0.bias", "0.weight", "2.bias", "2.weight"]
+    called = torch.func.functional_call(model, merged, (x,), tie_weights=False)
+    torch.testing.assert_close(called, want)
+    model.get_submodule("0").bias = nn.Parameter(merged["0.bias"])
+    model.load_state_dict(merged, strict=False)
+    torch.testing.assert_close(model(x), want)
+
+
+def test_a_bias_that_cannot_be_is_refused() -> None:
+    model = nn.Sequential(nn.Embedding(7, 5))
+    params = perturb(fadapt.init(model, {"0": AddedBias()}), std=1.0)
+    with pytest.raises(ConfigError, match=r"adds a bias at 0\.weight, and this Embedding"):
+        fadapt.merge(model, params)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_method_that_is_not_affine_is_refused(bias) -> None:
+    model = nn.Sequential(nn.Linear(6, 5, bias=bias))
+    params = perturb(fadapt.init(model, Bent()), std=0.5)
+    with pytest.raises(ConfigError, match=r"Bent\(\) at 0\.weight is not affine"):
+        fadapt.merge(model, params)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.complex64, "float16", 5])
+def test_a_dtype_that_is_no_weights_is_refused(dtype) -> None:
+    model = nn.Sequential(nn.Linear(6, 5))
+    with pytest.raises(ConfigError, match="dtype"):
+        fadapt.merge(model, fadapt.init(model, LoRA(r=1)), dtype=dtype)
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(9, 4)
+        self.head = nn.Linear(4, 9, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids):
+        return self.head(self.embed(ids))
+
+
+def test_the_untie_step_that_the_warning_names_works() -> None:
+    torch.manual_seed(0)
+    model, ids = Tied(), torch.arange(9)
+    params = perturb(fadapt.init(model, fadapt.Config({"head": LoRA(r=2)}, exclude=())), std=1.0)
+    want = fadapt.apply(model, params, ids)
+    with pytest.warns(fadapt.FadaptWarning, match="tied") as caught:
+        merged = fadapt.merge(model, params)
+    step = str(caught[0].message).split("before loading it: ")[1]
+    exec(step, {"model": model, "torch": torch})
+    model.load_state_dict(merged, strict=False)
+    torch.testing.assert_close(model(ids), want)

@@ -23,3 +23,4 @@ from .pissa import PiSSA as PiSSA
 from .road import RoAd as RoAd
 from .ssteer import SSteer as SSteer
 from .ssvd import SSVD as SSVD
+from .sum import Sum as Sum
