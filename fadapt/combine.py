@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .adapted_map import compute_dtype
 from .errors import ConfigError
 from .method import STRENGTH, Method
 from .methods.lora import LoRA, RsLoRA
@@ -79,11 +80,11 @@ def _members(params: Any) -> list[Params]:
 
 def _site(parts: list[tuple[Adapter, float | Tensor]]) -> Adapter:
     first = parts[0][0]
-    leaves = [t for a, _ in parts for k, t in a.leaves.items() if k not in a.method.keep_wide]
-    dtype = functools.reduce(torch.promote_types, (t.dtype for t in leaves))
+    dtypes = (compute_dtype(a.method, a.leaves) for a, _ in parts)
+    dtype = functools.reduce(torch.promote_types, dtypes)
     wide = torch.promote_types(dtype, torch.float32)
     device = first.device
-    if all(type(a.method) in (LoRA, RsLoRA) for a, _ in parts):
+    if all(_is_low_rank(a.method) for a, _ in parts):
         return _low_rank(parts, dtype)
     methods: list[Method] = []
     train, fixed = {}, {}
@@ -92,13 +93,17 @@ def _site(parts: list[tuple[Adapter, float | Tensor]]) -> Adapter:
         train |= {f"{i}.{k}": cut(t).to(device, dtype) for k, t in adapter.train.items()}
         for k, t in adapter.fixed.items():
             if k != STRENGTH:
-                exact = wide if k in adapter.method.keep_wide else dtype
-                fixed[f"{i}.{k}"] = t.to(device, exact)
+                exact = wide if k in adapter.method.keep_fp32 else dtype
+                fixed[f"{i}.{k}"] = t.to(device, exact if t.is_floating_point() else None)
         strength = adapter.fixed.get(STRENGTH, 1.0)
         for k, number in ((WEIGHT, value), (STRENGTH, strength)):
             each = torch.as_tensor(number, dtype=wide, device=device)
             fixed[f"{i}.{k}"] = each.expand(first.site.experts) if first.site.experts else each
     return Adapter(first.site, Sum(tuple(methods)), {}, {}).replace(train, fixed)
+
+
+def _is_low_rank(method: Method) -> bool:
+    return type(method) in (LoRA, RsLoRA) and not getattr(method, "dropout", 0)
 
 
 def _low_rank(parts: list[tuple[Adapter, float | Tensor]], dtype: torch.dtype) -> Adapter:

@@ -56,7 +56,7 @@ def as_stats(
         return calib
     from .calibration.observe import observe
 
-    return observe(model, config, calib or ())
+    return observe(model, config, () if calib is None else calib)
 
 
 def prepare(found: Found, stats: Stats | None) -> tuple[Found, Callable[[Site, Method], Any]]:

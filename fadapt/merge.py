@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .adapted_map import adapt
 from .base.bound import refuse_adapted
 from .base.checks import check_model
 from .base.linear_map import DenseMap
@@ -123,9 +124,9 @@ def _merge_site(
         strict=True,
     )
     for old, new, member in pairs:
-        p = {k: t.to(wide) for k, t in member.leaves.items()}
+        p = {k: t.to(wide) if t.is_floating_point() else t for k, t in member.leaves.items()}
         base = DenseMap(old, wide_bias)
-        zero = member.method(p, old.new_zeros(1, old.shape[1]), base)[0]
+        zero = adapt(member.method, p, old.new_zeros(1, old.shape[1]), base)[0]
         _check_affine(member, p, base, new, zero)
         moved = (zero if wide_bias is None else zero - wide_bias).nan_to_num(0, 0, 0)
         size = 0 if wide_bias is None else 1e-9 * wide_bias.abs().max()
@@ -158,7 +159,7 @@ def _check_affine(adapter: Adapter, p: Leaves, base: DenseMap, new: Tensor, zero
         device="cpu",
     )
     row = row.to(new.device)
-    got, want = (row @ new.mT + zero)[0], adapter.method(p, row, base)[0]
+    got, want = (row @ new.mT + zero)[0], adapt(adapter.method, p, row, base)[0]
     size = (row.abs() @ new.abs().mT)[0] + zero.abs()
     bound = 1e-3 if new.dtype == torch.float32 else 1e-7
     gap = ((got - want).abs() / size.clamp(min=torch.finfo(new.dtype).tiny)).nan_to_num(0).max()

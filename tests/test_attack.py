@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.attack import files
+from tests.attack import calls, files
 
 
 @pytest.mark.parametrize("kind", ["adapters", "statistics", "plain"])
@@ -18,3 +18,9 @@ def test_a_sparse_file_takes_no_memory(tmp_path) -> None:
     for target in (files.AdapterFile(tmp_path, "a"), files.StatsFile(tmp_path, "s")):
         files.huge_files(tmp_path, target, tally)
     assert not tally.bad, tally.table()
+
+
+def test_calls() -> None:
+    tally = calls.attack()
+    assert not tally.bad, tally.table()
+    assert sum(sum(c.values()) for c in tally.counts.values()) > 700

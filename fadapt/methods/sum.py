@@ -13,11 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from ..adapted_map import adapt_input, adapt_output, check_site, start
 from ..errors import require
 from ..method import STRENGTH, Leaves, Method
 from ..seeds import generator
@@ -39,42 +40,37 @@ class Sum(Method):
 
     methods: tuple[Method, ...] = ()
 
+    needs_plain_base: ClassVar[bool] = True  # of whichever it holds
+
     def __post_init__(self) -> None:
-        object.__setattr__(self, "methods", tuple(self.methods))
         require(bool(self.methods), "Sum needs at least one method: Sum((LoRA(), IA3()))")
-        for method in self.methods:
-            require(isinstance(method, Method), f"Sum holds methods, got {method!r}")
 
     @property
-    def keep_wide(self) -> frozenset[str]:  # type: ignore[override]
+    def keep_fp32(self) -> frozenset[str]:
         own = {f"{i}.{k}" for i in range(len(self.methods)) for k in (WEIGHT, STRENGTH)}
         return frozenset(
-            own | {f"{i}.{k}" for i, m in enumerate(self.methods) for k in m.keep_wide}
+            own | {f"{i}.{k}" for i, m in enumerate(self.methods) for k in m.keep_fp32}
         )
 
     @property
-    def acts_on_bias(self) -> bool:  # type: ignore[override]
+    def acts_on_bias(self) -> bool:
         return any(m.acts_on_bias for m in self.methods)
 
     @property
-    def needs_plain_base(self) -> bool:  # type: ignore[override]
-        return any(m.needs_plain_base for m in self.methods)
-
-    @property
-    def statistic(self) -> tuple | None:  # type: ignore[override]
+    def statistic(self) -> tuple | None:
         parts = tuple(m.statistic for m in self.methods)
         return parts if any(part is not None for part in parts) else None
 
     def check(self, site: Site) -> None:
         for method in self.methods:
-            method.check(site)
+            check_site(method, site)
 
     def init(self, site: SiteView, rng: torch.Generator, stat: Any = None) -> tuple[Leaves, Leaves]:
         train: Leaves = {}
         fixed: Leaves = {}
         for i, method in enumerate(self.methods):
             own = generator(rng.initial_seed(), i)
-            parts = method.init(site, own, None if stat is None else stat[i])
+            parts = start(method, site, own, None if stat is None else stat[i])
             one = site.zeros() + 1
             numbers = {WEIGHT: one, STRENGTH: one.clone()}
             for whole, part in zip(
@@ -83,12 +79,19 @@ class Sum(Method):
                 whole.update({f"{i}.{k}": t for k, t in part.items()})
         return train, fixed
 
-    def delta(self, p: Mapping[str, Tensor], x: Tensor, y: Tensor, base: LinearMap) -> Tensor:
+    def delta(
+        self,
+        p: Mapping[str, Tensor],
+        x: Tensor,
+        y: Tensor,
+        base: LinearMap,
+        training: bool = False,
+    ) -> Tensor:
         total = torch.zeros_like(y)
         for i, method in enumerate(self.methods):
             own = self.part(p, i)
             weight = own.pop(WEIGHT)
-            total = total + weight.to(y.dtype) * _increment(method, own, x, y, base)
+            total = total + weight.to(y.dtype) * _increment(method, own, x, y, base, training)
         return total
 
     def project(self, train: Leaves) -> Leaves:
@@ -107,8 +110,10 @@ class Sum(Method):
         return {k[len(prefix) :]: t for k, t in p.items() if k.startswith(prefix)}
 
 
-def _increment(method: Method, p: Leaves, x: Tensor, y: Tensor, base: LinearMap) -> Tensor:
+def _increment(
+    method: Method, p: Leaves, x: Tensor, y: Tensor, base: LinearMap, training: bool
+) -> Tensor:
     """f_i(x) - f_0(x), from y = f_0(x)."""
-    entered, saved = method.enter(p, x)
+    entered, saved = adapt_input(method, p, x)
     moved = y if entered is x else y + base.linear(entered - x)
-    return method.leave(p, saved, moved, base) - y
+    return adapt_output(method, p, saved, moved, base, training=training) - y

@@ -406,10 +406,11 @@ def _check_joined(name: str, adapter: Adapter, leaves: Any, awaited: Any) -> Non
                     f"join: {name}: {k} has the shape {list(t.shape)}, {list(awaited[k])} is "
                     f"expected; {_HALVES}, or stack several: fadapt.stack([join(t, rest), ...])"
                 )
+    if odd := [k for k, t in leaves.items() if t.dtype not in _STRENGTHS]:
+        raise ConfigError(f"join: {name}: {odd[0]} is {leaves[odd[0]].dtype}; leaves are floating")
     whole = {**leaves, **{k: t for k, t in adapter.fixed.items() if k != STRENGTH}}
-    if odd := [k for k, t in whole.items() if t.dtype not in _STRENGTHS]:
-        raise ConfigError(f"join: {name}: {odd[0]} is {whole[odd[0]].dtype}; leaves are floating")
-    dtypes = {t.dtype for k, t in whole.items() if k not in adapter.method.keep_fp32}
+    exact = adapter.method.keep_fp32
+    dtypes = {t.dtype for k, t in whole.items() if k not in exact and t.is_floating_point()}
     devices = {t.device for t in whole.values()}
     if len(dtypes) > 1 or len(devices) > 1:
         raise ConfigError(
@@ -438,8 +439,11 @@ def _destination(
     if dtype is not None and dtype not in _STRENGTHS:
         raise ConfigError(f"adapters are float16, bfloat16, float32 or float64, got {dtype!r}")
     try:
-        return None if device is None else torch.device(device), dtype
-    except (RuntimeError, TypeError) as error:
+        if device is not None:
+            device = torch.empty(0, device=device).device
+        return device, dtype
+    # Without CUDA, torch says so by an AssertionError.
+    except (RuntimeError, TypeError, AssertionError) as error:
         raise ConfigError(f"{device!r:.80} is no device: {error}") from error
 
 
