@@ -26,12 +26,6 @@ def config_of(model: nn.Module) -> Any:
     return getattr(model, "config", None)
 
 
-def text_config(model: nn.Module) -> Any:
-    """The config that holds ``vocab_size``: ``config.get_text_config()`` of multimodal models."""
-    config = config_of(model)
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
-
-
 def wants_cache(model: nn.Module) -> bool:
     """Whether the model returns a key-value cache unless it is told not to: ``use_cache``."""
     return bool(getattr(config_of(model), "use_cache", False))
@@ -89,14 +83,26 @@ def loss_of(model: nn.Module) -> Any:
     return getattr(model, "loss_function", None)
 
 
-def loss_type(model: nn.Module) -> str:
-    """``model.loss_type``, the key of its loss; causal language models may leave it out."""
-    return getattr(model, "loss_type", None) or "ForCausalLM"
-
-
 def has_causal_loss(model: nn.Module) -> bool:
     """Whether the loss is the mean next-token cross-entropy (loss_utils ``ForCausalLMLoss``)."""
     return getattr(loss_of(model), "__name__", "") == "ForCausalLMLoss"
+
+
+LOSS_FUNCTION = "_loss_function"
+"""Where a model keeps a loss function that was set on it (modeling_utils ``loss_function``)."""
+
+
+def calls_loss_function(model: nn.Module) -> bool:
+    """Whether the model's own forward, or one that it builds on, asks for ``self.loss_function``.
+
+    Others (T5, BART, Whisper) compute their loss in place, from logits of which they know the
+    width. ``loss_function`` is a property that gives what was set, or the loss of the type.
+    """
+    return isinstance(getattr(type(model), "loss_function", None), property) and any(
+        "loss_function" in code.co_names
+        for kind in type(model).__mro__
+        if (code := getattr(inspect.unwrap(vars(kind).get("forward", id)), "__code__", None))
+    )
 
 
 def checkpoints(module: nn.Module) -> bool:

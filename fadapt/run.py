@@ -12,9 +12,8 @@ from .base.checks import check_model
 from .batch import Batch
 from .errors import ConfigError
 from .fold.losses import LossFn as LossFn
-from .fold.losses import scalar_loss
-from .fold.run import apply_stack, run_stack, stack_sites
-from .overlay.call import bind, call, call_on_batch
+from .fold.run import apply_stack, run_one, run_stack, stack_sites
+from .overlay.call import bind, call
 from .params.adapter import Adapted
 from .params.params import Params
 from .params.stack import Stack
@@ -27,6 +26,7 @@ def run(
     loss_fn: LossFn | None = None,
     *,
     per_adapter: bool = False,
+    verify: bool = True,
 ) -> Tensor:
     """The loss of the adapted model on a batch; the model is not changed.
 
@@ -39,9 +39,13 @@ def run(
         batch: a dict of keyword arguments, a tuple of positional ones, or one tensor.
         loss_fn: ``loss_fn(output, batch)``; without it, the output's ``loss`` (Hugging Face models
             given labels), or the output itself where it is a scalar. For a stack it is applied
-            to each adapter's slice of the output and of the batch.
+            to each adapter's slice of the output and of the batch; without it, the adapters of a
+            model whose loss cannot be taken apart run one by one.
         per_adapter: for a stack, whether the batch holds (N, B, ...) tensors, one part for each
             adapter; otherwise all adapters see the same (B, ...) batch.
+        verify: for a stack, whether to compare two of its members together and alone before the
+            first pass over this model, this structure of stack and this kind of batch (two more
+            passes, once; not inside torch.compile, torch.func's transforms and ``bound``).
 
     Returns:
         The scalar loss, or (N,) losses for a stack, differentiable in the trainable leaves by
@@ -50,13 +54,12 @@ def run(
     Raises:
         ConfigError: a batch of the wrong type, or an output without a loss.
         TargetError: params made for another model.
+        FadaptError: a stack whose members are not independent in this model.
     """
     if isinstance(params, Stack):
         check_model(model)
-        return run_stack(model, params, batch, loss_fn, per_adapter)
-    output = call_on_batch(model, _sites(model, params), batch, owner=params)
-    loss = loss_fn(output, batch) if loss_fn else getattr(output, "loss", output)
-    return scalar_loss(loss, loss_fn)
+        return run_stack(model, params, batch, loss_fn, per_adapter, verify)
+    return run_one(model, _sites(model, params), batch, loss_fn, params)
 
 
 def apply(
@@ -65,6 +68,7 @@ def apply(
     *args: Any,
     method: str = "forward",
     per_adapter: bool = False,
+    verify: bool = True,
     **kwargs: Any,
 ) -> Any:
     """The adapted model's own output: ``model(*args, **kwargs)``, or another method of it.
@@ -74,14 +78,16 @@ def apply(
             the output is an ordinary batch.
         method: "forward", or the name of any method that calls it, such as "generate".
         per_adapter: for a stack, whether the arguments are (N, B, ...), one part per adapter.
+        verify: for a stack, as for :func:`run`, of the outputs of "forward".
 
     Raises:
         ConfigError: the model has no such method.
         TargetError: params made for another model.
+        FadaptError: a stack whose members are not independent in this model.
     """
     if isinstance(params, Stack):
         check_model(model)
-        return apply_stack(model, params, method, args, kwargs, per_adapter)
+        return apply_stack(model, params, method, args, kwargs, per_adapter, verify)
     return call(model, _sites(model, params), method, args, kwargs, owner=params)
 
 

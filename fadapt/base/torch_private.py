@@ -130,3 +130,11 @@ def known_values(index: Tensor) -> list[int] | None:
             return None
         index = functorch.get_unwrapped(index)
     return index.tolist()
+
+
+def is_transformed() -> bool:
+    """Whether this code runs under a transform of torch.func, where tensors may have no values.
+
+    torch.func has no public question; functorch's stack of interpreters is empty outside.
+    """
+    return torch._C._functorch.peek_interpreter_stack() is not None  # type: ignore[attr-defined]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..fusion import written
-from ..hugging_face import LOSS_ARGUMENTS, has_causal_loss, output_head
+from ..hugging_face import LOSS_ARGUMENTS, calls_loss_function, has_causal_loss, output_head
 from ..site import Site
 
 CHUNKED_FROM = 2**24
@@ -114,9 +114,9 @@ def _softmax_minus_target(logits: Tensor, total: Tensor, index: Tensor) -> Tenso
 class FrozenHead:
     """Stands where a causal language model's frozen head is, and hands its input through.
 
-    The model then returns the head's input as its logits, from which :meth:`losses` are taken in
-    chunks. A model that does more with its logits (caps or scales them) does not return that very
-    tensor; then the caller runs it again as it is.
+    The model's loss function then gets the head's input as its logits, from which :meth:`losses`
+    are taken in chunks. A model that does more with its logits (caps or scales them) does not pass
+    that very tensor; then the caller runs it again as it is.
 
     Attributes:
         hidden: what the head was given last.
@@ -127,7 +127,9 @@ class FrozenHead:
 
     def __init__(self, name: str, head: nn.Linear):
         self.site = Site(name, head.out_features, head.in_features)
-        self.head = head
+        # As it is now: during the pass, the layer's own weight is this stand-in's overlay.
+        self.weight = head.weight.detach()
+        self.bias = None if head.bias is None else head.bias.detach()
         self.hidden: Tensor | None = None
 
     def __call__(self, x: Tensor, base: Any) -> Tensor:
@@ -146,9 +148,7 @@ class FrozenHead:
     def losses(self, labels: Tensor, adapters: int) -> Tensor:
         """(N,) losses of the last forward."""
         assert self.hidden is not None
-        weight, bias = self.head.weight.detach(), self.head.bias
-        bias = None if bias is None else bias.detach()
-        return chunked_cross_entropy(self.hidden, labels, weight, bias, adapters=adapters)
+        return chunked_cross_entropy(self.hidden, labels, self.weight, self.bias, adapters=adapters)
 
 
 def frozen_head(model: nn.Module, adapted: Container[str], batch: Any) -> FrozenHead | None:
@@ -159,7 +159,7 @@ def frozen_head(model: nn.Module, adapted: Container[str], batch: Any) -> Frozen
     """
     if not isinstance(batch, Mapping) or not isinstance(batch.get("labels"), Tensor):
         return None
-    if not has_causal_loss(model):
+    if not has_causal_loss(model) or not calls_loss_function(model):
         return None
     if any(name in batch for name in LOSS_ARGUMENTS):
         return None

@@ -24,7 +24,12 @@ from ..overlay.embedding import OneHot
 from ..params.stack import Stack, StackedAdapter
 from ..site import Site
 
-APART = "Run the adapters one by one, or with torch.func.vmap over fadapt.run"
+APART = (
+    "Run the adapters one by one, over fadapt.unstack(stack), or with torch.func.vmap over "
+    "fadapt.run"
+)
+
+_BATCH_NORMS = nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm
 
 
 class FoldedSite:
@@ -195,14 +200,71 @@ def cannot_fold(site: Site) -> str:
     return ""
 
 
-def check_batch_first(model: nn.Module) -> None:
-    """Refuses modules that put time before the batch, where rows would reach other adapters."""
+def check_rows_apart(model: nn.Module) -> None:
+    """Refuses modules in which rows of different adapters would meet, as far as they can be seen.
+
+    Those that put time before the batch, and those that in training mode compute something of the
+    whole batch; :mod:`.proof` looks at the values, but in eval mode only.
+    """
     for name, module in model.named_modules():
-        if getattr(module, "batch_first", True) is False:
-            raise FadaptError(
-                f"{name} ({type(module).__name__}) has batch_first=False; a stack needs the batch "
-                "axis first. Build it with batch_first=True, or use torch.func.vmap over fadapt.run"
-            )
+        if why := _mixes_rows(module):
+            raise FadaptError(f"{name} ({type(module).__name__}) {why}. {APART}")
+
+
+def _mixes_rows(module: nn.Module) -> str:
+    if getattr(module, "batch_first", True) is False:
+        return "has batch_first=False; a stack needs the batch axis first. Build it with True"
+    if isinstance(module, _BATCH_NORMS) and (module.training or module.running_mean is None):
+        return (
+            "normalises by statistics of the whole batch, so the rows of different adapters would "
+            "meet in a stack. Call .eval() on this module, if it keeps running statistics"
+        )
+    if module.training and any("capacity" in key for key in vars(module)):
+        return (
+            "is in training mode and has a capacity, for which the rows of different adapters "
+            "would compete in a stack. Call model.eval()"
+        )
+    return ""
+
+
+def parts(batch: Any, stack: Stack, per_adapter: bool) -> Sequence[Any]:
+    """The batch of each member alone; the very same object where they share it."""
+    if not per_adapter and not stack.per_row:
+        return [batch] * stack.size
+
+    def part(t: Any, k: int) -> Any:
+        if not isinstance(t, Tensor) or t.dim() == 0:
+            return t
+        if stack.per_row:
+            return t if t.shape[0] == 1 else t[k : k + 1]
+        return t[k]
+
+    return [pytree.tree_map(functools.partial(part, k=k), batch) for k in range(stack.size)]
+
+
+def rows_of(batch: Any) -> int:
+    """The rows of one member's batch."""
+    return max((t.shape[0] for _, t in _tensors(batch)), default=1)
+
+
+def rows_at(batch: Any, rows: int, index: Sequence[int]) -> Any:
+    """One member's batch with other rows of it."""
+
+    def pick(t: Any) -> Any:
+        picks = isinstance(t, Tensor) and t.dim() and t.shape[0] == rows
+        return take(t, index) if picks else t
+
+    return pytree.tree_map(pick, batch)
+
+
+def joined(batches: Sequence[Any], rows: int) -> Any:
+    """The batches of several members as one, as :func:`fold_batch` has it."""
+
+    def join(first: Any, *others: Any) -> Any:
+        joins = isinstance(first, Tensor) and first.dim() and first.shape[0] == rows
+        return torch.cat([first, *others]) if joins else first
+
+    return pytree.tree_map(join, *batches)
 
 
 def batch_rows(batch: Any, stack: Stack, per_adapter: bool) -> int:

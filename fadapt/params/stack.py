@@ -351,6 +351,46 @@ def alone(stack: Stack) -> Params:
     return Params(adapters)
 
 
+def subset(stack: Stack, ids: Sequence[int]) -> Stack:
+    """Some members of a stack, in the form that they have in it: padded, with its shared leaves."""
+    groups = []
+    for group in stack.groups:
+        place = {i: row for row, i in enumerate(group.index)}
+        taken = {at: place[i] for at, i in enumerate(ids) if i in place}
+        if taken:
+            originals = tuple(group.originals[row] for row in taken.values() if group.originals)
+            params = _take(group.params, torch.tensor(list(taken.values())))
+            groups.append(Group(tuple(taken), params, originals))
+    return Stack(groups)
+
+
+def views(stack: Stack) -> list[Params]:
+    """The members of a stack, in their order, as views of its leaves: gradients reach the stack.
+
+    Each at its own rank, where the stack knows it (not after :func:`select` by a tensor).
+    """
+    found: dict[int, Params] = {}
+    for group in stack.groups:
+        members: list[dict[str, Adapter]] = [{} for _ in group.index]
+        for name, a in group.params.items():
+            assert isinstance(a, StackedAdapter)
+            train = {k: t.unbind(0) for k, t in a.train.items()}
+            fixed = {
+                k: (t,) * len(members) if k in a.shared else t.unbind(0) for k, t in a.fixed.items()
+            }
+            for row, adapters in enumerate(members):
+                like = group.originals[row][name] if group.originals else None
+                method = like.method if like else a.method
+                added = _added(method, like) if like else set()
+                adapters[name] = Adapter(a.site, method, {}, {}).replace(
+                    {k: at_rank(method, k, t[row]) for k, t in train.items()},
+                    {k: at_rank(method, k, t[row]) for k, t in fixed.items() if k not in added},
+                )
+        for i, adapters in zip(group.index, members, strict=True):
+            found[i] = Params(adapters, group.params.config)
+    return [found.get(i, Params({})) for i in range(stack.size)]  # rows of the base have none
+
+
 def rank_of(method: Method) -> int:
     """The rank of a method, 1 where ranks do not mix."""
     return method.r if isinstance(method, RankPadded) else 1
@@ -497,11 +537,16 @@ def _member(adapter: Adapter, row: int, original: Adapter) -> Adapter:
         leaf = cut(leaf)
         return at_rank(method, name, leaf if name in adapter.shared else leaf[row]).clone()
 
-    added = set(_hyper_leaves(method)) | ({STRENGTH} - original.fixed.keys())
+    added = _added(method, original)
     return original.replace(
         {k: own(k, t) for k, t in adapter.train.items()},
         {k: own(k, t) for k, t in adapter.fixed.items() if k not in added},
     )
+
+
+def _added(method: Method, original: Adapter) -> set[str]:
+    """The fixed leaves that a member has only within the stack."""
+    return set(_hyper_leaves(method)) | ({STRENGTH} - original.fixed.keys())
 
 
 def _flatten_stacked(a: StackedAdapter) -> tuple[Any, Any]:

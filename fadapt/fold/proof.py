@@ -1,0 +1,301 @@
+"""The proof that in one pass over a model, each adapter of a stack is what it is alone.
+
+A fold is right where a row's output depends on this row alone and rows keep their order along the
+first axis. No list of modules can say for which models that is so. So before the first pass over a
+model with a structure of stack and a kind of batch, two members run together and alone, in eval
+mode: moved at random, since members that are still the identity could be mixed without a trace.
+Mixed rows then show as differences of the members' own size, far above rounding. One of the two is
+moved further, and sees one row again and again: what is shared by the whole batch, such as its mean
+or the places among the experts, must not come out the same for both.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..base.eval_mode import evaluating
+from ..base.torch_private import is_transformed, pytree
+from ..params.adapter import Adapter
+from ..params.params import Params
+from ..params.stack import Group, Stack, at_rank, subset, views
+from . import fold
+from .losses import turnstile
+
+Named = dict[str, Tensor]
+"""The tensors that one member gives, by name."""
+
+WAYS_OUT = (
+    "Run the adapters one by one, [fadapt.run(model, p, batch) for p in fadapt.unstack(stack)], or "
+    "with torch.func.vmap over fadapt.run; pass a loss_fn that reads outputs with one row for each "
+    "row of the batch; or, where the difference is meant, verify=False"
+)
+
+# Relative differences that rounding explains: products of N x B rows take other kernels and other
+# orders of summation than products of B rows, layer after layer.
+_ROUNDING = {
+    torch.float64: 1e-6,  # many models take their norms and losses in float32 all the same
+    torch.float32: 2e-4,
+    torch.float16: 1e-2,
+    torch.bfloat16: 3e-2,
+}
+_TF32 = 2e-3
+_GRADIENTS = 10.0  # as much again: they are sums of more terms
+_APART = 5e-2  # relative difference of two members that are different enough to tell
+_STEPS = (0.2, 0.6, 2.0, 6.0, 20.0)  # sizes of the random moves, until they are
+_FURTHER = 4.0  # the second member's move, in those of the first
+
+_verdicts: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, str]] = weakref.WeakKeyDictionary()
+
+
+def possible() -> bool:
+    """Whether values can be looked at here: not in a graph, nor under a torch.func transform."""
+    if torch.compiler.is_compiling() or is_transformed():
+        return False
+    return not (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
+
+
+def difference(
+    model: nn.Module,
+    whole: Stack,
+    parts: Sequence[Any],
+    kind: Hashable,
+    folded: Callable[[Stack, int, Any], list[Named]],
+    single: Callable[[Params, Any], Named],
+    gradients: bool,
+) -> str:
+    """In words, how members of a stack differ together from the same alone; "" if they do not.
+
+    Args:
+        model: the base.
+        whole: the stack.
+        parts: the batch of each member.
+        kind: of the call.
+        folded: what each member of a small stack gives in one pass over (stack, rows, batch); or
+            an empty list, if there is nothing to compare.
+        single: the same for one member alone, on (params, batch).
+        gradients: whether to compare the gradients of the tensors' sum, too.
+    """
+    if not whole.groups:  # rows of the base
+        return ""
+    key = (kind, _structure(whole), _batch_kind(parts[0]), _modes(model))
+    known = _verdicts.setdefault(model, {})
+    if key not in known:
+        devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+        with turnstile(model), torch.random.fork_rng(list(devices)), evaluating(model):
+            known[key] = _Proof(model, whole, parts, folded, single).verdict(gradients)
+    return known[key]
+
+
+class _Proof:
+    def __init__(
+        self,
+        model: nn.Module,
+        whole: Stack,
+        parts: Sequence[Any],
+        folded: Callable[[Stack, int, Any], list[Named]],
+        single: Callable[[Params, Any], Named],
+    ):
+        chosen = _representatives(whole)
+        self.members = subset(whole, chosen)
+        self.parts = [parts[i] for i in chosen]
+        self.rows = fold.rows_of(self.parts[0])
+        if all(part is self.parts[0] for part in self.parts):
+            one = [self.rows // 2] * self.rows
+            self.parts[1::2] = [fold.rows_at(p, self.rows, one) for p in self.parts[1::2]]
+        self.folded, self.single = folded, single
+        self.tolerance = _tolerance([*model.parameters(), *whole.trainable()])
+
+    def verdict(self, gradients: bool) -> str:
+        """The first difference found, from small moves to ones that surely tell members apart."""
+        sizes, finite = list(_STEPS), False
+        while sizes:
+            size = sizes.pop(0)
+            moved = _moved(self.members, size)
+            with torch.no_grad():
+                pairs = zip(views(moved), self.parts, strict=True)
+                alone = [self.single(params, part) for params, part in pairs]
+            is_finite = all(bool(t.isfinite().all()) for named in alone for t in named.values())
+            if not is_finite and finite:  # too far
+                return ""
+            with torch.no_grad():
+                together = self.folded(moved, self.rows, fold.joined(self.parts, self.rows))
+            if not together:
+                return ""
+            for got, want in zip(together, alone, strict=True):
+                if why := self._compare(got, want, alone):
+                    return why
+            if not is_finite:  # this was too far already, or the base itself is not finite
+                sizes = [size / 8] if size > 1e-3 else []
+                continue
+            finite = True
+            if self._tell_apart(*alone[:2]) or not sizes:
+                return self._compare_gradients(moved) if gradients else ""
+        return ""
+
+    def _tell_apart(self, one: Named, other: Named) -> bool:
+        least = max(10 * self.tolerance, _APART)
+        return any(
+            _norm(a - b) >= least * max(_norm(a), _norm(b)) > 0
+            for name, a in one.items()
+            if (b := other.get(name)) is not None and a.shape == b.shape
+        )
+
+    def _compare(self, got: Named, want: Named, alone: list[Named]) -> str:
+        for name, b in want.items():
+            a = got.get(name)
+            if a is None or a.shape != b.shape:
+                shape = None if a is None else tuple(a.shape)
+                return (
+                    f"{name} of one adapter has shape {shape} in a stack and {tuple(b.shape)} "
+                    "alone: it has no row for each row of the batch."
+                )
+            if not torch.equal(a.isfinite(), b.isfinite()):
+                return f"{name} of one adapter is finite in a stack where it is not alone."
+            others = [_norm(named[name]) for named in alone if name in named]
+            # Of this member; but a sum that happens to vanish rounds as its terms do.
+            error, scale = _norm(a - b), max(_norm(b), max(others) / 100)
+            rounding = max(self.tolerance, _ROUNDING.get(b.dtype, 0.0))
+            if error > rounding * scale:
+                if a.dim() == 0:
+                    a_text, b_text = f"{float(a):.7g}", f"{float(b):.7g}"
+                else:
+                    i = int((a - b).abs().nan_to_num().argmax())
+                    a_text, b_text = (f"{float(t.flatten()[i]):.7g}" for t in (a, b))
+                return (
+                    f"the adapters of a stack are not independent in this model: {name} of one of "
+                    f"two test adapters is {a_text} in one pass with the other and {b_text} alone "
+                    f"(a relative difference of {error / scale:.2g}; rounding explains "
+                    f"{rounding:.0e})."
+                )
+        return ""
+
+    def _compare_gradients(self, moved: Stack) -> str:
+        leaves = moved.trainable()
+        with torch.enable_grad():
+            together = self.folded(moved, self.rows, fold.joined(self.parts, self.rows))
+            a = _gradients(together, leaves)
+            alone = [self.single(p, part) for p, part in zip(views(moved), self.parts, strict=True)]
+            b = _gradients(alone, leaves)
+        position = 0
+        size = max((_norm(t) for t in b), default=0.0)
+        for group in moved.groups:
+            count = len(group.params.trainable())
+            mine = range(position, position + count)
+            position += count
+            for row in range(len(group.index)):
+                error = math.hypot(*(_norm(a[i][row] - b[i][row]) for i in mine))
+                scale = math.hypot(*(_norm(b[i][row]) for i in mine))
+                if error > _GRADIENTS * self.tolerance * max(scale, 1e-3 * size):
+                    return (
+                        "the adapters of a stack are not independent in this model: the gradient "
+                        f"of one of two test adapters, of norm {scale:.7g} alone, differs by "
+                        f"{error:.2g} in one pass with the other."
+                    )
+        return ""
+
+
+def named(tree: Any) -> Named:
+    """The floating tensors of an output, by their place in it."""
+    leaves, _ = pytree.tree_flatten_with_path(tree)
+    return {
+        f"output{pytree.keystr(path)}": leaf
+        for path, leaf in leaves
+        if isinstance(leaf, Tensor) and leaf.is_floating_point()
+    }
+
+
+def _gradients(found: Iterable[Named], leaves: Sequence[Tensor]) -> list[Tensor]:
+    total = torch.stack([t.sum() for named in found for t in named.values()]).sum()
+    if not total.requires_grad:
+        return [torch.zeros_like(leaf) for leaf in leaves]
+    grads = torch.autograd.grad(total, leaves, allow_unused=True)
+    return [
+        torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, grads, strict=True)
+    ]
+
+
+def _moved(members: Stack, size: float) -> Stack:
+    """A copy moved at random, by about ``size`` times what keeps a product's scale, or further."""
+    rng = torch.Generator().manual_seed(0)
+
+    def move(leaf: Tensor, step: float) -> Tensor:
+        width = leaf.shape[-1] if leaf.dim() else 1
+        noise = torch.randn(leaf.shape, generator=rng) * (step / math.sqrt(max(width, 1)))
+        sound = leaf.isfinite() & (leaf.abs() < 1e3)  # a member may have diverged
+        return torch.where(sound, leaf, 0) + noise.to(leaf)
+
+    def moved(group: Group, name: str, adapter: Adapter) -> Adapter:
+        train = {k: t.detach().clone() for k, t in adapter.train.items()}
+        for key, leaf in train.items():
+            for row, i in enumerate(group.index):
+                like = group.originals[row][name] if group.originals else adapter
+                own = at_rank(like.method, key, leaf[row])  # the padding stays zero
+                own.copy_(move(own, size * (_FURTHER if i % 2 else 1.0)))
+        return adapter.replace({k: t.requires_grad_() for k, t in train.items()})
+
+    groups = []
+    for group in members.groups:
+        adapters = {name: moved(group, name, a) for name, a in group.params.items()}
+        groups.append(Group(group.index, Params(adapters), group.originals))
+    return Stack(groups)
+
+
+def _representatives(whole: Stack) -> list[int]:
+    """At least two members, which adapt every site of the stack between them."""
+    groups = sorted(whole.groups, key=lambda g: -len(g.params))
+    chosen: list[int] = []
+    seen: set[str] = set()
+    for group in groups:
+        if not seen.issuperset(group.params) or not chosen:
+            chosen.append(group.index[0])
+            seen |= set(group.params)
+    if len(chosen) == 1:
+        chosen.append(next((i for i in reversed(whole.order) if i not in chosen), chosen[0]))
+    return sorted(chosen)
+
+
+def _structure(whole: Stack) -> Hashable:
+    return frozenset(
+        (tuple(g.params), frozenset(type(a.method) for a in g.params.values()))
+        for g in whole.groups
+    ), whole.per_row
+
+
+def _batch_kind(batch: Any) -> Hashable:
+    """What the batches of one kind have in common: their names, types and numbers of axes."""
+    leaves, _ = pytree.tree_flatten_with_path(batch)
+    rows = fold.rows_of(batch)
+    return tuple(
+        (pytree.keystr(path), t.dtype, t.dim(), t.dim() > 0 and t.shape[0] == rows)
+        if isinstance(t, Tensor)
+        else (pytree.keystr(path), type(t))
+        for path, t in leaves
+    ), rows == 1
+
+
+def _modes(model: nn.Module) -> int:
+    return hash(tuple((type(module), module.training) for module in model.modules()))
+
+
+def _tolerance(tensors: Iterable[Tensor]) -> float:
+    kinds = {(t.dtype, t.device.type) for t in tensors if t.is_floating_point()}
+    found = [_ROUNDING.get(dtype, 3e-2) for dtype, _ in kinds]
+    if (torch.float32, "cuda") in kinds:  # which may mean TF32
+        found.append(_TF32)
+    found += [
+        _ROUNDING.get(torch.get_autocast_dtype(device), 3e-2)
+        for device in {device for _, device in kinds}
+        if torch.is_autocast_enabled(device)
+    ]
+    return max(found, default=2e-4)
+
+
+def _norm(t: Tensor) -> float:
+    wide = torch.promote_types(t.dtype, torch.float32)
+    return float(torch.linalg.vector_norm(t.detach().to(wide).nan_to_num(0.0, 0.0, 0.0)))

@@ -1,0 +1,358 @@
+"""A stack is its members alone, or it says so: the proof on the first batch."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fadapt
+from fadapt.fold import fold
+from fadapt.fold import run as fold_run
+
+from .models import perturb, qwen3, reals, tokens
+
+
+class TimeFirst(nn.Module):
+    """Time before the batch within; on flattened rows, or not."""
+
+    def __init__(self, flat: bool):
+        super().__init__()
+        self.first, self.last, self.flat = nn.Linear(4, 6), nn.Linear(6, 2), flat
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.transpose(0, 1)
+        h = self.first(h.reshape(-1, 4)).view(*h.shape[:2], -1) if self.flat else self.first(h)
+        return self.last(torch.tanh(h.transpose(0, 1)).mean(1))
+
+
+class Latents(nn.Module):
+    """Learned queries, which have no batch axis."""
+
+    def __init__(self, count: int = 12):
+        super().__init__()
+        self.latents = nn.Parameter(torch.randn(count, 8))
+        self.q, self.k, self.last = nn.Linear(8, 8), nn.Linear(4, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        k = self.k(x)
+        return self.last((torch.softmax(self.q(self.latents) @ k.mT, -1) @ k).mean(1))
+
+
+class Mixing(nn.Module):
+    """Two layers with something of the whole batch between them."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.first, self.last, self.how = nn.Linear(4, 8), nn.Linear(8, 4), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.how(torch.tanh(self.first(x))))
+
+
+def competing(h: Tensor) -> Tensor:
+    """The half of the rows with the largest sums, as experts with a capacity take them."""
+    kept = h.flatten(1).sum(1).argsort(descending=True)[: len(h) // 2]
+    return h * h.new_zeros(len(h), *[1] * (h.dim() - 1)).index_fill(0, kept, 1.0)
+
+
+MIXERS = {
+    "batch statistics": lambda h: h - h.mean(0, keepdim=True),
+    "a scale of the whole batch": lambda h: h / h.square().mean(),
+    "rows in another order": lambda h: h.flip(0),
+    "attention over the batch": lambda h: torch.softmax(h @ h.mT, -1) @ h if h.dim() == 2 else h,
+    "a capacity": competing,
+}
+
+
+def members(model: nn.Module, n: int = 3, rules=None) -> list[fadapt.Params]:
+    cfg = rules or fadapt.LoRA(r=2)
+    made = [fadapt.init(model, fadapt.Config(cfg, seed=i)) for i in range(n)]
+    return [perturb(p, seed=i, std=0.5) for i, p in enumerate(made)]
+
+
+@pytest.mark.parametrize("n", [2, 4])
+@pytest.mark.parametrize("time", [5, 6, 12])
+@pytest.mark.parametrize("flat", [True, False])
+def test_time_first_is_refused_at_every_length(flat: bool, time: int, n: int) -> None:
+    """Also where the time steps are as many as the rows of all adapters."""
+    model = TimeFirst(flat)
+    with pytest.raises(fadapt.FadaptError, match="unstack"):
+        fadapt.apply(model, fadapt.stack(members(model, n)), reals(3, time, 4))
+
+
+@pytest.mark.parametrize("count", [7, 12])
+def test_latents_without_a_batch_axis_are_refused(count: int) -> None:
+    model = Latents(count)
+    stack = fadapt.stack(members(model, 2, {"q|k|last": fadapt.LoRA(r=2)}))
+    with pytest.raises(fadapt.FadaptError, match="stack"):
+        fadapt.apply(model, stack, reals(3, 5, 4))
+    # Where nothing but rows of the batch is adapted, all is well.
+    rows = members(model, 2, {"k|last": fadapt.LoRA(r=2)})
+    out = fadapt.apply(model, fadapt.stack(rows), reals(3, 5, 4))
+    alone = torch.stack([fadapt.apply(model, p, reals(3, 5, 4)) for p in rows])
+    torch.testing.assert_close(out, alone)
+
+
+@pytest.mark.parametrize("start", ["fresh", "moved"])
+@pytest.mark.parametrize("name", MIXERS)
+def test_rows_that_meet_are_refused(name: str, start: str) -> None:
+    """With both numbers and the way out; also for members that are all still the identity."""
+    model = Mixing(MIXERS[name])
+    made = members(model) if start == "moved" else [fadapt.init(model, fadapt.LoRA(r=2))] * 3
+    stack, x = fadapt.stack(made), reals(8, 4)
+
+    def loss(out, _):
+        return F.mse_loss(out, x)
+
+    message = r"in one pass with the other and .* alone .*unstack\(stack\).*vmap.*verify=False"
+    for _ in range(2):  # the verdict is kept
+        with pytest.raises(fadapt.FadaptError, match=message):
+            fadapt.run(model, stack, x, loss)
+        with pytest.raises(fadapt.FadaptError, match=message):
+            fadapt.apply(model, stack, x)
+    assert fadapt.run(model, stack, x, loss, verify=False).shape == (3,)
+    assert fadapt.apply(model, stack, x, verify=False).shape == (3, 8, 4)
+    alone = torch.stack([fadapt.run(model, p, x, loss) for p in fadapt.unstack(stack)])
+    assert alone.isfinite().all()
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_own_batches_and_chosen_rows_are_proved_too(name: str) -> None:
+    model = Mixing(MIXERS[name])
+    stack = fadapt.stack(members(model))
+    with pytest.raises(fadapt.FadaptError, match="not independent"):
+        fadapt.run(model, stack, reals(3, 8, 4), lambda o, _: o.square().mean(), per_adapter=True)
+    with pytest.raises(fadapt.FadaptError, match="not independent"):
+        fadapt.apply(model, fadapt.select(stack, [2, 0, 1, 1]), reals(4, 4))
+
+
+@pytest.mark.parametrize("track", [True, False])
+def test_batch_norm_in_training_mode_is_refused(track: bool) -> None:
+    norm = nn.BatchNorm1d(8, track_running_stats=track)
+    model = nn.Sequential(nn.Linear(4, 8), norm, nn.Linear(8, 4)).train()
+    stack, x = fadapt.stack(members(model)), reals(6, 4)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    for call in (
+        lambda: fadapt.run(model, stack, x, lambda o, _: o.square().mean()),
+        lambda: fadapt.apply(model, stack, x),
+    ):
+        with pytest.raises(fadapt.FadaptError, match=r"1 \(BatchNorm1d\) normalises.*eval"):
+            call()
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    model.eval()
+    if track:
+        out = fadapt.apply(model, stack, x)
+        alone = torch.stack([fadapt.apply(model, p, x) for p in fadapt.unstack(stack)])
+        torch.testing.assert_close(out, alone)
+
+
+def test_a_capacity_in_training_mode_is_refused() -> None:
+    class Router(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.expert_capacity = 2
+
+        def forward(self, h: Tensor) -> Tensor:
+            return competing(h) if self.training else h
+
+    model = Mixing(Router())
+    stack, x = fadapt.stack(members(model)), reals(4, 4)
+    model.train()
+    with pytest.raises(fadapt.FadaptError, match="capacity"):
+        fadapt.apply(model, stack, x)
+    model.eval()
+    assert fadapt.apply(model, stack, x).shape == (3, 4, 4)
+
+
+def test_an_output_without_rows_is_refused_where_it_is_handed_out() -> None:
+    class Contrastive(Mixing):
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            h = super().forward(x)
+            return {"rows": h, "logits": h @ h.mT}
+
+    model = Contrastive(torch.tanh)
+    stack, x = fadapt.stack(members(model)), reals(4, 4)
+    with pytest.raises(fadapt.FadaptError, match=r"logits.* shape \(4, 8\) .* \(4, 4\) alone"):
+        fadapt.apply(model, stack, x)
+
+    def contrast(out, _):
+        return F.cross_entropy(out["logits"], torch.arange(4))
+
+    with pytest.raises((fadapt.FadaptError, RuntimeError, ValueError)):
+        fadapt.run(model, stack, x, contrast)
+
+    def own(out, _):
+        return F.cross_entropy(out["rows"] @ out["rows"].mT, torch.arange(4))
+
+    losses = fadapt.run(model, stack, x, own)
+    alone = torch.stack([fadapt.run(model, p, x, own) for p in fadapt.unstack(stack)])
+    torch.testing.assert_close(losses, alone)
+
+
+class Counted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.calls = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 4)), 0
+
+    def forward(self, x: Tensor, more: Tensor | None = None) -> Tensor:
+        self.calls += 1
+        return self.body(x if more is None else x + more)
+
+
+def passes(model: Counted, call) -> int:
+    before = model.calls
+    call()
+    return model.calls - before
+
+
+def test_it_costs_a_pass_of_two_and_two_of_one_once() -> None:
+    model = Counted()
+    stack, x = fadapt.stack(members(model)), reals(5, 4)
+
+    def run(batch, **options):
+        return fadapt.run(model, stack, batch, lambda o, _: o.square().mean(), **options)
+
+    assert passes(model, lambda: run({"x": x}, verify=False)) == 1
+    assert passes(model, lambda: run({"x": x})) == 1 + 3
+    assert passes(model, lambda: run({"x": x})) == 1
+    assert passes(model, lambda: run({"x": reals(7, 4)})) == 1  # other rows, nothing else
+    assert passes(model, lambda: run({"x": x, "more": x})) == 1 + 3  # other arguments
+    assert passes(model, lambda: run({"x": x, "more": x})) == 1
+    model.eval()
+    assert passes(model, lambda: run({"x": x})) == 1 + 3  # another mode
+    model.body[1] = nn.ReLU()
+    assert passes(model, lambda: run({"x": x})) == 1 + 3  # another model
+    again = fadapt.stack(members(model, 5))
+    assert passes(model, lambda: fadapt.apply(model, again, x)) == 1 + 3
+    assert passes(model, lambda: fadapt.apply(model, stack, x)) == 1  # of the same structure
+
+
+def test_it_leaves_no_trace() -> None:
+    model = Mixing(nn.Dropout(0.5)).train()
+    made = members(model)
+    stack, x = fadapt.stack(made), reals(4, 4)
+    values = [t.clone() for t in fadapt.trainable(stack)]
+
+    def losses(verify: bool) -> Tensor:
+        torch.manual_seed(3)
+        return fadapt.run(model, stack, x, lambda o, _: o.square().mean(), verify=verify)
+
+    assert torch.equal(losses(True), losses(False))  # dropout draws the same
+    assert all(m.training for m in model.modules())
+    for old, new in zip(values, fadapt.trainable(stack), strict=True):
+        assert torch.equal(old, new)
+        assert new.grad is None
+
+
+def test_a_diverged_member_is_no_reason_to_refuse() -> None:
+    model = Counted()
+    made = members(model)
+    for poison in (float("nan"), float("inf"), 1e30):
+        broken = made[1].map(
+            lambda a, by=poison: a.replace({k: t + by for k, t in a.train.items()})
+        )
+        out = fadapt.apply(model, fadapt.stack([made[0], broken, made[2]]), reals(3, 4))
+        torch.testing.assert_close(out[0], fadapt.apply(model, made[0], reals(3, 4)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_rounding_is_no_reason_to_refuse(dtype: torch.dtype) -> None:
+    model = qwen3().to(dtype).eval()
+    stack = fadapt.stack(members(model, 3, {"q_proj|down_proj": fadapt.DoRA(r=2)}))
+    ids = tokens(3, 9)
+    assert fadapt.run(model, stack, {"input_ids": ids, "labels": ids}).isfinite().all()
+    assert fadapt.apply(model, stack, ids).logits.shape[:2] == (3, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", MIXERS)
+def test_low_precision_does_not_hide_rows_that_meet(name: str, dtype: torch.dtype) -> None:
+    model = Mixing(MIXERS[name]).to(dtype)
+    stack = fadapt.stack([fadapt.init(model, fadapt.LoRA(r=2))] * 3)
+    with pytest.raises(fadapt.FadaptError, match="not independent"):
+        fadapt.apply(model, stack, reals(9, 4, dtype=dtype))
+
+
+def test_every_site_of_a_stack_is_tried() -> None:
+    """Members that adapt different layers: the one layer with latents belongs to the last."""
+    model = Latents()
+    rules = [{"k": fadapt.LoRA(r=2)}, {"last": fadapt.LoRA(r=2)}, {"q": fadapt.LoRA(r=2)}]
+    made = [members(model, 1, rule)[0] for rule in rules]
+    with pytest.raises(fadapt.FadaptError, match=r"q\.weight"):
+        fadapt.apply(model, fadapt.stack(made), reals(3, 5, 4))
+    assert fadapt.apply(model, fadapt.stack(made[:2]), reals(3, 5, 4)).shape == (2, 3, 2)
+
+
+def test_it_is_off_where_values_cannot_be_looked_at() -> None:
+    model = Counted()
+    stack, x = fadapt.stack(members(model)), reals(5, 4)
+
+    def loss(o, _):
+        return o.square().mean()
+
+    train, rest = fadapt.split(stack)
+
+    def total(train):
+        return fadapt.run(model, fadapt.join(train, rest), x, loss).sum()
+
+    assert passes(model, lambda: torch.func.grad(total)(train)) == 1
+    with fadapt.bound(model, stack):
+        assert passes(model, lambda: fadapt.run(model, stack, x, loss)) == 1
+    compiled = torch.compile(total, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(train), total(train))
+
+
+def test_the_gradients_are_tried_for_a_sweep() -> None:
+    class Backward(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad.mean(0, keepdim=True).expand_as(grad)
+
+    model = Mixing(Backward.apply)
+    stack, x = fadapt.stack(members(model)), reals(4, 4)
+
+    def loss(out, _):
+        return (out.square()).mean()
+
+    assert fadapt.run(model, stack, x, loss).shape == (3,)  # the losses are right
+    why = fold_run.comes_apart(model, stack, x, loss, per_adapter=False)
+    assert "gradient" in why
+    fine = Mixing(torch.tanh)
+    assert not fold_run.comes_apart(fine, fadapt.stack(members(fine)), x, loss, per_adapter=False)
+
+
+def test_parts_and_joined_batches_are_inverse() -> None:
+    model = Counted()
+    stack = fadapt.stack(members(model))
+    batch = {"x": reals(3, 5, 4), "flag": True, "scale": torch.tensor(2.0)}
+    parts = fold.parts(batch, stack, per_adapter=True)
+    assert [p["x"].shape for p in parts] == [(5, 4)] * 3
+    folded = fold.fold_batch(batch, stack, 5, per_adapter=True)
+    assert torch.equal(fold.joined(parts, 5)["x"], folded["x"])
+
+
+def test_threads_prove_one_after_the_other() -> None:
+    model = Counted()
+    stack, x = fadapt.stack(members(model)), reals(5, 4)
+    alone = torch.stack([fadapt.apply(model, p, x) for p in fadapt.unstack(stack)])
+    found: list[Tensor] = []
+    workers = [
+        threading.Thread(target=lambda: found.append(fadapt.apply(model, stack, x)))
+        for _ in range(4)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert len(found) == 4
+    for out in found:
+        torch.testing.assert_close(out, alone)
+    assert all(m.training for m in model.modules())
