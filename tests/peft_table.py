@@ -178,6 +178,8 @@ IN: dict[str, In] = {
     "LoRA, lora_bias": In(lora(lora_bias=True)),
     "LoRA, bias=lora_only": In(lora(bias="lora_only", target_modules=["up"])),
     "LoRA, bias=all": In(lora(bias="all")),
+    "LoRA, bias=all, biases elsewhere": In(lora(bias="all", target_modules=["up"])),
+    "OFT, bias=oft_only": In(other(peft.OFTConfig, r=0, oft_block_size=4, bias="oft_only")),
     "LoRA, gaussian": In(lora(init_lora_weights="gaussian")),
     "EVA": In(lora(init_lora_weights="eva", eva_config=peft.EvaConfig()), start=eva),
     "PiSSA": In(lora(init_lora_weights="pissa")),
@@ -252,6 +254,10 @@ OUT: dict[str, Out] = {
     ),
     "LoRA, one layer": Out({"layers.1.up": LoRA(r=3)}),
     "LoRA, trained bias": Out({"up": LoRA(r=2), "down": BIASED}),
+    "LoRA, trained biases elsewhere": Out({"up": BIASED, "down": fadapt.BitFit()}),
+    "LoRA, trained bias, strength 0.5": Out({"up": BIASED}, strength=0.5),
+    "LoRA, bias where there is none": Out({"q_proj": BIASED, "v_proj": LoRA(r=2)}, "Qwen3"),
+    "HRA, trained bias": Out({"up": fadapt.Chain((fadapt.BitFit(), fadapt.HRA(r=2)))}),
     "EVA": Out(fadapt.EVA(r=3), calib=True),
     "PiSSA": Out(fadapt.PiSSA(r=3)),
     "CorDA": Out(fadapt.CorDA(r=3), calib=True),
@@ -288,6 +294,7 @@ OUT: dict[str, Out] = {
 }
 QUIET = (
     "fan_in_fan_out is set to False but",  # PEFT sees that a layer is a Conv1D by itself
+    "merging LoRA weights won't be possible",  # a bias where the layer has none
     "Could not find a config file",
     "Setting `save_embedding_layers`",
     "is_gradient_checkpointing",

@@ -18,7 +18,7 @@ import fadapt
 from fadapt import CheckpointError, FadaptWarning, LoRA
 from fadapt.peft import adapters_in, from_peft_dict, load_peft, peft_dict, save_peft
 from fadapt.peft.formats import FORMATS
-from tests.models import mlp, perturb, qwen3, seeded
+from tests.models import SharedModule, TiedLinear, mlp, perturb, qwen3, seeded
 from tests.peft_table import Net
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -304,6 +304,11 @@ def refused_params() -> dict[str, tuple[Callable[[nn.Module], Any], str]]:
         "strength of HRA": (scaled(fadapt.HRA(r=2)), "strength"),
         "strength of OFT": (scaled(fadapt.OFT(4)), "strength"),
         "strength of RoAd": (scaled(fadapt.RoAd(1, 4)), "strength"),
+        "bias alone": (make(fadapt.BitFit()), "biases alone"),
+        "bias beside IA3": (
+            make(fadapt.Chain((fadapt.BitFit(), fadapt.IA3()))),
+            "IA3 trains no bias",
+        ),
         "chain": (make(fadapt.Chain((LoRA(r=1), fadapt.IA3()))), "no format"),
         "NaN": (nan, "NaN"),
         "stack": (mixed_stack, "unstack"),
@@ -342,6 +347,25 @@ def test_attention_of_torch_is_refused_with_the_reason(tmp_path):
     params = fadapt.init(model, {"out_proj": LoRA(r=2)})
     with pytest.raises(CheckpointError, match="does not adapt this"):
         save_peft(model, params, tmp_path / "adapter")
+
+
+def test_a_module_under_two_names(tmp_path):
+    model = seeded(SharedModule())
+    params = fadapt.init(model, LoRA(r=2))
+    with pytest.raises(CheckpointError, match="does not adapt this Linear"):
+        save_peft(model, params, tmp_path / "adapter")
+    plain = seeded(TiedLinear())
+    made = peft_dict(plain, fadapt.init(plain, {"first": LoRA(r=2)}))
+    with pytest.raises(CheckpointError, match="in other ways"):
+        from_peft_dict(model, *made)
+
+
+def test_a_trained_bias_of_a_norm(tmp_path):
+    model = seeded(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)))
+    config, values = peft_dict(model, fadapt.init(model, {"0": LoRA(r=1)}))
+    values["base_model.model.1.bias"] = torch.ones(4)
+    with pytest.raises(CheckpointError, match=r"replaces 1\.bias.*linear layers"):
+        from_peft_dict(model, {**config, "bias": "all"}, values)
 
 
 def test_convolutions_that_peft_runs_otherwise(tmp_path):

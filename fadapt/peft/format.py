@@ -156,12 +156,18 @@ class Format:
     """The fields that map patterns of names to values."""
     bias_only: ClassVar[str] = ""
     """The value of ``bias`` that saves the biases of the adapted modules."""
-    trains_bias: ClassVar[bool] = False
-    """Whether a Chain of one of its methods with BitFit can be written."""
 
     def read(self, settings: Settings, place: Place, tensors: Taken) -> Read:
         """The method and leaves of one place."""
         raise NotImplementedError
+
+    def read_bias(self, settings: Settings, place: Place, tensors: Taken) -> Tensor | None:
+        """The increment of the bias that is a part of the adapter, or None."""
+        return None
+
+    def own_bias(self, place: Place, adapter: Adapter, d: Tensor) -> tuple[str, Tensor] | None:
+        """(suffix, tensor) of such an increment; None where the format has none."""
+        return None
 
     def settings(self, adapters: Mapping[Place, Adapter]) -> dict[str, Any]:
         """The config fields that hold for all adapters of a file."""

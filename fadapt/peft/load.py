@@ -15,12 +15,13 @@ from ..base.bound import refuse_adapted
 from ..base.checks import check_model
 from ..base.weights import Kind
 from ..errors import CheckpointError, FadaptWarning
+from ..methods.bitfit import BitFit
 from ..params.adapter import Adapter
 from ..params.params import Params, trainable_leaves
+from .bias import with_bias
 from .files import PathLike, check_tensors, read_directory
 from .format import Format, Read, Settings, Taken, build
 from .formats import format_named
-from .formats.lora import with_bias
 from .matching import ALL_LINEAR, check_patterns, is_parameter_targeted, is_targeted
 from .places import NESTED, PARAMETER, PREFIX, UNKNOWN, Place, Places
 
@@ -115,25 +116,19 @@ def _read(
         start = None if initial is None else _sort(form, places, initial, config, f"{where}: start")
         _check_targets(form, places, found, settings)
         biases = _biases(places, found, where)
-        read: dict[Place, Read] = {}
+        adapters = {}
         for key, place in found.places.items():
             before = None
             if start is not None:
                 before = Taken(start.own.get(key, {}), place, f"{where}: the initial adapter")
             taken = Taken(found.own[key], place, where, before)
-            read[place] = build(lambda: form.read(settings, place, taken), where)  # noqa: B023
-        form.finish(settings)
-        adapters = {}
-        for place, one in read.items():
-            bias = biases.pop(place.site.bias or "", None)
-            one = one if bias is None else with_bias(one, bias)
+            one = build(lambda: form.read(settings, place, taken), where)  # noqa: B023
+            parts = biases.pop(place.site.bias or "", None), form.read_bias(settings, place, taken)
+            if found_biases := [d for d in parts if d is not None]:
+                one = with_bias(one, sum(found_biases[1:], found_biases[0]))
             adapters[place.site.name] = _adapter(place, one, where)
-    if biases:
-        raise CheckpointError(
-            f"{where}: it replaces {next(iter(biases))} ({len(biases)} in all), and no weight "
-            "beside it is adapted; fadapt trains a bias together with its weight: "
-            "fadapt.Chain((method, fadapt.BitFit()))"
-        )
+        form.finish(settings)
+        adapters.update(_bias_alone(places, biases, where))
     return trainable_leaves(Params(adapters))
 
 
@@ -263,6 +258,23 @@ def _biases(places: Places, found: _Sorted, where: str) -> dict[str, Tensor]:
         exact = torch.promote_types(own.dtype, torch.float32)
         changed[name] = tensor.to(own.device, exact) - own.detach().to(exact)
     return changed
+
+
+def _bias_alone(places: Places, biases: Mapping[str, Tensor], where: str) -> dict[str, Adapter]:
+    """Adapters of weights whose bias alone is trained."""
+    weights = {weight.bias: (module, weight) for module, weight in places.modules.items()}
+    found = {}
+    for name, d in biases.items():
+        module, weight = weights.get(name, ("", None))
+        layer = UNKNOWN if weight is None else places.layer(module, weight)
+        if weight is None or layer == UNKNOWN:
+            raise CheckpointError(
+                f"{where}: it replaces {name}, and fadapt trains the biases of linear layers and "
+                "convolutions alone: load that value into the model first"
+            )
+        place = Place(module, weight, places.site(weight), module, layer)
+        found[place.site.name] = _adapter(place, Read(BitFit(), {"d": d}, {}), where)
+    return found
 
 
 def _adapter(place: Place, read: Read, where: str) -> Adapter:

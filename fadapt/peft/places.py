@@ -104,6 +104,9 @@ class Places:
         """What PEFT takes a module's weight for."""
         if module in self.attention or module.rpartition(".")[0] in self.attention:
             return UNKNOWN
+        if len(weight.names) > 1:
+            # A module under two names: PEFT adapts one of them, fadapt the module.
+            return UNKNOWN
         if weight.kind is Kind.CONVOLUTION:
             # PEFT's own convolutions know no dilation, padding mode or groups.
             m: Any = weight.module

@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from ..base.bound import refuse_adapted
 from ..base.checks import check_model
 from ..errors import CheckpointError
-from ..methods.bitfit import BitFit
-from ..methods.chain import Chain
 from ..params.adapter import Adapter
 from ..params.params import Params
+from .bias import split_bias, written_biases
 from .files import DEFAULT, PathLike, check_tensors, write_directory
 from .format import Format
 from .formats import format_named, format_of
@@ -107,7 +106,7 @@ def peft_dict(
     with torch.no_grad():
         places = Places(model)
         at = places.for_sites(adapter.site for adapter in params.values())
-        adapters = {at[name]: adapter for name, adapter in params.items()}
+        adapters, biases = _split(at, params)
         form = _one_format(adapters)
         _check_places(form, adapters)
         settings = form.settings(adapters)
@@ -115,7 +114,10 @@ def peft_dict(
         for place, adapter in adapters.items():
             for suffix, tensor in form.write(place, adapter, settings).items():
                 tensors[f"{PREFIX}{place.key}.{suffix}"] = tensor.detach().contiguous()
-        config = {**config_fields(model, form), **_targets(form, places, adapters), **settings}
+        bias, saved = written_biases(form, places, adapters, biases)
+        tensors.update(saved)
+        targets = _targets(form, places, adapters)
+        config = {**config_fields(model, form), **targets, **settings, **bias}
     check_tensors(tensors, "params")
     return config, tensors
 
@@ -137,18 +139,29 @@ def config_fields(model: nn.Module, form: Format) -> dict[str, Any]:
     }
 
 
+def _split(
+    at: Mapping[str, Place], params: Params
+) -> tuple[dict[Place, Adapter], dict[Place, Tensor]]:
+    """The adapters without their trained biases, and these."""
+    adapters, biases = {}, {}
+    for name, adapter in params.items():
+        plain, bias = split_bias(adapter)
+        if plain is not None:
+            adapters[at[name]] = plain
+        if bias is not None:
+            biases[at[name]] = bias
+    if not adapters:
+        raise CheckpointError(
+            "PEFT has no format for trained biases alone; its files hold them beside another "
+            "adapter: fadapt.Chain((method, fadapt.BitFit()))"
+        )
+    return adapters, biases
+
+
 def _one_format(adapters: Mapping[Place, Adapter]) -> Format:
     forms: dict[Format, str] = {}
     for place, adapter in adapters.items():
-        name, method = place.site.name, adapter.method
-        if isinstance(method, Chain):
-            own = [m for m in method.methods if not isinstance(m, BitFit)]
-            if len(own) == 1 and len(method.methods) == 2:
-                form = format_of(name, Adapter(adapter.site, own[0], {}, {}))
-                if form.trains_bias:
-                    forms.setdefault(form, name)
-                    continue
-        forms.setdefault(format_of(name, adapter), name)
+        forms.setdefault(format_of(place.site.name, adapter), place.site.name)
     if len(forms) > 1:
         (a, first), (b, second) = list(forms.items())[:2]
         raise CheckpointError(

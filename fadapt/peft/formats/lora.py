@@ -25,10 +25,8 @@ from torch import Tensor
 
 from ...errors import CheckpointError
 from ...linalg import top_svd
-from ...method import Factors, Leaves, Method
+from ...method import Factors, Method
 from ...methods._moved_factors import MovedFactors
-from ...methods.bitfit import BitFit
-from ...methods.chain import Chain
 from ...methods.dora import DoRA
 from ...methods.lora import LoRA, RsLoRA
 from ...methods.pissa import PiSSA
@@ -77,7 +75,6 @@ class LoRAFormat(Format):
     }
     patterns = ("rank_pattern", "alpha_pattern")
     bias_only = "lora_only"
-    trains_bias = True
 
     def read(self, settings: Settings, place: Place, tensors: Taken) -> Read:
         a, b = _take_factors(settings, place, tensors)
@@ -100,13 +97,24 @@ class LoRAFormat(Format):
             read = Read(kind(r=r, alpha=s * r), {"dA": a - a0, "dB": b - b0}, {"A0": a0, "B0": b0})
         else:
             read = Read(method, {"A": a, "B": b}, {})
-        if "lora_B.bias" in tensors:
-            return with_bias(read, method.scaling * tensors.take("lora_B.bias", b.shape[-2]))
         return read
 
+    def read_bias(self, settings: Settings, place: Place, tensors: Taken) -> Tensor | None:
+        if "lora_B.bias" not in tensors:
+            return None
+        r = settings.integer_at(place, "r", 8, "rank_pattern")
+        alpha = settings.number_at(place, "lora_alpha", 8, "alpha_pattern")
+        s = alpha / (r**0.5 if settings.flag("use_rslora", False) else r)
+        return s * tensors.take("lora_B.bias", place.site.out_features)
+
+    def own_bias(self, place: Place, adapter: Adapter, d: Tensor) -> tuple[str, Tensor] | None:
+        if place.layer in (EMBEDDING, PARAMETER):
+            return None
+        return "lora_B.bias", d / _scale(adapter.method, adapter.leaves)
+
     def settings(self, adapters: Mapping[Place, Adapter]) -> dict[str, Any]:
-        parts = {place: split_bias(adapter) for place, adapter in adapters.items()}
-        methods = [method for method, _, _ in parts.values()]
+        parts = {place: (a.method, a.leaves) for place, a in adapters.items()}
+        methods = [method for method, _ in parts.values()]
         dora = [isinstance(m, DoRA) for m in methods]
         if any(dora) and not all(dora):
             names = [p.site.name for p, d in zip(parts, dora, strict=True) if not d]
@@ -114,9 +122,9 @@ class LoRAFormat(Format):
                 f"PEFT's format has use_dora for all modules or none, and {names[0]} is not DoRA: "
                 "save them apart, or convert them: fadapt.as_lora(model, params, r=...)"
             )
-        rs = all(isinstance(m, RsLoRA) and "s" not in p for m, p, _ in parts.values())
+        rs = all(isinstance(m, RsLoRA) and "s" not in p for m, p in parts.values())
         ranks, alphas = {}, {}
-        for place, (method, p, _) in parts.items():
+        for place, (method, p) in parts.items():
             ranks[place] = _rank(method, p)
             alphas[place] = _alpha(method, p, ranks[place], rs)
         bare = [place for place in parts if place.layer == PARAMETER]
@@ -141,12 +149,12 @@ class LoRAFormat(Format):
             "use_dora": all(dora),
             "lora_dropout": 0.0,
             "init_lora_weights": True,
-            "lora_bias": any(bias is not None for _, _, bias in parts.values()),
+            "lora_bias": False,
             "fan_in_fan_out": all(place.layer == CONV1D for place in parts),
         }
 
     def write(self, place: Place, adapter: Adapter, settings: Mapping[str, Any]) -> Tensors:
-        method, p, bias = split_bias(adapter)
+        method, p = adapter.method, adapter.leaves
         c, s = strength(adapter), _scale(method, p)
         a, b = method._factors(p) if isinstance(method, MovedFactors) else (p["A"], p["B"])
         found = {}
@@ -163,36 +171,7 @@ class LoRAFormat(Format):
         embedding = place.layer == EMBEDDING
         names = ("lora_embedding_A", "lora_embedding_B") if embedding else self.suffixes[:2]
         found.update(zip(names, (a, b), strict=True))
-        if settings["lora_bias"]:
-            if place.layer in (EMBEDDING, PARAMETER):
-                raise CheckpointError(
-                    f"{place.site.name}: PEFT has no lora_bias for {place.layer}s"
-                )
-            if bias is None:
-                bias = b.new_zeros(place.site.out_features)
-            found["lora_B.bias"] = c * bias / s
         return found
-
-
-def with_bias(read: Read, d: Tensor) -> Read:
-    """What a file says of a weight, and its trained bias as an increment d."""
-    first, second = BitFit(), read.method
-    # A method that acts on the bias acts on the trained one.
-    order = (first, second) if read.method.acts_on_bias else (second, first)
-    place = order.index(first)
-    leaves = [{f"{1 - place}.{k}": t for k, t in part.items()} for part in (read.train, read.fixed)]
-    return Read(Chain(order), {**leaves[0], f"{place}.d": d}, leaves[1])
-
-
-def split_bias(adapter: Adapter) -> tuple[Any, Leaves, Tensor | None]:
-    """The method, its leaves, and the trained bias of a Chain with BitFit, or None."""
-    if not isinstance(adapter.method, Chain):
-        return adapter.method, adapter.leaves, None
-    methods = adapter.method.methods
-    own = next(i for i, m in enumerate(methods) if not isinstance(m, BitFit))
-    p, prefix = adapter.leaves, f"{own}."
-    rest = {k[len(prefix) :]: t for k, t in p.items() if k.startswith(prefix)}
-    return methods[own], rest, p[f"{1 - own}.d"]
 
 
 def _take_factors(settings: Settings, place: Place, tensors: Taken) -> Factors:
