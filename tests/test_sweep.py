@@ -200,6 +200,20 @@ def test_learning_rates_of_single_leaves(name, width):
         assert not torch.equal(adapter.train["B"], start[site].train["B"])
 
 
+def test_a_leaf_that_nobody_trains_gets_no_gradient():
+    """Nor does the pass keep its layer's input for one."""
+    model, batches = net(), make_batches(1)
+    trials = [Trial(fadapt.LoRA(r=2), lr_ratio={"A": 0.0}, seed=s) for s in range(2)]
+    loop = Loop(model, named(trials), batches, settings(loss_fn=loss_fn))
+    loop._one_step()
+    (block,) = loop.flat.blocks
+    for place in block.places:
+        assert bool(place.view(block.grads).any()) == (place.leaf == "B")
+    flags = {k: t.requires_grad for a in loop.runner.chunks[0].params.groups[0].params.values()
+             for k, t in a.train.items()}  # fmt: skip
+    assert flags == {"A": False, "B": True}
+
+
 def test_a_loop_of_ones_own_has_the_same_rates():
     """LoRA+ by param_groups, by fit, and by PEFT's own optimiser."""
     from peft import LoraConfig, get_peft_model

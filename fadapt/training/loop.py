@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -36,6 +36,8 @@ from .report import Report
 from .settings import Settings, device_of
 from .starts import initial
 from .trial import Trial
+
+T = TypeVar("T")
 
 
 class Loop:
@@ -104,6 +106,9 @@ class Loop:
     def _rate(self, trial: int, step: int) -> float:
         return self.trials[trial].rate_at(step, self.steps)
 
+    def _named(self, values: Sequence[T]) -> dict[str, T]:
+        return dict(zip(self.board.names, values, strict=True))
+
     def _make_flat(self, separate: bool) -> FlatParams:
         """A layout in which trials run together, or each as :func:`fadapt.fit` runs it alone."""
         self.separate = separate
@@ -120,22 +125,20 @@ class Loop:
         s = self.settings
         return ChunkRunner(
             self.model, self.flat, s.loss_fn, self.data.per_adapter, s.max_adapters,
-            self.compiler, self.optimizer.accumulates, self.board.names, chosen,
+            self.compiler, self.optimizer.accumulates, self._named(self.trials), chosen,
         )  # fmt: skip
 
     def _open(self, path: Path) -> None:
         """Goes on from the directory's checkpoint, or begins anew."""
         kept = self.settings.directory
-        names = dict(zip(self.board.names, self.starts, strict=True))
-        trials = dict(zip(self.board.names, self.trials, strict=True))
         self.data.watch()
         self._identity = {
             "kind": "sweep",
             "format": identity.FORMAT,
-            "sweep": identity.settings_of(self.settings, trials, self.steps),
+            "sweep": identity.settings_of(self.settings, self._named(self.trials), self.steps),
             "given": identity.given_of(self.settings, self._batches),
             "base": identity.base_of(self.model),
-            "starts": {name: identity.start_of(params) for name, params in names.items()},
+            "starts": {n: identity.start_of(p) for n, p in self._named(self.starts).items()},
         }
         if kept.resume:
             with checkpoint.opened(path) as file:

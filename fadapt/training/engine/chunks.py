@@ -18,6 +18,7 @@ from ...params.params import Params, trainable_leaves
 from ...params.stack import Stack, alone
 from ...run import LossFn, apply, run
 from ..data import rows_of
+from ..trial import Trial
 from .compiler import Compiler
 from .flat_params import FlatParams
 
@@ -59,7 +60,7 @@ class ChunkRunner:
             the largest chunk; None is one chunk that is never halved.
         compiler: a :class:`Compiler`.
         accumulates: whether gradients add up over several batches.
-        names: of the trials, for messages.
+        trials: {name: trial}, in the order of their numbers.
         chosen: the width that an earlier object of the same sweep had come to, or None.
 
     Attributes:
@@ -76,14 +77,14 @@ class ChunkRunner:
         max_adapters: int | str | None,
         compiler: Compiler,
         accumulates: bool,
-        names: Sequence[str],
+        trials: Mapping[str, Trial],
         chosen: int | None = None,
     ):
         self.model, self.flat, self.loss_fn = model, flat, loss_fn
         self.per_adapter, self.compiler = per_adapter, compiler
         self.accumulates = accumulates
         self.halves = max_adapters is not None
-        self._names = names
+        self._names, self._trials = list(trials), list(trials.values())
         most = min(max_adapters, len(flat)) if isinstance(max_adapters, int) else len(flat)
         self.chosen = None if max_adapters == "auto" else most
         if chosen is not None and self.halves:
@@ -114,6 +115,7 @@ class ChunkRunner:
     def _step(self, params: Stack | Params, low: int, high: int) -> Any:
         """See :class:`Chunk`."""
         leaves = params.trainable()
+        trained = [leaf for leaf in leaves if leaf.requires_grad]
 
         def step(given: tuple[Any, Tensor]) -> Tensor:
             batch, weights = given
@@ -125,7 +127,10 @@ class ChunkRunner:
                     "the loss does not depend on any adapter: loss_fn detaches it, or no adapted "
                     "layer takes part"
                 )
-            found = torch.autograd.grad(losses, leaves, weights.to(losses), allow_unused=True)
+            grads = iter(
+                torch.autograd.grad(losses, trained, weights.to(losses), allow_unused=True)
+            )
+            found = [next(grads) if leaf.requires_grad else None for leaf in leaves]
             self.flat.take_gradients(low, high, found, self.accumulates)
             self.partial = self.accumulates
             # A copy: torch's own CUDA graphs use the same memory again in the next pass.
@@ -215,8 +220,16 @@ class ChunkRunner:
     def _chunk(self, low: int, high: int) -> Chunk:
         stack = self.flat.part(low, high)
         params = trainable_leaves(alone(stack)) if high - low == 1 else stack
+        self._freeze(params, self.flat.order[low:high])
         step = self._step(params, low, high)
         return Chunk(low, high, self.flat.order[low:high], stack, params, step)
+
+    def _freeze(self, params: Stack | Params, trials: Sequence[int]) -> None:
+        """Leaves that none of these trials trains get no gradient, which costs memory and time."""
+        for tree in [g.params for g in params.groups] if isinstance(params, Stack) else [params]:
+            for adapter in tree.values():
+                for name, leaf in adapter.train.items():
+                    leaf.requires_grad_(any(self._trials[t].ratio(name) for t in trials))
 
     def _each(self, work: Callable[[Chunk], T], what: str) -> list[T | None]:
         """``work`` on every chunk, None for chunks of idle trials only."""
