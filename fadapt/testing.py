@@ -22,6 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from .adapted_map import increment_factors
+from .base.linear_map import DenseMap
 from .config import Config
 from .errors import FadaptWarning
 from .init import init
@@ -384,6 +386,21 @@ def strength_scales(method: Method, case: Case) -> None:
         assert not torch.allclose(other, out), f"strength {c} has no effect"
 
 
+def low_rank_is_the_increment(method: Method, case: Case) -> None:
+    """What ``low_rank`` states is W' - W, at every strength; a method may state nothing."""
+    model = case.model()
+    params = case.trained(model, method)
+    for c in (1.0, -0.5):
+        for adapter in scale(params, c).values():
+            layer: Any = model.get_submodule(adapter.site.name.removesuffix(".weight"))
+            weight = layer.weight.detach()
+            p = {k: t.detach().to(weight.dtype) for k, t in adapter.leaves.items()}
+            factors = increment_factors(method, p, DenseMap(weight, layer.bias))
+            if factors is not None:
+                change = adapter.dense(weight, layer.bias)[0] - weight
+                _close(factors[1] @ factors[0], change, f"low_rank at strength {c}")
+
+
 LAWS: tuple[Callable[[Method, Case], None], ...] = (
     exact_identity,
     merged_equals_run,
@@ -400,6 +417,7 @@ LAWS: tuple[Callable[[Method, Case], None], ...] = (
     no_dense_fallback,
     local_seeded_init,
     strength_scales,
+    low_rank_is_the_increment,
 )
 
 CASES = (
