@@ -1,4 +1,14 @@
-"""fadapt: small adapters as pure functions over an explicit params pytree."""
+"""fadapt: small adapters as pure functions over an explicit params pytree.
+
+Example:
+    The examples of the public names begin with these.
+
+    >>> import torch, fadapt
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4)).eval()
+    >>> x, labels = torch.randn(6, 8), torch.randint(4, (6,))
+    >>> loss_fn = lambda output, batch: nn.functional.cross_entropy(output, labels)
+"""
 
 from . import peft as peft
 from .as_lora import TruncatedLoRA as TruncatedLoRA

@@ -33,6 +33,14 @@ class TruncatedLoRA(LoRA):
         r: rank.
         alpha: numerator of the scale alpha / r.
         error: |W' - W - B A| / |W' - W| (Frobenius), the smallest that any LoRA of this rank has.
+
+    Example:
+        >>> params = fadapt.init(model, {"0.weight": fadapt.DoRA(r=2)})
+        >>> with torch.no_grad():
+        ...     _ = params["0.weight"].train["B"].fill_(0.1)
+        >>> lora = fadapt.as_lora(model, params, r=4)["0.weight"].method
+        >>> type(lora).__name__, 0 < lora.error < 1
+        ('TruncatedLoRA', True)
     """
 
     error: float = 0.0
@@ -76,7 +84,7 @@ def as_lora(
         >>> model = torch.nn.Linear(8, 6)
         >>> params = fadapt.init(model, fadapt.HRA(r=2))
         >>> fadapt.as_lora(model, params)["weight"].method
-        LoRA(r=2, alpha=2.0)
+        LoRA(r=2, ...)
         >>> turned = fadapt.init(model, fadapt.OFT(block_size=4))
         >>> with torch.no_grad():
         ...     _ = turned["weight"].train["q"].fill_(0.1)

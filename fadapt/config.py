@@ -37,6 +37,11 @@ class Config:
 
     Raises:
         ConfigError: a value of the wrong type, a pattern that does not compile, an unknown role.
+
+    Example:
+        >>> cfg = fadapt.Config({"0.weight": fadapt.LoRA(r=2), "": fadapt.IA3()}, seed=1)
+        >>> {name: type(a.method).__name__ for name, a in fadapt.init(model, cfg).items()}
+        {'0.weight': 'LoRA', '2.weight': 'IA3'}
     """
 
     rules: Rules

@@ -4,33 +4,80 @@ from __future__ import annotations
 
 
 class FadaptError(Exception):
-    """Base class of all errors raised by fadapt."""
+    """Base class of all errors raised by fadapt.
+
+    Example:
+        >>> try:
+        ...     fadapt.init(model, {"query": fadapt.LoRA()})
+        ... except fadapt.FadaptError as error:
+        ...     print(type(error).__name__)
+        TargetError
+    """
 
 
 class TargetError(FadaptError):
-    """A rule, site or model that cannot be adapted as asked."""
+    """A rule, site or model that cannot be adapted as asked.
+
+    Example:
+        >>> fadapt.init(model, {"query": fadapt.LoRA()})
+        Traceback (most recent call last):
+        fadapt.errors.TargetError: ...
+    """
 
 
 class ConfigError(FadaptError):
-    """A hyper-parameter, batch or tree that does not fit."""
+    """A hyper-parameter, batch or tree that does not fit.
+
+    Example:
+        >>> fadapt.LoRA(r=0)
+        Traceback (most recent call last):
+        fadapt.errors.ConfigError: ...
+    """
 
 
 class CheckpointError(FadaptError):
-    """A file that is damaged, foreign, incomplete or meant for another base."""
+    """A file that is damaged, foreign, incomplete or meant for another base.
+
+    Example:
+        >>> fadapt.load("no such file", model)
+        Traceback (most recent call last):
+        fadapt.errors.CheckpointError: ...
+    """
 
 
 class CalibrationError(FadaptError):
-    """Calibration data or statistics that are missing or insufficient."""
+    """Calibration data or statistics that are missing or insufficient.
+
+    Example:
+        >>> fadapt.init(model, fadapt.EVA(r=2))
+        Traceback (most recent call last):
+        fadapt.errors.CalibrationError: ...
+    """
 
 
 class FadaptWarning(UserWarning):
-    """Base class of all warnings issued by fadapt."""
+    """Base class of all warnings issued by fadapt.
+
+    Example:
+        >>> import warnings
+        >>> warnings.simplefilter("error", fadapt.FadaptWarning)
+    """
 
 
 class DenseFallbackWarning(FadaptWarning):
     """An operation without an overlay rule: the adapted weight was materialised, exact but slow.
 
     ``warnings.simplefilter("error", fadapt.DenseFallbackWarning)`` turns it into an error.
+
+    Example:
+        >>> import warnings
+        >>> convolution = nn.Conv2d(2, 4, 3)
+        >>> params = fadapt.init(convolution, {"weight": fadapt.LoRA(r=2)})
+        >>> with warnings.catch_warnings(record=True) as caught:
+        ...     warnings.simplefilter("always")
+        ...     _ = fadapt.apply(convolution, params, torch.randn(1, 2, 5, 5))
+        >>> caught[0].category.__name__
+        'DenseFallbackWarning'
     """
 
 

@@ -124,6 +124,13 @@ def init(
         TargetError: a rule that matches nothing, or a weight that cannot be adapted.
         ConfigError: hyper-parameters that do not fit a weight's shape.
         CalibrationError: a method that needs statistics, without them or with insufficient ones.
+
+    Example:
+        >>> params = fadapt.init(model, fadapt.LoRA(r=2))
+        >>> list(params)
+        ['0.weight', '2.weight']
+        >>> torch.equal(fadapt.apply(model, params, x), model(x))
+        True
     """
     config = as_config(cfg)
     check_model(model)

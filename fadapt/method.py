@@ -52,8 +52,9 @@ class Method:
     by their annotations before ``__post_init__`` runs, in which a subclass checks their ranges.
 
     Example:
+        >>> from dataclasses import dataclass
         >>> @dataclass(frozen=True)
-        ... class Gate(Method):
+        ... class Gate(fadapt.Method):
         ...     acts_on_bias = True
         ...
         ...     def init(self, site, rng):

@@ -55,6 +55,12 @@ def run(
         ConfigError: a batch of the wrong type, or an output without a loss.
         TargetError: params made for another model.
         FadaptError: a stack whose members are not independent in this model.
+
+    Example:
+        >>> params = fadapt.init(model, fadapt.LoRA(r=2))
+        >>> fadapt.run(model, params, x, loss_fn).backward()
+        >>> params["0.weight"].train["B"].grad.shape
+        torch.Size([16, 2])
     """
     if isinstance(params, Stack):
         check_model(model)
@@ -74,16 +80,24 @@ def apply(
     """The adapted model's own output: ``model(*args, **kwargs)``, or another method of it.
 
     Args:
-        params: for a stack, every output tensor becomes (N, B, ...); after :func:`fadapt.select`
-            the output is an ordinary batch.
+        model: the frozen base; it is not changed.
+        params: from :func:`fadapt.init`, or a stack: every output tensor then becomes (N, B, ...);
+            after :func:`fadapt.select` the output is an ordinary batch.
+        *args: positional arguments, as the model takes them.
         method: "forward", or the name of any method that calls it, such as "generate".
         per_adapter: for a stack, whether the arguments are (N, B, ...), one part per adapter.
         verify: for a stack, as for :func:`run`, of the outputs of "forward".
+        **kwargs: keyword arguments, as the model takes them.
 
     Raises:
         ConfigError: the model has no such method.
         TargetError: params made for another model.
         FadaptError: a stack whose members are not independent in this model.
+
+    Example:
+        >>> params = fadapt.init(model, fadapt.LoRA(r=2))
+        >>> fadapt.apply(model, params, x).shape
+        torch.Size([6, 4])
     """
     if isinstance(params, Stack):
         check_model(model)
@@ -97,9 +111,18 @@ def bound(model: nn.Module, params: Params | Stack) -> AbstractContextManager[nn
     On leaving, also by an exception, every parameter is the same object as before. Updates of the
     trainable leaves (an optimiser's step) take effect at once.
 
-        with fadapt.bound(model, params):
-            loss = model(**batch).loss
-            loss.backward()
+    Args:
+        model: the frozen base; other params are refused for it inside the block.
+        params: from :func:`fadapt.init`, or a stack.
+
+    Yields:
+        The model itself.
+
+    Example:
+        >>> params = fadapt.init(model, fadapt.LoRA(r=2))
+        >>> with fadapt.bound(model, params):
+        ...     loss = nn.functional.cross_entropy(model(x), labels)
+        ...     loss.backward()
     """
     check_model(model)
     sites = stack_sites(model, params, None) if isinstance(params, Stack) else _sites(model, params)

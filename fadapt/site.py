@@ -92,6 +92,23 @@ class SiteView:
 
     All factories make tensors in ``dtype`` on the site's device; random ones are drawn on the CPU,
     so that values do not depend on the device.
+
+    Attributes:
+        site: the address: name, shape, role.
+        base: the frozen map, whose ``weight()`` is dense.
+        device: of the site's weight.
+        dtype: of what the factories make: float32 or better.
+
+    Example:
+        >>> class Bias(fadapt.Method):
+        ...     acts_on_bias = True
+        ...     def init(self, site, rng):  # site is a SiteView
+        ...         print(site.name, site.in_features, site.out_features)
+        ...         return {"d": site.zeros(site.out_features)}, {}
+        ...     def delta(self, p, x, y, base):
+        ...         return p["d"].expand_as(y)
+        >>> params = fadapt.init(model, {"0.weight": Bias()})
+        0.weight 8 16
     """
 
     site: Site

@@ -443,6 +443,10 @@ def check_method(
 
     Raises:
         AssertionError: a law does not hold; the message names the law, the case and the values.
+
+    Example:
+        >>> from fadapt.testing import Case, check_method
+        >>> check_method(fadapt.LoRA(r=2), cases=[Case()], count=lambda out, size: 2 * (out + size))
     """
     for case in cases:
         case = replace(case, calib=calib)

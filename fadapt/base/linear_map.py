@@ -14,6 +14,16 @@ class LinearMap(Protocol):
 
     Anything with these members can be adapted: a dense weight, a quantised module, or an
     already adapted map (which is how methods compose).
+
+    Example:
+        >>> class Doubled(fadapt.Method):
+        ...     def init(self, site, rng):
+        ...         return {"s": site.zeros(1)}, {}
+        ...     def delta(self, p, x, y, base):  # base is a LinearMap
+        ...         return p["s"] * base.linear(x)
+        >>> params = fadapt.init(model, Doubled())
+        >>> torch.equal(fadapt.apply(model, params, x), model(x))
+        True
     """
 
     @property

@@ -65,6 +65,12 @@ def observe(
         CalibrationError: nothing to observe, no batches, a batch without the mask it needs, rows
             that do not match the mask, or an option of the wrong kind.
         FadaptError: the model is inside ``bound``.
+
+    Example:
+        >>> stats = fadapt.observe(model, fadapt.CorDA(r=2), [x, x])
+        >>> stats.tokens("0.weight")
+        12
+        >>> params = fadapt.init(model, fadapt.CorDA(r=2), stats)
     """
     check_model(model)
     refuse_adapted(model, "fadapt.observe")

@@ -31,6 +31,12 @@ class Stats:
         states: {(site, side): {reduction: state}}.
         base: {parameter: fingerprint} of the whole model that was observed.
         tolerance: the share of rows with NaN or Inf that is accepted; 0 accepts none.
+
+    Example:
+        >>> first = fadapt.observe(model, fadapt.EVA(r=2), [x[:3]])
+        >>> second = fadapt.observe(model, fadapt.EVA(r=2), [x[3:]])
+        >>> first.combine(second).tokens("0.weight")
+        6
     """
 
     streams: Mapping[str, str]

@@ -48,6 +48,11 @@ def wanda_scores(
 
     Raises:
         CalibrationError: no such statistics, or of another base model.
+
+    Example:
+        >>> stats = fadapt.observe(model, fadapt.AntiPaSTO(r=2, select="wanda"), [x])
+        >>> fadapt.wanda_scores(model, stats)["0.weight"].shape
+        torch.Size([16, 8])
     """
     if isinstance(weight, Tensor):
         shape = tuple(stats.shape) if isinstance(stats, Tensor) else type(stats).__name__

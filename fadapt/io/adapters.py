@@ -29,9 +29,17 @@ def save(params: Params, path: str | os.PathLike[str]) -> None:
     The file is written beside its final name, flushed to the disk and renamed, so an interrupted
     save leaves the earlier file as it was.
 
+    Args:
+        params: from :func:`fadapt.init`, trained or not.
+        path: of the file; an earlier one is replaced.
+
     Raises:
         CheckpointError: nothing to save, meta tensors, or a directory or disk that refuses.
         ConfigError: a method with a field that JSON cannot hold.
+
+    Example:
+        >>> params = fadapt.init(model, fadapt.LoRA(r=2))
+        >>> fadapt.save(params, "adapter.safetensors")
     """
     if isinstance(params, Stack):
         raise CheckpointError(
@@ -83,6 +91,11 @@ def load(
     Raises:
         CheckpointError: a missing, damaged, foreign or newer file; missing or extra keys; wrong
             shapes; a method that this process does not know; another base. Names the key.
+
+    Example:
+        >>> fadapt.save(fadapt.init(model, fadapt.LoRA(r=2)), "adapter.safetensors")
+        >>> fadapt.load("adapter.safetensors", model)["0.weight"].method
+        LoRA(r=2, ...)
     """
     as_path(path)
     check_model(model)

@@ -45,6 +45,11 @@ class AntiPaSTO(SpectralGain):
         select: None for the largest singular values, "wanda" for the largest rms output on the
             calibration data.
         suppress_only: keep g at or below 0, so that a strength c >= 0 only damps.
+
+    Example:
+        >>> params = fadapt.init(model, fadapt.AntiPaSTO(r=4))
+        >>> sorted(params["0.weight"].train)
+        ['g']
     """
 
     select: Literal["wanda"] | None = None

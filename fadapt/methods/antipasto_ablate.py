@@ -46,6 +46,11 @@ class AntiPaSTOAblate(SpectralMethod):
         r: number of singular directions to choose within, at most min(out, in).
         k: number of directions removed, at most r.
         floor: the least |α| at which the gradient of C is taken; 0 for the true gradient.
+
+    Example:
+        >>> params = fadapt.init(model, fadapt.AntiPaSTOAblate(r=4, k=1))
+        >>> sorted(params["0.weight"].train)
+        ['alpha', 'dC']
     """
 
     k: int = 1

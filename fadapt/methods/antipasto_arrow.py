@@ -39,6 +39,11 @@ class AntiPaSTOArrow(SpectralMethod):
     Args:
         r: number of directions, at most min(out, in).
         b: size of the dense block, less than r.
+
+    Example:
+        >>> params = fadapt.init(model, fadapt.AntiPaSTOArrow(r=4, b=2))
+        >>> sorted(params["0.weight"].train)
+        ['M', 'g']
     """
 
     b: int = 8

@@ -42,6 +42,11 @@ class AntiPaSTOASVD(SpectralGain):
         r: number of directions, at most min(out, in).
         eps: damping relative to the mean square over all inputs, at least 0.
         suppress_only: keep g at or below 0, so that a strength c >= 0 only damps.
+
+    Example:
+        >>> params = fadapt.init(model, fadapt.AntiPaSTOASVD(r=4), [x, x])
+        >>> sorted(params["0.weight"].train)
+        ['g']
     """
 
     eps: float = 1e-3

@@ -38,6 +38,11 @@ class AntiPaSTODPLR(SpectralMethod):
     Args:
         r: number of directions, at most min(out, in).
         k: rank of the mixing, at most r.
+
+    Example:
+        >>> params = fadapt.init(model, fadapt.AntiPaSTODPLR(r=4, k=1))
+        >>> sorted(params["0.weight"].train)
+        ['A', 'B', 'g']
     """
 
     k: int = 8

@@ -48,6 +48,11 @@ class AntiPaSTORotation(SpectralMethod):
         max_angle: radians in (0, π); no vector turns further at strengths of magnitude up to 1.
         basis: which singular vectors turn: "V" (input), "U" (output) or "both".
         noise: standard deviation of d at the start; 0 for the exact identity.
+
+    Example:
+        >>> params = fadapt.init(model, fadapt.AntiPaSTORotation(r=4, block_size=2))
+        >>> sorted(params["0.weight"].train)
+        ['T_v', 'd']
     """
 
     block_size: int = 4

@@ -26,7 +26,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BitFit(Method):
-    """A trained increment of the bias."""
+    """A trained increment of the bias.
+
+    Example:
+        >>> params = fadapt.init(model, fadapt.BitFit())
+        >>> sorted(params["0.weight"].train)
+        ['d']
+    """
 
     reads_output: ClassVar[bool] = False
 

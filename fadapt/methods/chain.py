@@ -31,6 +31,11 @@ class Chain(Composed):
     Args:
         methods: at least one method. Those whose constants come from the frozen weight's norms
             (DoRA) can only stand first.
+
+    Example:
+        >>> params = fadapt.init(model, fadapt.Chain((fadapt.LoRA(r=2), fadapt.IA3())))
+        >>> sorted(params["0.weight"].train)
+        ['0.A', '0.B', '1.d']
     """
 
     methods: tuple[Method, ...] = ()

@@ -46,6 +46,11 @@ class CorDA(MovedFactors):
         mode: "ipm" adapts the directions that matter most on the calibration data, "kpm" those that
             matter least.
         damping: added to the diagonal of C, relative to its mean; positive.
+
+    Example:
+        >>> params = fadapt.init(model, fadapt.CorDA(r=2), [x, x])
+        >>> sorted(params["0.weight"].train)
+        ['dA', 'dB']
     """
 
     mode: Literal["ipm", "kpm"] = "ipm"

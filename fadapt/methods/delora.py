@@ -50,6 +50,11 @@ class DeLoRA(Method):
         r: rank, at least 1.
         lambda0: the initial strength λ, positive.
         form: "paper" subtracts the frozen initial update; "peft" starts with B = 0 instead.
+
+    Example:
+        >>> params = fadapt.init(model, fadapt.DeLoRA(r=2))
+        >>> sorted(params["0.weight"].train)
+        ['dA', 'dB', 'dlambda']
     """
 
     r: int = 8

@@ -39,6 +39,11 @@ class DoRA(LoRA):
         r: rank, at least 1.
         alpha: numerator of the scale alpha / r.
         detach_norm: treat the norm as a constant in differentiation, as the paper does.
+
+    Example:
+        >>> params = fadapt.init(model, fadapt.DoRA(r=2))
+        >>> sorted(params["0.weight"].train)
+        ['A', 'B', 'mu']
     """
 
     detach_norm: bool = True

@@ -48,6 +48,11 @@ class EVA(LoRA, Planned):
         rho: a site gets at most round(r rho) ranks; 1 gives every site r.
         center: principal components of the centred input; False keeps the mean in.
         whiten: divide each direction by the square root of its singular value.
+
+    Example:
+        >>> params = fadapt.init(model, fadapt.EVA(r=2), [x, x])
+        >>> sorted(params["0.weight"].train)
+        ['A', 'B']
     """
 
     rho: float = 2.0

@@ -44,6 +44,11 @@ class HRA(Method):
 
     Args:
         r: number of reflections, positive and even.
+
+    Example:
+        >>> params = fadapt.init(model, fadapt.HRA(r=2))
+        >>> sorted(params["0.weight"].train)
+        ['dU']
     """
 
     r: int = 8

@@ -28,7 +28,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class IA3(Method):
-    """Learned rescaling of the output, bias included."""
+    """Learned rescaling of the output, bias included.
+
+    Example:
+        >>> params = fadapt.init(model, fadapt.IA3())
+        >>> sorted(params["0.weight"].train)
+        ['d']
+    """
 
     @property
     def acts_on_bias(self) -> bool:
@@ -47,7 +53,13 @@ class IA3(Method):
 
 @dataclass(frozen=True)
 class IA3FF(Method):
-    """Learned rescaling of the input."""
+    """Learned rescaling of the input.
+
+    Example:
+        >>> params = fadapt.init(model, fadapt.IA3FF())
+        >>> sorted(params["0.weight"].train)
+        ['d']
+    """
 
     @property
     def supports_batch_dims(self) -> bool:

@@ -33,6 +33,11 @@ class LoRA(RankPadded, InputDropout):
         r: rank, at least 1.
         alpha: numerator of the scale alpha / r.
         dropout: the share of the input's entries that A does not see in training mode.
+
+    Example:
+        >>> params = fadapt.init(model, fadapt.LoRA(r=4, alpha=8))
+        >>> sorted(params["0.weight"].train)
+        ['A', 'B']
     """
 
     r: int = 8
@@ -84,7 +89,13 @@ class LoRA(RankPadded, InputDropout):
 
 @dataclass(frozen=True)
 class RsLoRA(LoRA):
-    """LoRA with the rank-stabilised scale alpha / sqrt(r)."""
+    """LoRA with the rank-stabilised scale alpha / sqrt(r).
+
+    Example:
+        >>> params = fadapt.init(model, fadapt.RsLoRA(r=4))
+        >>> sorted(params["0.weight"].train)
+        ['A', 'B']
+    """
 
     @property
     def scaling(self) -> float:

@@ -41,6 +41,11 @@ class OFT(Method):
         block_size: b, at least 2; divides the number of inputs.
         exact: the Cayley map by a solve; False for the five-term series.
         coft: the radius that ``fadapt.project`` keeps the blocks in; None for no constraint.
+
+    Example:
+        >>> params = fadapt.init(model, fadapt.OFT(block_size=4))
+        >>> sorted(params["0.weight"].train)
+        ['q']
     """
 
     block_size: int = 32

@@ -39,6 +39,11 @@ class PiSSA(MovedFactors):
         alpha: numerator of the scale alpha / r, positive.
         niter: None for an exact SVD; a number for a randomised one with that many power
             iterations, seeded like all initial values.
+
+    Example:
+        >>> params = fadapt.init(model, fadapt.PiSSA(r=2))
+        >>> sorted(params["0.weight"].train)
+        ['dA', 'dB']
     """
 
     niter: int | None = None

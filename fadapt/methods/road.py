@@ -39,6 +39,11 @@ class RoAd(Method):
     Args:
         variant: 1, 2 or 4.
         group_size: G, even; divides the number of outputs.
+
+    Example:
+        >>> params = fadapt.init(model, fadapt.RoAd(variant=2, group_size=4))
+        >>> sorted(params["0.weight"].train)
+        ['a', 'theta']
     """
 
     variant: Literal[1, 2, 4] = 1

@@ -51,6 +51,11 @@ class SSteer(Method):
 
     Args:
         r: number of singular directions; None for all min(out, in).
+
+    Example:
+        >>> pairs = [({"input": x + 1}, {"input": x - 1})]
+        >>> params = fadapt.init(model, {"0.weight": fadapt.SSteer(r=2)}, pairs)
+        >>> less = fadapt.scale(params, 0.5)
     """
 
     r: int | None = None

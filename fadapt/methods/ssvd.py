@@ -45,6 +45,11 @@ class SSVD(Method):
     Args:
         k: number of triplets, at most min(out, in).
         kind: of the transformation of the right singular vectors.
+
+    Example:
+        >>> params = fadapt.init(model, fadapt.SSVD(k=3))
+        >>> sorted(params["0.weight"].train)
+        ['T', 'd']
     """
 
     k: int = 32

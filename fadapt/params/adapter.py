@@ -56,6 +56,11 @@ class Adapter:
         train: trainable leaves, which start at the increment zero or at random.
         fixed: constants the method needs (row norms, SVD factors) and the runtime strength.
         owner: the layer whose training mode the adapter follows, during a call; not kept.
+
+    Example:
+        >>> adapter = fadapt.init(model, fadapt.LoRA(r=2))["0.weight"]
+        >>> adapter.method, adapter.site.matrix_shape, sorted(adapter.train)
+        (LoRA(r=2, ...), (16, 8), ['A', 'B'])
     """
 
     site: Site

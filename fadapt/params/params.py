@@ -43,6 +43,13 @@ class Params(Mapping[str, Adapter]):
 
     Registered in torch's pytree and in optree's global namespace, so torch.func and
     ``optree.tree_map`` take it as it is. ``config`` is kept for the record and is not compared.
+
+    Example:
+        >>> params = fadapt.init(model, fadapt.LoRA(r=2))
+        >>> params
+        Params(LoRA(r=2, ...) x 2; 88 trainable)
+        >>> params["0.weight"].train["B"].shape
+        torch.Size([16, 2])
     """
 
     __slots__ = ("_adapters", "_awaited", "config")
@@ -218,6 +225,11 @@ def split(params: P) -> tuple[Any, P]:
 
     Raises:
         ConfigError: something else than params.
+
+    Example:
+        >>> train, rest = fadapt.split(fadapt.init(model, fadapt.LoRA(r=2)))
+        >>> {site: sorted(leaves) for site, leaves in train.items()}
+        {'0.weight': ['A', 'B'], '2.weight': ['A', 'B']}
     """
     _check_tree(params, "split(params)")
     return params.split()  # type: ignore[return-value]
@@ -249,8 +261,17 @@ def join(train: Mapping[str, Any], rest: P) -> P:
 def trainable(params: Tree) -> list[Tensor]:
     """The trainable leaves in a fixed order, for an optimiser.
 
+    Args:
+        params: Params, or a Stack.
+
     Raises:
         ConfigError: something else than params.
+
+    Example:
+        >>> params = fadapt.init(model, fadapt.LoRA(r=2))
+        >>> optimizer = torch.optim.AdamW(fadapt.trainable(params), lr=1e-3)
+        >>> sum(leaf.numel() for leaf in fadapt.trainable(params))
+        88
     """
     _check_tree(params, "trainable(params)")
     return params.trainable()
@@ -453,9 +474,19 @@ def project(params: Params) -> Params:
     The leaves are overwritten in place, as an optimiser does, and ``params`` is returned. For a
     stack write ``stack.map(fadapt.project)``.
 
+    Args:
+        params: from :func:`fadapt.init`.
+
     Raises:
         ConfigError: something else than Params, or leaves that a graph made, which are not an
             optimiser's to write to.
+
+    Example:
+        >>> params = fadapt.init(model, fadapt.DeLoRA(r=2))
+        >>> optimizer = torch.optim.AdamW(fadapt.trainable(params), lr=1e-3)
+        >>> fadapt.run(model, params, x, loss_fn).backward()
+        >>> optimizer.step()
+        >>> _ = fadapt.project(params)
     """
     _check_tree(params, "project(params)")
     if not isinstance(params, Params):

@@ -76,6 +76,12 @@ class Stack:
         groups: see :class:`Group`.
         size: N, with the rows of :func:`select` that have no adapter, which are in no group.
         per_row: whether adapter i belongs to row i of the batch (:func:`select`).
+
+    Example:
+        >>> params = [fadapt.init(model, method) for method in (fadapt.LoRA(r=2), fadapt.DoRA(r=2))]
+        >>> stack = fadapt.stack(params)
+        >>> stack.size, len(stack.groups)
+        (2, 2)
     """
 
     __slots__ = ("groups", "per_row", "size")
@@ -222,8 +228,16 @@ def unstack(stack: Stack) -> list[Params]:
 
     The leaves are new ones, except those that a graph made, which stay part of it.
 
+    Args:
+        stack: from :func:`fadapt.stack`, trained or not.
+
     Raises:
         ConfigError: something else than a stack, or one that :func:`select` made.
+
+    Example:
+        >>> stack = fadapt.stack([fadapt.init(model, fadapt.LoRA(r=r)) for r in (1, 2)])
+        >>> [params["0.weight"].method.r for params in fadapt.unstack(stack)]
+        [1, 2]
     """
     if not isinstance(stack, Stack):
         raise ConfigError(f"unstack takes what fadapt.stack returned, got {type(stack).__name__}")

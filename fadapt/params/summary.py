@@ -17,6 +17,13 @@ def summary(params: Params) -> str:
     Sites that differ only in their numbers (the layers of a stack) share a line, with the numbers
     as {0..27} and the count of the sites. Roles that the shape alone does not tell, and tied
     weights, are explained below the table.
+
+    Args:
+        params: from :func:`fadapt.init`.
+
+    Example:
+        >>> print(fadapt.summary(fadapt.init(model, fadapt.LoRA(r=2))))  # doctest: +ELLIPSIS
+        site ...
     """
     groups: dict[tuple[str, ...], list[Adapter]] = {}
     for name in sorted(params, key=_natural):

@@ -35,6 +35,9 @@ PathLike = str | os.PathLike[str]
 def adapters_in(path: PathLike) -> list[str]:
     """The names of the adapters in a directory: "default" first, if it has one.
 
+    Args:
+        path: of the directory.
+
     Example:
         >>> import tempfile, torch, fadapt
         >>> model = torch.nn.ModuleDict({"q_proj": torch.nn.Linear(8, 8)})

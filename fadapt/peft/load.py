@@ -74,7 +74,7 @@ def load_peft(
         >>> folder = tempfile.mkdtemp()
         >>> fadapt.peft.save_peft(model, fadapt.init(model, fadapt.LoRA(r=2)), folder)
         >>> fadapt.peft.load_peft(folder, model)
-        Params(LoRA(r=2, alpha=16.0) x 1; 32 trainable)
+        Params(LoRA(r=2, ...) x 1; 32 trainable)
     """
     config, tensors = read_directory(path, adapter)
     before = None if initial is None else read_directory(initial, None)[1]
@@ -84,7 +84,21 @@ def load_peft(
 def from_peft_dict(
     model: nn.Module, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> Params:
-    """:func:`load_peft` of a config and tensors in memory; the inverse of :func:`peft_dict`."""
+    """:func:`load_peft` of a config and tensors in memory; the inverse of :func:`peft_dict`.
+
+    Args:
+        model: the base that the adapter is for.
+        config: the content of adapter_config.json.
+        tensors: {key: tensor}, as in adapter_model.safetensors.
+
+    Raises:
+        CheckpointError: as :func:`load_peft`.
+
+    Example:
+        >>> config, tensors = fadapt.peft.peft_dict(model, fadapt.init(model, fadapt.LoRA(r=2)))
+        >>> fadapt.peft.from_peft_dict(model, config, tensors)["0.weight"].method
+        LoRA(r=2, ...)
+    """
     check_tensors(tensors, "tensors")
     return _read(model, dict(config), tensors, None, "config")
 

@@ -84,8 +84,8 @@ def peft_dict(
 
     Example:
         >>> import torch, fadapt
-        >>> layers = {name: torch.nn.Linear(8, 8) for name in ("q_proj", "k_proj", "v_proj")}
-        >>> model = torch.nn.ModuleDict(layers)
+        >>> layer = torch.nn.ModuleDict({f"{name}_proj": torch.nn.Linear(8, 8) for name in "qkv"})
+        >>> model = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([layer])})
         >>> params = fadapt.init(model, {"q_proj": fadapt.HRA(r=2)})
         >>> config, tensors = fadapt.peft.peft_dict(model, params, serving=True)
         >>> config["r"], config["lora_alpha"], config["target_modules"]

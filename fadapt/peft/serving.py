@@ -145,6 +145,11 @@ class Verdict:
     Attributes:
         reasons: why it refuses it, or would run another map than PEFT.
         needs: how the server has to be started or called.
+
+    Example:
+        >>> verdict = fadapt.peft.Verdict(reasons=("no LoRA",))
+        >>> bool(verdict), str(verdict)
+        (False, 'no: no LoRA')
     """
 
     reasons: tuple[str, ...] = ()

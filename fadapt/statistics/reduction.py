@@ -177,6 +177,13 @@ class Statistic:
 
     Raises:
         ConfigError: an unknown side, or a paired reduction of inputs.
+
+    Example:
+        >>> from fadapt.calibration import SumSq
+        >>> wanted = fadapt.Statistic(SumSq(), at_least=4)  # mean squares of the inputs
+        >>> stats = fadapt.observe(model, fadapt.LoRA(r=2), [x], statistics=[wanted])
+        >>> stats.get("0.weight", wanted).shape
+        torch.Size([8])
     """
 
     reduction: Reduction

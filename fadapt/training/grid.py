@@ -25,6 +25,11 @@ def grid(config: Any, **values: Any) -> list[Trial]:
 
     Raises:
         ConfigError: an empty grid, or a field that neither has.
+
+    Example:
+        >>> trials = fadapt.grid(fadapt.LoRA, r=[1, 2], lr=[1e-3, 1e-2], warmup=10)
+        >>> len(trials)
+        4
     """
     trials: list[Trial] = []
     own = {f.name for f in dataclasses.fields(Trial)} - {"config", "name"}

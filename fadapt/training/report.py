@@ -52,9 +52,17 @@ class Report:
         losses: {step: training losses by trial}, NaN where a trial did not train; in the order
             of ``names``, as are the scores.
         scores: {step: {metric: scores by trial}}.
-        metric: what the trials are ranked by, in the direction ``goal``.
+        names: of the trials, in the order in which they were given.
+        metric: what the trials are ranked by.
+        goal: "min" or "max": the direction in which a score is better.
         seconds: of training and evaluation, over all restarts.
         chunk: the most adapters that ran in one pass.
+
+    Example:
+        >>> trials = fadapt.grid(fadapt.LoRA(r=2), lr=[1e-3, 1e-2])
+        >>> report = fadapt.sweep(model, trials, [x], steps=3, loss_fn=loss_fn)
+        >>> sorted(report.params) == sorted(report.names)
+        True
     """
 
     results: list[Result]
