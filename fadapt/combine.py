@@ -45,7 +45,7 @@ def combine(params: Sequence[Params], weights: Sequence[float | Tensor]) -> Para
         >>> model = torch.nn.Linear(4, 3)
         >>> a, b = (fadapt.init(model, fadapt.LoRA(r=r)) for r in (1, 2))
         >>> fadapt.combine([a, b], [0.5, 0.5])["weight"].method
-        LoRA(r=3, alpha=3.0)
+        LoRA(r=3, ...)
     """
     members = _members(params)
     if not isinstance(weights, (list, tuple, Tensor)) or len(weights) != len(members):

@@ -256,7 +256,8 @@ def _representatives(whole: Stack) -> list[int]:
             chosen.append(group.index[0])
             seen |= set(group.params)
     if len(chosen) == 1:
-        chosen.append(next((i for i in reversed(whole.order) if i not in chosen), chosen[0]))
+        adapted = [i for g in whole.groups for i in g.index]  # not the rows of the base
+        chosen.append(next((i for i in reversed(adapted) if i not in chosen), chosen[0]))
     return sorted(chosen)
 
 

@@ -36,6 +36,11 @@ class Sum(Method):
 
     Args:
         methods: at least one method.
+
+    Example:
+        >>> params = fadapt.init(model, fadapt.Sum((fadapt.LoRA(r=2), fadapt.IA3())))
+        >>> torch.equal(fadapt.apply(model, params, x), model(x))
+        True
     """
 
     methods: tuple[Method, ...] = ()
