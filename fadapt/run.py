@@ -13,7 +13,7 @@ from .batch import Batch
 from .errors import ConfigError
 from .fold.losses import LossFn as LossFn
 from .fold.run import apply_stack, run_one, run_stack, stack_sites
-from .overlay.call import bind, call
+from .overlay.call import Bound, call
 from .params.adapter import Adapted
 from .params.params import Params
 from .params.stack import Stack
@@ -29,6 +29,10 @@ def run(
     verify: bool = True,
 ) -> Tensor:
     """The loss of the adapted model on a batch; the model is not changed.
+
+    Other threads may use the model, or models that share parts of it, at the same time. Buffers
+    that training mode updates (BatchNorm's running statistics) are updated in copies, and lost:
+    what is to be kept must be a leaf.
 
     A stack of N adapters gives N losses from one pass over the base. They are independent: the
     gradient of their sum holds each adapter's own gradient.
@@ -108,8 +112,11 @@ def apply(
 def bound(model: nn.Module, params: Params | Stack) -> AbstractContextManager[nn.Module]:
     """Inside the block the model *is* the adapted one: for loops, generation, checkpointing.
 
-    On leaving, also by an exception, every parameter is the same object as before. Updates of the
-    trainable leaves (an optimiser's step) take effect at once.
+    That holds for the thread (or the asynchronous task) that entered it: for others the model is
+    the base, and they may run it with other params. Nothing of the model is changed, also by an
+    exception or an interrupt. Updates of the trainable leaves (an optimizer's step) take effect at
+    once. In training mode, buffers such as BatchNorm's running statistics are copies, which end
+    with the block.
 
     Args:
         model: the frozen base; other params are refused for it inside the block.
@@ -118,15 +125,24 @@ def bound(model: nn.Module, params: Params | Stack) -> AbstractContextManager[nn
     Yields:
         The model itself.
 
+    Raises:
+        FadaptError: the model is bound already; or, from ``backward`` after the block, a section
+            that the model checkpoints by itself is recomputed too late.
+
     Example:
         >>> params = fadapt.init(model, fadapt.LoRA(r=2))
         >>> with fadapt.bound(model, params):
         ...     loss = nn.functional.cross_entropy(model(x), labels)
         ...     loss.backward()
     """
-    check_model(model)
-    sites = stack_sites(model, params, None) if isinstance(params, Stack) else _sites(model, params)
-    return bind(model, sites, owner=params)
+
+    def sites() -> Mapping[str, Adapted]:
+        check_model(model)
+        return (
+            stack_sites(model, params, None) if isinstance(params, Stack) else _sites(model, params)
+        )
+
+    return Bound(model, sites, params)
 
 
 def _sites(model: nn.Module, params: Params) -> Mapping[str, Adapted]:

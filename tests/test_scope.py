@@ -180,6 +180,14 @@ class TestBuffers:
         assert all(torch.equal(now[k], v) for k, v in before.items())
         assert all(p.grad is None for p in model.parameters())
 
+    def test_a_block_that_was_entered_in_eval_mode(self) -> None:
+        model, params, x = small()
+        before = copy.deepcopy(model.eval().state_dict())
+        with fadapt.bound(model, params):
+            model.train()
+            model(x)
+        assert all(torch.equal(model.state_dict()[k], v) for k, v in before.items())
+
     def test_the_batch_statistics_are_those_of_the_adapted_model(self) -> None:
         model, params, x = small()
         model.train()

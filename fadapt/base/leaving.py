@@ -32,22 +32,22 @@ class _Exit:
         guard = weakref.ref(token, functools.partial(_unwound, undo))
         leave: Any = functools.partial(_leave, guard, undo)
         leave.token = token
-        _guards.add(guard)
+        _guards[id(guard)] = guard
         return leave
 
 
-_guards: set[weakref.ref[_Token]] = set()
+_guards: dict[int, weakref.ref[_Token]] = {}
 """Of the blocks that were not left yet; a weak reference must live longer than what it watches."""
 
 
 def _leave(guard: weakref.ref[_Token], undo: Callable[[], None], *error: Any) -> None:
     undo()
-    _guards.discard(guard)
+    _guards.pop(id(guard), None)
 
 
 def _unwound(undo: Callable[[], None], guard: weakref.ref[_Token]) -> None:
     undo()
-    _guards.discard(guard)
+    _guards.pop(id(guard), None)
 
 
 class Block:

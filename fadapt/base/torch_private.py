@@ -116,6 +116,11 @@ GROUPED_MM: Callable[..., Tensor] = torch._grouped_mm  # type: ignore[attr-defin
 arguments on before torch asks them for an override."""
 
 
+def is_wrapped(tensor: Tensor) -> bool:
+    """Whether a transform of torch.func has wrapped the tensor; there is no public question."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # type: ignore[attr-defined]
+
+
 def known_values(index: Tensor) -> list[int] | None:
     """The numbers in an index tensor, or None where Python cannot know them.
 

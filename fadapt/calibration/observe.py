@@ -20,7 +20,7 @@ from ..config import Config, Rules, as_config
 from ..errors import CalibrationError, FadaptWarning
 from ..hugging_face import output_head, pad_token
 from ..method import Method
-from ..overlay.call import bind
+from ..overlay.call import Bound
 from ..site import Site
 from ..statistics.reduction import Reduction, State, Statistic, Stream, statistics_of
 from ..targeting import resolve
@@ -230,7 +230,7 @@ def _check_weights(found: list[tuple[BaseWeight, Site, Method]]) -> None:
 def _recording(model: nn.Module, sites: Mapping[str, Site], see: See) -> Iterator[None]:
     """Inside, the model runs in eval mode without gradients, and ``see`` sees every site."""
     probes = {name: Probe(site, see) for name, site in sites.items()}
-    with bind(model, probes, owner=probes), torch.no_grad(), evaluating(model):
+    with Bound(model, lambda: probes, probes), torch.no_grad(), evaluating(model):
         yield
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from torch.func import functional_call
 
 from ..base.bound import bound_params, refuse_bound
+from ..base.leaving import Block
 from ..base.quantized import has_quantized
 from ..base.scope import View
 from ..batch import Batch, arguments
@@ -79,10 +80,28 @@ def call_on_batch(
     return call(model, sites, "forward", args, kwargs, owner=owner)
 
 
-def bind(model: nn.Module, sites: Mapping[str, Adapted], owner: Any) -> View:
-    """A block inside which the sites of the model are adapted."""
-    refuse_bound(model, "another fadapt.bound")
-    return prepare(model, sites).view(model, owner)
+class Bound(Block):
+    """A block inside which the sites of the model are adapted.
+
+    Args:
+        model: the base.
+        sites: gives what computes in the place of the weights, when the block is entered.
+        owner: from which the sites are made.
+    """
+
+    def __init__(self, model: nn.Module, sites: Callable[[], Mapping[str, Adapted]], owner: Any):
+        self.model, self.sites, self.owner = model, sites, owner
+        self.view: View | None = None
+
+    def __enter__(self) -> nn.Module:
+        refuse_bound(self.model, "another fadapt.bound")
+        mount = prepare(self.model, self.sites(), any_mode=True)
+        self.view = mount.view(self.model, self.owner)
+        return self.view.__enter__()
+
+    def undo(self) -> None:
+        if self.view is not None:
+            self.view.undo()
 
 
 def is_bound_to(model: nn.Module, owner: Any) -> bool:

@@ -17,6 +17,7 @@ from ..errors import ConfigError, TargetError
 from ..hugging_face import CHECKPOINT_FUNCTION, checkpoint_function, forward_key
 from ..params.adapter import Adapted
 from .checkpointing import Recomputed, refuse_checkpoint
+from .exact import marked_like
 from .rules import overlay
 from .tensor import Overlay
 
@@ -80,11 +81,14 @@ class Mount:
         return view
 
 
-def prepare(model: nn.Module, sites: Mapping[str, Adapted]) -> Mount:
+def prepare(model: nn.Module, sites: Mapping[str, Adapted], any_mode: bool = False) -> Mount:
     """An overlay for every site, a detached alias for every other trainable base parameter.
 
     And copies of the buffers that training mode may write to, such as the running statistics of
     BatchNorm: the base stays as it is.
+
+    Args:
+        any_mode: whether the mode may change before the model runs, as in a ``bound`` block.
     """
     mount = Mount([], [], [], [])
     found: set[str] = set()
@@ -111,11 +115,11 @@ def prepare(model: nn.Module, sites: Mapping[str, Adapted]) -> Mount:
             if name in sites:
                 new = _overlay_site(name, module, weight, sites[name].within(module))
             elif weight.requires_grad:
-                new = weight.detach()
+                new = marked_like(weight.detach(), True)
             else:
                 continue
             mount.tensors.append((name, module, PARAMETERS, key, new))
-        if module.training and (buffers := own_tensors(buffers_of(module))):
+        if (any_mode or module.training) and (buffers := own_tensors(buffers_of(module))):
             for key, buffer in buffers.items():
                 if buffer is not None and _may_be_updated(module, key, buffer):
                     name = f"{prefix}.{key}" if prefix else key
@@ -153,7 +157,7 @@ def _swap(
 def _overlay_site(name: str, module: nn.Module, weight: Tensor, adapter: Adapted) -> Overlay:
     check_weight(name, module, weight)
     _check_site(name, tuple(weight.shape), weight, adapter.site.stored_shape, adapter)
-    return overlay(weight.detach(), adapter)
+    return overlay(weight.detach(), adapter, required_grad=weight.requires_grad)
 
 
 def _check_site(

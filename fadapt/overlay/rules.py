@@ -14,6 +14,7 @@ from ..errors import TargetError
 from . import experts
 from .checkpointing import refuse_checkpoint
 from .embedding import adapt_embedding
+from .exact import WeightFirstMap, layer_map
 from .tensor import Overlay, implements, overlay
 
 
@@ -33,6 +34,8 @@ def _addmm(bias: Tensor, x: Tensor, weight: Tensor, *, beta: float = 1, alpha: f
 
 @implements(torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
 def _matmul(x: Tensor, weight: Tensor) -> Any:
+    if isinstance(x, Overlay) and not isinstance(weight, Overlay):
+        return _weight_first(x, weight)
     if not isinstance(weight, Overlay) or isinstance(x, Overlay):
         return NotImplemented
     return _product(x, weight, None, rows_out=False)
@@ -40,16 +43,33 @@ def _matmul(x: Tensor, weight: Tensor) -> Any:
 
 def _product(x: Tensor, weight: Overlay, bias: Tensor | None, rows_out: bool) -> Any:
     """The rule behind all products; ``rows_out``: the weight is used as (out, in)."""
+    if not _is_product(weight, bias, rows_out):
+        return NotImplemented
+    transposed, grad = weight.adapter.site.transposed, weight.required_grad
+    return weight.adapter(x, layer_map(x, weight.frozen, bias, transposed, grad))
+
+
+def _weight_first(weight: Overlay, x: Tensor) -> Any:
+    """``weight @ x``, as in Mamba's dt_proj."""
+    if x.dim() < 2 or not _is_product(weight, None, True):
+        return NotImplemented
+    rows = x.mT
+    transposed, grad = weight.adapter.site.transposed, weight.required_grad
+    return weight.adapter(rows, WeightFirstMap(rows, weight.frozen, None, transposed, grad)).mT
+
+
+def _is_product(weight: Overlay, bias: Tensor | None, rows_out: bool) -> bool:
+    """Whether the weight is used as the adapter's own matrix; or an error."""
     site = weight.adapter.site
     if weight.dim() != 2 or (site.transposed == weight.flipped) != rows_out:
-        return NotImplemented  # the transposed map, as in a tied decoder
+        return False  # the transposed map, as in a tied decoder
     if weight.adapter.acts_on_bias and bias is None and site.bias is not None:
         raise TargetError(
             f"{site.name}: the layer adds {site.bias} apart from its product, and "
             f"{weight.adapter} acts on the bias; use another method there"
         )
     refuse_checkpoint(weight.adapter)
-    return weight.adapter(x, DenseMap(weight.frozen, bias, site.transposed))
+    return True
 
 
 @implements(Tensor.T.__get__, Tensor.t, torch.t, Tensor.transpose, torch.transpose)  # type: ignore[attr-defined]
@@ -59,7 +79,7 @@ def _transpose(weight: Tensor, *dims: int) -> Any:
     n = weight.dim()
     if n > 3 or (n == 3 and not dims) or (dims and {d % n for d in dims} != {n - 2, n - 1}):
         return NotImplemented
-    return overlay(weight.frozen, weight.adapter, not weight.flipped)
+    return overlay(weight.frozen, weight.adapter, not weight.flipped, weight.required_grad)
 
 
 @implements(Tensor.mT.__get__)  # type: ignore[attr-defined]

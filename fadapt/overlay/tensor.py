@@ -20,6 +20,7 @@ from ..errors import DenseFallbackWarning, FadaptError, TargetError
 from ..linalg import inverse_permutation
 from ..params.adapter import Adapted
 from .checkpointing import refuse_checkpoint
+from .exact import marked_like
 
 RULES: dict[Callable, Callable[..., Any]] = {}
 """What stands for a torch function that gets an overlay."""
@@ -45,6 +46,7 @@ class Overlay(Tensor):
     frozen: Tensor
     adapter: Adapted
     flipped: bool
+    required_grad: bool
 
     @classmethod
     def __torch_function__(
@@ -60,16 +62,23 @@ class Overlay(Tensor):
         return _dense_fallback(func, args, kwargs)
 
 
-def overlay(weight: Tensor, adapter: Adapted, flipped: bool = False) -> Overlay:
+def overlay(
+    weight: Tensor, adapter: Adapted, flipped: bool = False, required_grad: bool = False
+) -> Overlay:
     """An overlay of ``weight`` (frozen, in its stored layout) that applies ``adapter``.
 
     as_subclass, not _make_wrapper_subclass: torch.compile traces through it, and every overlay is
     made inside the traced or transformed function.
+
+    Args:
+        flipped: whether it stands for the transposed weight.
+        required_grad: whether the base's own parameter requires grad.
     """
     shape = weight.mT.shape if flipped else weight.shape
     nan = torch.full((), float("nan"), dtype=weight.dtype, device=weight.device)
     result = nan.expand(shape).as_subclass(Overlay)
     result.frozen, result.adapter, result.flipped = weight, adapter, flipped
+    result.required_grad = required_grad
     return result
 
 
@@ -103,7 +112,7 @@ def materialise(weight: Overlay) -> Tensor:
     # Without the bias, whose rounding would keep an untrained adapter from being the identity.
     new, _ = weight.adapter.dense(_wide(weight.frozen), None)
     new = _strided_like(new.to(weight.frozen.dtype), weight.frozen)
-    return new.mT if weight.flipped else new
+    return marked_like(new.mT if weight.flipped else new, weight.required_grad)
 
 
 def _strided_like(tensor: Tensor, other: Tensor) -> Tensor:
