@@ -29,6 +29,7 @@ from .init import init as init
 from .io.adapters import load as load
 from .io.adapters import save as save
 from .merge import merge as merge
+from .merge_many import merge_many as merge_many
 from .method import Leaves as Leaves
 from .method import LinearMap as LinearMap
 from .method import Method as Method

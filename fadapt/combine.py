@@ -47,13 +47,7 @@ def combine(params: Sequence[Params], weights: Sequence[float | Tensor]) -> Para
         >>> fadapt.combine([a, b], [0.5, 0.5])["weight"].method
         LoRA(r=3, ...)
     """
-    members = _members(params)
-    if not isinstance(weights, (list, tuple, Tensor)) or len(weights) != len(members):
-        raise ConfigError(
-            f"combine takes a weight for each of {len(members)} params, got {weights!r:.80}: "
-            "combine([a, b], [0.5, 0.5])"
-        )
-    values = [strength_value(w) for w in weights]
+    members, values = check_members(params, weights, "combine([a, b], [0.5, 0.5])")
     sites: dict[str, list[tuple[Adapter, float | Tensor]]] = {}
     for member, value in zip(members, values, strict=True):
         for name, adapter in member.items():
@@ -64,18 +58,26 @@ def combine(params: Sequence[Params], weights: Sequence[float | Tensor]) -> Para
     return own_leaves(Params({name: _site(parts) for name, parts in sites.items()}))
 
 
-def _members(params: Any) -> list[Params]:
+def check_members(
+    params: Any, weights: Any, write: str
+) -> tuple[list[Params], list[float | Tensor]]:
+    """The members and a weight for each, after their checks; ``write`` is the right call."""
     listed = isinstance(params, (list, tuple)) and bool(params)
     if not listed or not all(isinstance(p, Params) for p in params):
         raise ConfigError(
-            f"combine takes a non-empty list of Params, got {type(params).__name__}: "
-            "combine([a, b], [0.5, 0.5]); the members of a stack are fadapt.unstack(stack)"
+            f"expected a non-empty list of Params, got {type(params).__name__}: {write}; the "
+            "members of a stack are fadapt.unstack(stack)"
         )
     for member in params:
         member.check_whole()
         if any(isinstance(a, StackedAdapter) for a in member.values()):
-            raise ConfigError("combine takes the members of a stack: fadapt.unstack(stack)")
-    return list(params)
+            raise ConfigError("this takes the members of a stack: fadapt.unstack(stack)")
+    listed = isinstance(weights, (list, tuple)) or (isinstance(weights, Tensor) and weights.dim())
+    if not listed or len(weights) != len(params):
+        raise ConfigError(
+            f"expected a weight for each of {len(params)} params, got {weights!r:.80}: {write}"
+        )
+    return list(params), [strength_value(w) for w in weights]
 
 
 def _site(parts: list[tuple[Adapter, float | Tensor]]) -> Adapter:

@@ -11,6 +11,7 @@ import torch
 
 from .errors import ConfigError
 from .method import Method
+from .method_json import method_from_json, method_to_json
 
 ROLES = ("reader", "writer", "inner")
 DEFAULT_EXCLUDE = ("lm_head", "embed_tokens")
@@ -87,10 +88,16 @@ class Config:
         for pattern in exclude:
             _check_pattern(pattern, "exclude")
         object.__setattr__(self, "exclude", exclude)
-        if self.dtype is not None and not (
-            isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point
+        if self.dtype is not None and self.dtype not in (
+            torch.float16,
+            torch.bfloat16,
+            torch.float32,
+            torch.float64,
         ):
-            raise ConfigError(f"dtype must be a floating torch.dtype or None, got {self.dtype!r}")
+            raise ConfigError(
+                "dtype must be a floating torch.dtype (float16, bfloat16, float32 or float64) or "
+                f"None, got {self.dtype!r:.80}"
+            )
         if not isinstance(self.seed, int):
             raise ConfigError(f"seed must be an int, got {self.seed!r}")
 
@@ -100,6 +107,56 @@ class Config:
         if isinstance(self.rules, Method):
             return (("", self.rules),)
         return tuple(self.rules.items())
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config as plain data for JSON, TOML or YAML; :meth:`from_dict` reads it.
+
+        Raises:
+            ConfigError: a method with a field that JSON cannot hold.
+
+        Example:
+            >>> import fadapt
+            >>> config = fadapt.Config({"q_proj": fadapt.LoRA(r=4), ".": None}, layers=[0, -1])
+            >>> fadapt.Config.from_dict(config.to_dict()) == config
+            True
+        """
+        return {
+            "rules": [[p, m and method_to_json(m)] for p, m in self.rule_list],
+            "layers": None if self.layers is None else list(self.layers),
+            "roles": list(self.roles),
+            "exclude": list(self.exclude),
+            "dtype": self.dtype and str(self.dtype).removeprefix("torch."),
+            "seed": self.seed,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Config:
+        """The config that :meth:`to_dict` wrote, over the methods that this process knows.
+
+        Raises:
+            ConfigError: a missing, unknown or unsuitable entry.
+        """
+        known = set(cls.__dataclass_fields__)
+        if not isinstance(data, Mapping) or data.keys() != known:
+            raise ConfigError(f"a config must have {sorted(known)}, got {data!r:.200}")
+        for key in ("rules", "roles", "exclude", "layers"):
+            if not isinstance(data[key], list) and not (key == "layers" and data[key] is None):
+                raise ConfigError(f"{key} of a config must be a list, got {data[key]!r:.200}")
+        try:
+            rules = {p: m and method_from_json(m) for p, m in data["rules"]}
+            dtype = None if data["dtype"] is None else getattr(torch, data["dtype"])
+        except (TypeError, ValueError, AttributeError, KeyError) as error:
+            raise ConfigError(f"the rules or dtype of a config are damaged: {error!r}") from error
+        if len(rules) < len(data["rules"]):
+            raise ConfigError("a config has two rules of one pattern")
+        return cls(
+            rules=rules[""] if list(rules) == [""] and rules[""] is not None else rules,
+            layers=data["layers"],
+            roles=tuple(data["roles"]),
+            exclude=tuple(data["exclude"]),
+            dtype=dtype,
+            seed=data["seed"],
+        )
 
     def __hash__(self) -> int:
         return hash((self.rule_list, self.layers, self.roles, self.exclude, self.dtype, self.seed))

@@ -69,6 +69,7 @@ def run(
     if isinstance(params, Stack):
         check_model(model)
         return run_stack(model, params, batch, loss_fn, per_adapter, verify)
+    _check_alone(per_adapter)
     return run_one(model, _sites(model, params), batch, loss_fn, params)
 
 
@@ -106,6 +107,7 @@ def apply(
     if isinstance(params, Stack):
         check_model(model)
         return apply_stack(model, params, method, args, kwargs, per_adapter, verify)
+    _check_alone(per_adapter)
     return call(model, _sites(model, params), method, args, kwargs, owner=params)
 
 
@@ -143,6 +145,14 @@ def bound(model: nn.Module, params: Params | Stack) -> AbstractContextManager[nn
         )
 
     return Bound(model, sites, params)
+
+
+def _check_alone(per_adapter: bool) -> None:
+    if per_adapter:
+        raise ConfigError(
+            "per_adapter=True gives each adapter of a stack its own part of the batch, and these "
+            "params are one adapter: write fadapt.stack([params, ...]), or leave it out"
+        )
 
 
 def _sites(model: nn.Module, params: Params) -> Mapping[str, Adapted]:

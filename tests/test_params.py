@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import re
 
@@ -392,3 +393,20 @@ def test_a_tensor_returned_for_several_sites_is_optimised_once() -> None:
 
     params = fadapt.init(mlp(), Shared())
     assert len({t.data_ptr() for t in fadapt.trainable(params)}) == 2
+
+
+def test_configs_as_plain_data() -> None:
+    for config in (
+        fadapt.Config(LoRA(r=3)),
+        fadapt.Config({"q": fadapt.Chain((LoRA(r=2), fadapt.IA3())), ".": None}, seed=7),
+        fadapt.Config(LoRA(), layers=[0, -1], roles=("writer",), exclude=(), dtype=torch.bfloat16),
+    ):
+        data = json.loads(json.dumps(config.to_dict()))
+        assert fadapt.Config.from_dict(data) == config
+        for key in data:
+            with pytest.raises(ConfigError):
+                fadapt.Config.from_dict({k: v for k, v in data.items() if k != key})
+    good = fadapt.Config(LoRA()).to_dict()
+    for bad in (None, 5, {}, {**good, "rules": 5}, {**good, "dtype": "int32"}, {**good, "z": 1}):
+        with pytest.raises(ConfigError):
+            fadapt.Config.from_dict(bad)  # type: ignore[arg-type]

@@ -284,7 +284,12 @@ def batch_rows(batch: Any, stack: Stack, per_adapter: bool) -> int:
                 )
         return 1
     if not per_adapter:
-        return max(t.shape[0] for _, t in tensors)
+        rows = max(t.shape[0] for _, t in tensors)
+        if not rows:
+            raise ConfigError(
+                f"the batch has no rows: {tensors[0][0]} is {list(tensors[0][1].shape)}"
+            )
+        return rows
     for key, t in tensors:
         if t.shape[0] != stack.size or t.dim() < 2:
             raise ConfigError(

@@ -14,11 +14,11 @@ from ..base.weights import BaseWeight, Kind, weights_by_name
 from ..config import Config
 from ..errors import CheckpointError, ConfigError
 from ..method import Method
+from ..method_json import method_from_json, method_to_json
 from ..params.adapter import Adapter
 from ..params.params import Params, trainable_leaves
 from ..params.stack import Stack
 from ..site import Site
-from .as_json import config_from_json, config_to_json, method_from_json, method_to_json
 from .expected import check_specs
 from .tensors import FORMAT_VERSION, TensorFile, as_path, open_tensors, write_tensors
 
@@ -61,7 +61,7 @@ def save(params: Params, path: str | os.PathLike[str]) -> None:
                 tensors[key] = tensor
     meta = {
         "format_version": FORMAT_VERSION,
-        "config": params.config and config_to_json(params.config),
+        "config": params.config and params.config.to_dict(),
         "sites": {
             name: {
                 "site": dataclasses.asdict(adapter.site),
@@ -135,7 +135,7 @@ def _records(file: TensorFile) -> tuple[Config | None, list[_Record]]:
     """The config and the records of a file, whose keys are those of its tensors."""
     where, meta = file.where, file.meta
     try:
-        config = meta["config"] and config_from_json(meta["config"])
+        config = meta["config"] and Config.from_dict(meta["config"])
         records = [_record(name, record) for name, record in meta["sites"].items()]
     except ConfigError as error:
         raise CheckpointError(f"{where}: {error}") from error

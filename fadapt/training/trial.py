@@ -10,7 +10,6 @@ from typing import Any
 
 from ..config import Config, Rules
 from ..errors import ConfigError, require
-from ..io.as_json import config_to_json
 from ..method import Method
 from ..params.params import Params
 
@@ -162,7 +161,7 @@ class Trial:
         """What a checkpoint compares; Params and functions appear by what they are called."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         config = self.resolved()
-        values["config"] = repr(config) if isinstance(config, Params) else config_to_json(config)
+        values["config"] = repr(config) if isinstance(config, Params) else config.to_dict()
         if callable(self.schedule):
             values["schedule"] = _function_name(self.schedule)
         if self.lr_ratio is not None:

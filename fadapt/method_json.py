@@ -1,4 +1,4 @@
-"""Methods and configs as JSON."""
+"""Methods as JSON data: by name and fields; no code is chosen by a file."""
 
 from __future__ import annotations
 
@@ -7,11 +7,8 @@ import warnings
 from collections.abc import Mapping
 from typing import Any, cast
 
-import torch
-
-from ..config import Config
-from ..errors import ConfigError, FadaptWarning
-from ..method import Method
+from .errors import ConfigError, FadaptWarning
+from .method import Method
 
 MAX_DEPTH = 16
 """How deep methods, and tuples in their fields, may hold each other in a file."""
@@ -64,47 +61,6 @@ def method_from_json(data: Mapping[str, Any], depth: int = 0) -> Method:
         return classes[cast(str, key)](**fields)
     except TypeError as error:
         raise ConfigError(f"method {key!r} does not take the fields {fields}: {error}") from error
-
-
-def config_to_json(config: Config) -> dict[str, Any]:
-    """A Config as JSON data."""
-    return {
-        "rules": [[p, m and method_to_json(m)] for p, m in config.rule_list],
-        "layers": config.layers and list(config.layers),
-        "roles": list(config.roles),
-        "exclude": list(config.exclude),
-        "dtype": config.dtype and str(config.dtype).removeprefix("torch."),
-        "seed": config.seed,
-    }
-
-
-def config_from_json(data: Mapping[str, Any]) -> Config:
-    """The inverse of :func:`config_to_json`.
-
-    Raises:
-        ConfigError: a missing, unknown or unsuitable entry.
-    """
-    known = {f.name for f in dataclasses.fields(Config)}
-    if not isinstance(data, Mapping) or data.keys() != known:
-        raise ConfigError(f"a config must have {sorted(known)}, got {data!r:.200}")
-    for key in ("rules", "roles", "exclude", *(["layers"] if data["layers"] is not None else [])):
-        if not isinstance(data[key], list):
-            raise ConfigError(f"{key} of a config must be a list, got {data[key]!r:.200}")
-    try:
-        rules = {p: m and method_from_json(m) for p, m in data["rules"]}
-        dtype = None if data["dtype"] is None else getattr(torch, data["dtype"])
-    except (TypeError, ValueError, AttributeError, KeyError) as error:
-        raise ConfigError(f"the rules or dtype of a config are damaged: {error!r}") from error
-    if len(rules) < len(data["rules"]):
-        raise ConfigError("a config has two rules of one pattern")
-    return Config(
-        rules=rules[""] if list(rules) == [""] and rules[""] is not None else rules,
-        layers=data["layers"],
-        roles=tuple(data["roles"]),
-        exclude=tuple(data["exclude"]),
-        dtype=dtype,
-        seed=data["seed"],
-    )
 
 
 def method_key(cls: type[Method]) -> str:
