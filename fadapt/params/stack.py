@@ -375,7 +375,7 @@ def subset(stack: Stack, ids: Sequence[int]) -> Stack:
             originals = tuple(group.originals[row] for row in taken.values() if group.originals)
             params = _take(group.params, torch.tensor(list(taken.values())))
             groups.append(Group(tuple(taken), params, originals))
-    return Stack(groups)
+    return Stack(groups, size=len(ids))  # with the rows of the base
 
 
 def views(stack: Stack) -> list[Params]:
