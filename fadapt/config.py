@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from .errors import ConfigError
 from .method import Method
 from .method_json import method_from_json, method_to_json
+from .patterns import check_pattern
 
 ROLES = ("reader", "writer", "inner")
 DEFAULT_EXCLUDE = ("lm_head", "embed_tokens")
@@ -26,12 +26,17 @@ class Config:
     Args:
         rules: a method for every linear map, or {regex: method or None}. Patterns are searched in
             parameter names (``model.layers.0.self_attn.q_proj.weight``); the first match wins,
-            None leaves a parameter alone, and a rule that takes effect nowhere is an error.
+            None leaves a parameter alone, and a rule that takes effect nowhere is an error. A
+            broad rule (one that does not need a layer's own name to match) means linear maps and
+            experts; an embedding, a convolution, a bare parameter or an output head is adapted by
+            a rule that names it. What a rule leaves out ends :func:`fadapt.summary`.
         layers: only these layer indices (the first number in a name); negative ones count from
-            the last layer. None means all.
+            the last layer of each tower (what stands before that number), so that [-1] is the last
+            layer of an encoder and of its decoder, however deep each is. None means all.
         roles: only these roles: "reader" (reads the residual stream: its input is residual wide),
             "writer" (its output is), "inner" (neither). Empty means all.
-        exclude: patterns never adapted.
+        exclude: patterns never adapted. "lm_head" also keeps a broad rule from the output head,
+            whatever the model calls it; a rule that names that head adapts it.
         dtype: of the adapters and their arithmetic; None means float32, or float64 over a
             float64 base.
         seed: of the initial values. A site's start depends on the seed and its name alone.
@@ -58,7 +63,7 @@ class Config:
             raise ConfigError(f"{rules.__name__} is a class; write an instance: {rules.__name__}()")
         if isinstance(rules, Mapping):
             for pattern, method in rules.items():
-                _check_pattern(pattern, "rule")
+                check_pattern(pattern, "rule")
                 if method is not None and not isinstance(method, Method):
                     raise ConfigError(
                         f"rule {pattern!r}: expected a method or None, got {method!r}; "
@@ -86,7 +91,7 @@ class Config:
         object.__setattr__(self, "roles", roles)
         exclude = _strings(self.exclude, "exclude")
         for pattern in exclude:
-            _check_pattern(pattern, "exclude")
+            check_pattern(pattern, "exclude")
         object.__setattr__(self, "exclude", exclude)
         if self.dtype is not None and self.dtype not in (
             torch.float16,
@@ -173,12 +178,3 @@ def _strings(value: Any, what: str) -> tuple[Any, ...]:
     if not isinstance(value, Iterable):
         raise ConfigError(f"{what} must be a tuple of strings, () for none; got {value!r}")
     return tuple(value)
-
-
-def _check_pattern(pattern: Any, what: str) -> None:
-    try:
-        if not isinstance(pattern, str):
-            raise TypeError("expected a str")
-        re.compile(pattern)
-    except (re.error, TypeError) as error:
-        raise ConfigError(f"{what} {pattern!r} is not a regular expression: {error}") from error

@@ -23,7 +23,7 @@ from .params.params import Params, trainable_leaves
 from .seeds import generator
 from .site import Site, SiteView
 from .statistics.reduction import statistics_of
-from .targeting import resolve
+from .targeting import resolve_with_coverage
 
 Found = list[tuple[BaseWeight, Site, Method]]
 
@@ -136,16 +136,19 @@ def init(
     check_model(model)
     refuse_adapted(model, "fadapt.init")
     with torch.no_grad():
-        found = resolve(model, config)
+        found, covered = resolve_with_coverage(model, config)
         _check_finite([weight for weight, _, _ in found])
     stats = as_stats(model, config, found, calib)
     with torch.no_grad():
+        before = {site.name: weight for weight, site, _ in found}
         found, statistic = prepare(found, stats)
+        for _, site, _ in found:
+            del before[site.name]
         adapters = {
             site.name: _init_one(weight, site, m, config, statistic(site, m))
             for weight, site, m in found
         }
-    return trainable_leaves(Params(adapters, config))
+    return trainable_leaves(Params(adapters, config, covered.without(before, "rank 0 of the plan")))
 
 
 def _init_one(weight: BaseWeight, site: Site, method: Method, config: Config, stat: Any) -> Adapter:

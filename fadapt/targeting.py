@@ -4,20 +4,71 @@ from __future__ import annotations
 
 import difflib
 import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
 from .adapted_map import check_site
 from .base.checks import check_model
 from .base.roles import find_roles
+from .base.towers import layers_of, split_name
 from .base.weights import LINEAR_KINDS, BaseWeight, Kind, find_weights
 from .config import DEFAULT_EXCLUDE, Config
-from .errors import ConfigError, TargetError
+from .errors import ConfigError, FadaptWarning, TargetError
+from .hugging_face import output_heads
 from .method import Method
+from .patterns import check_speed
 from .site import Site
 
+HEAD = "lm_head"
+"""The exclude pattern that stands for the output head, whatever the model calls it."""
 
-def resolve(model: nn.Module, config: Config) -> list[tuple[BaseWeight, Site, Method]]:
+Found = list[tuple[BaseWeight, Site, Method]]
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A weight of the base, of two axes or more, that is not adapted; and why.
+
+    Attributes:
+        name: of the parameter.
+        shape: as it is stored.
+        size: the number of its values.
+        reason: in words.
+        notable: whether a rule meant it, and could not have it.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    size: int
+    reason: str
+    notable: bool = False
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What share of a base is adapted.
+
+    Attributes:
+        size: the number of values in all parameters of the base, tied ones counted once.
+        adapted: of these, in adapted weights.
+        left_out: the other weights of two axes or more, in the model's order.
+    """
+
+    size: int
+    adapted: int
+    left_out: tuple[LeftOut, ...]
+
+    def without(self, dropped: Mapping[str, BaseWeight], reason: str) -> Coverage:
+        """The same after some sites were given up."""
+        more = [LeftOut(n, w.stored_shape, w.size, reason, True) for n, w in dropped.items()]
+        adapted = self.adapted - sum(part.size for part in more)
+        return replace(self, adapted=adapted, left_out=(*self.left_out, *more))
+
+
+def resolve(model: nn.Module, config: Config) -> Found:
     """The sites that a config means, in the model's order. See :class:`Config` for the rules.
 
     Raises:
@@ -25,31 +76,40 @@ def resolve(model: nn.Module, config: Config) -> list[tuple[BaseWeight, Site, Me
             named without its use; a parameter that cannot be adapted.
         ConfigError: a shape that the method cannot take.
     """
+    return resolve_with_coverage(model, config)[0]
+
+
+def resolve_with_coverage(model: nn.Module, config: Config) -> tuple[Found, Coverage]:
+    """As :func:`resolve`; and what is left out, with the reasons."""
     check_model(model)
-    weights = [w for w in find_weights(model) if w.kind is not Kind.VECTOR]
-    excluded = _excluded(weights, config)
-    chosen, taken = _apply_rules(weights, config, excluded)
-    roles = find_roles(weights)
-    chosen = _filter(chosen, weights, config, roles)
-    _check_ties(chosen, weights, excluded, taken, config)
-    found = []
-    for weight, _, method in chosen:
-        site = site_of(weight, weights, roles)
-        weight.check()
-        if weight.kind in (Kind.EXPERTS, Kind.EMBEDDING, Kind.CONVOLUTION) and _is_calibrated(
-            method
-        ):
-            raise TargetError(
-                f"{site.name} ({weight.kind}): no statistics are collected there, and {method!r} "
-                "starts from them; use a method without calibration"
-            )
-        try:
-            check_site(method, site)
-        except ConfigError as error:
-            shape = f"{site.out_features} x {site.in_features}"
-            raise ConfigError(f"{site.name} ({shape}): {error}") from None
-        found.append((weight, site, method))
-    return found
+    search = _Search(model, config)
+    found = search.sites(search.filtered(search.chosen()))
+    return found, coverage(search.every, [site.name for _, site, _ in found], search.reasons)
+
+
+def coverage(
+    weights: list[BaseWeight], adapted: list[str], reasons: dict[str, tuple[str, bool]]
+) -> Coverage:
+    """The share of a model's weights that is adapted.
+
+    Args:
+        weights: from :func:`find_weights`.
+        adapted: the names of the sites.
+        reasons: {name of a weight: (why it is left out, whether that is notable)}.
+    """
+    names = set(adapted)
+    sizes: dict[int, int] = {}
+    mine: set[int] = set()
+    for weight in weights:
+        sizes.setdefault(id(weight.parameter), weight.size)
+        if not names.isdisjoint(weight.names):
+            mine.add(id(weight.parameter))
+    left_out = [
+        LeftOut(w.name, w.stored_shape, w.size, *reasons.get(w.name, ("no rule means it", False)))
+        for w in weights
+        if w.kind is not Kind.VECTOR and id(w.parameter) not in mine
+    ]
+    return Coverage(sum(sizes.values()), sum(sizes[i] for i in mine), tuple(left_out))
 
 
 def site_of(
@@ -85,64 +145,282 @@ def site_of(
 Chosen = list[tuple[BaseWeight, str, Method]]
 
 
-def _excluded(weights: list[BaseWeight], config: Config) -> set[str]:
-    names = [n for w in weights for n in w.names]
-    for pattern in config.exclude:
-        if pattern not in DEFAULT_EXCLUDE and not any(re.search(pattern, n) for n in names):
-            raise TargetError(f"exclude {pattern!r} matches no parameter; {_near(pattern, names)}")
-    return {w.name for w in weights for p in config.exclude for n in w.names if re.search(p, n)}
+@dataclass
+class _Search:
+    """The weights that the rules of one config mean in one model."""
 
+    model: nn.Module
+    config: Config
+    every: list[BaseWeight] = field(init=False)
+    weights: list[BaseWeight] = field(init=False)
+    reasons: dict[str, tuple[str, bool]] = field(default_factory=dict)
+    taken: dict[str, int] = field(default_factory=dict)
 
-def _apply_rules(
-    weights: list[BaseWeight], config: Config, excluded: set[str]
-) -> tuple[Chosen, dict[str, int]]:
-    taken: dict[str, int] = {}
-    for i, (pattern, _) in enumerate(config.rule_list):
-        for weight in weights:
-            hits = [n for n in weight.names if re.search(pattern, n)]
-            if hits and len(hits) < len(weight.names):
+    def __post_init__(self) -> None:
+        self.every = find_weights(self.model)
+        self.weights = [w for w in self.every if w.kind is not Kind.VECTOR]
+        names = [n for w in self.every for n in w.names]
+        for pattern, _ in self.config.rule_list:
+            check_speed(pattern, "rule", names)
+        for pattern in self.config.exclude:
+            check_speed(pattern, "exclude", names)
+        self.roles = find_roles(self.weights)
+        self.excluded = self._excluded()
+        # A model that does not exclude "lm_head" asks for its head, whatever that is called.
+        self.heads = self._heads() if HEAD in self.config.exclude else set()
+
+    def _excluded(self) -> set[str]:
+        names = [n for w in self.weights for n in w.names]
+        excluded = set()
+        for pattern in self.config.exclude:
+            hits = {w.name for w in self.weights if any(re.search(pattern, n) for n in w.names)}
+            if pattern not in DEFAULT_EXCLUDE and not hits:
                 raise TargetError(
-                    f"rule {pattern!r} matches {hits} but not "
-                    f"{sorted(set(weight.names) - set(hits))}, which is the same module used "
-                    "again: an adapter there changes every use. "
-                    f"Match them all: {'|'.join(map(re.escape, weight.names))!r}"
+                    f"exclude {pattern!r} matches no parameter; {_near(pattern, names)}"
                 )
-            if hits:
-                taken.setdefault(weight.name, i)
-    chosen: Chosen = []
-    for i, (pattern, method) in enumerate(config.rule_list):
-        mine = [w for w in weights if taken.get(w.name) == i and w.name not in excluded]
-        if not mine:
-            raise TargetError(_nothing(pattern, i, weights, taken, excluded, config))
-        if method is None:
-            continue
-        # A broad pattern means the linear maps; other parameters are adapted when they are named.
-        linear = [
-            w
-            for w in mine
-            if w.kind in (*LINEAR_KINDS, Kind.PARAMETRIZED) or (pattern and _is_named(pattern, w))
-        ]
-        if not linear and not pattern:
+            for name in hits:
+                self._leave_out(name, f"excluded by {pattern!r}")
+            excluded |= hits
+        return excluded
+
+    def _heads(self) -> set[str]:
+        """The weights that make logits: of a model's own head, or tied to an embedding."""
+        heads = {id(module) for module in output_heads(self.model)}
+        embeddings = {id(w.parameter) for w in self.weights if w.kind is Kind.EMBEDDING}
+        return {
+            w.name
+            for w in self.weights
+            if w.kind in (Kind.LINEAR, Kind.QUANTIZED)
+            and (id(w.module) in heads or id(w.parameter) in embeddings)
+        }
+
+    def _leave_out(self, name: str, reason: str, notable: bool = False) -> None:
+        self.reasons.setdefault(name, (reason, notable))
+
+    def chosen(self) -> Chosen:
+        """The weights that the rules mean, before layers and roles."""
+        for i, (pattern, _) in enumerate(self.config.rule_list):
+            for weight in self.weights:
+                hits = [n for n in weight.names if re.search(pattern, n)]
+                if hits and len(hits) < len(weight.names):
+                    raise TargetError(
+                        f"rule {pattern!r} matches {hits} but not "
+                        f"{sorted(set(weight.names) - set(hits))}, which is the same module used "
+                        "again: an adapter there changes every use. "
+                        f"Match them all: {'|'.join(map(re.escape, weight.names))!r}"
+                    )
+                if hits:
+                    self.taken.setdefault(weight.name, i)
+        chosen: Chosen = []
+        for i, (pattern, method) in enumerate(self.config.rule_list):
+            mine = [w for w in self.weights if self.taken.get(w.name) == i]
+            mine = [w for w in mine if w.name not in self.excluded]
+            if not mine:
+                raise TargetError(self._nothing(pattern, i))
+            if method is None:
+                for weight in mine:
+                    self._leave_out(weight.name, f"left alone by the rule {pattern!r}: None")
+                continue
+            meant = [w for w in mine if self._is_meant(pattern, w)]
+            if not meant and not pattern:
+                raise TargetError(
+                    f"{type(method).__name__} for all linear maps, but the model has none; its "
+                    f"other parameters are {[w.name for w in mine][:8]}: name one in a rule"
+                )
+            meant = meant or mine
+            for weight in meant:
+                self._check_kind(pattern, weight)
+            for weight in mine:
+                if all(weight is not w for w in meant):
+                    self._leave_out(weight.name, f"{_what(weight, self.heads)}; a rule may name it")
+            chosen += [(w, pattern, method) for w in meant]
+        order = {w.name: k for k, w in enumerate(self.weights)}
+        return sorted(chosen, key=lambda c: order[c[0].name])
+
+    def _is_meant(self, pattern: str, weight: BaseWeight) -> bool:
+        """Whether a rule that matches a weight means it.
+
+        A broad one means the linear maps, but not the head; others are adapted when they are named.
+        """
+        if pattern and _is_named(pattern, weight):
+            return True
+        if weight.kind is Kind.PARAMETRIZED:
+            return weight.parameter.dim() == 2  # a linear map; refused rather than left out
+        return weight.kind in LINEAR_KINDS and weight.name not in self.heads
+
+    def _check_kind(self, pattern: str, weight: BaseWeight) -> None:
+        if weight.kind is Kind.PARAMETRIZED:
             raise TargetError(
-                f"{type(method).__name__} for all linear maps, but the model has none; its other "
-                f"parameters are {[w.name for w in mine][:8]}: name one in a rule"
+                f"{weight.name} belongs to a parametrized layer, whose weight is computed from "
+                "it: call torch.nn.utils.parametrize.remove_parametrizations, or put "
+                "{pattern: None} for it before this rule"
             )
-        for weight in linear or mine:
-            if weight.kind is Kind.PARAMETRIZED:
+        if weight.kind is Kind.TENSOR:
+            raise TargetError(
+                f"rule {pattern!r} matches {weight.name} of shape {weight.stored_shape}; "
+                "adapters need a matrix (2-D), a stack of expert matrices (3-D) or a "
+                "convolution kernel. Put {pattern: None} for it before this rule; or, where its "
+                "first axis counts experts, say so on its module: module.num_experts = "
+                f"{weight.stored_shape[0]}"
+            )
+
+    def filtered(self, chosen: Chosen) -> Chosen:
+        """What is left in the config's layers and roles; and no tied tensor twice."""
+        config, before = self.config, chosen
+        if config.layers is not None:
+            wanted = self._layers(tuple(config.layers), chosen)
+            chosen = [c for c in chosen if split_name(c[0].name)[:2] in wanted]
+        if config.roles:
+            everywhere = chosen
+            chosen = [c for c in chosen if self.roles.get(c[0].name, ("",))[0] in config.roles]
+            if everywhere and not chosen:
+                table = {c[0].name: self.roles.get(c[0].name, ("none",))[0] for c in everywhere[:6]}
+                raise TargetError(f"no rule matches a weight in the roles {config.roles}; {table}")
+        for pattern, method in config.rule_list:
+            if method is not None and not any(c[1] == pattern for c in chosen):
                 raise TargetError(
-                    f"{weight.name} belongs to a parametrized layer, whose weight is computed from "
-                    "it: call torch.nn.utils.parametrize.remove_parametrizations, or put "
-                    "{pattern: None} for it before this rule"
+                    f"rule {pattern!r} matches weights, but none in layers={config.layers}, "
+                    f"roles={config.roles}; widen them or drop the rule"
                 )
-            if weight.kind is Kind.TENSOR:
+        inside = {weight.name for weight, _, _ in chosen}
+        for weight, _, _ in before:
+            if weight.name not in inside:
+                self._leave_out(weight.name, "not in the config's layers and roles")
+        self._check_ties(chosen)
+        return chosen
+
+    def _layers(self, layers: tuple[int, ...], chosen: Chosen) -> set[tuple[str, int | None]]:
+        """The (tower, layer) that the indices mean in the towers of the chosen weights."""
+        towers = layers_of(n for w in self.weights for n in w.names)
+        inside = {split_name(weight.name)[0] for weight, _, _ in chosen}
+        counts = {tower: max(found) + 1 for tower, found in towers.items() if tower in inside}
+        present = set().union(*towers.values()) if towers else set()
+        every = {split_name(w.name)[:2] for w in self.weights}
+        wanted: set[tuple[str, int | None]] = set()
+        absent = []
+        for i in layers:
+            if i >= 0:
+                wanted |= {(tower, layer) for tower, layer in every if layer == i}
+                absent += [i] * (i not in present)
+            else:
+                wanted |= {(tower, i + count) for tower, count in counts.items()}
+                short = [t for t, count in counts.items() if i + count not in towers[t]]
+                absent += [i] * bool(short or not counts)
+        if absent:
+            deep = counts or {t: max(found) + 1 for t, found in towers.items()}
+            has = ", ".join(f"{t or 'the model'} has layers 0 to {n - 1}" for t, n in deep.items())
+            raise TargetError(
+                f"layers {absent} do not exist; {has or 'the model has no numbered layers'}"
+                + ("; name one tower in the rules" if len(deep) > 1 else "")
+            )
+        return wanted
+
+    def _check_ties(self, chosen: Chosen) -> None:
+        patterns = [pattern for pattern, _ in self.config.rule_list]
+        out = self.excluded | self.heads
+        for weight, pattern, method in chosen:
+            uses = [w for w in self.weights if w.parameter is weight.parameter]
+            uses = [w for w in uses if w is weight or w.name not in out]
+            named = [w.name for w in uses if self.taken.get(w.name) == patterns.index(pattern)]
+            if len(named) > 1:
+                one, other = (re.escape(n) for n in named[:2])
                 raise TargetError(
-                    f"rule {pattern!r} matches {weight.name} of shape {weight.stored_shape}; "
-                    "adapters need a matrix (2-D), a stack of expert matrices (3-D) or a "
-                    "convolution kernel. Put {pattern: None} for it before this rule"
+                    f"{' and '.join(named)} are one tied tensor, and rule {pattern!r} means both. "
+                    f"Say which use: {{{one!r}: {method!r}}}, or give each its own rule "
+                    f"({one!r} and {other!r}), or exclude them"
                 )
-        chosen += [(s, pattern, method) for s in linear or mine]
-    order = {w.name: k for k, w in enumerate(weights)}
-    return sorted(chosen, key=lambda c: order[c[0].name]), taken
+
+    def sites(self, chosen: Chosen) -> Found:
+        """The addresses of the chosen weights, after the checks."""
+        found: Found = []
+        refused: dict[str, list[tuple[BaseWeight, ConfigError]]] = {}
+        for weight, pattern, method in chosen:
+            site = site_of(weight, self.weights, self.roles)
+            weight.check()
+            unseen = weight.kind in (Kind.EXPERTS, Kind.EMBEDDING, Kind.CONVOLUTION)
+            if unseen and _is_calibrated(method):
+                raise TargetError(
+                    f"{site.name} ({weight.kind}): no statistics are collected there, and "
+                    f"{method!r} starts from them; use a method without calibration"
+                )
+            try:
+                check_site(method, site)
+            except ConfigError as error:
+                shape = f"{site.out_features} x {site.in_features}"
+                name = re.escape(site.name.removesuffix(".weight"))
+                message = f"{site.name} ({shape}): {error}"
+                if not (pattern and _is_named(pattern, weight)):
+                    message += f". Or leave it alone: {{{name!r}: None, {pattern!r}: {method!r}}}"
+                if (pattern and _is_named(pattern, weight)) or not _is_narrow(site, method):
+                    raise ConfigError(message) from None
+                refused.setdefault(pattern, []).append((weight, ConfigError(message)))
+                self._leave_out(site.name, f"too narrow for {method!r}: {error}", notable=True)
+                continue
+            found.append((weight, site, method))
+        for pattern, narrow in refused.items():
+            mine = [w for w, p, _ in chosen if p == pattern]
+            if len(narrow) == len(mine):
+                raise narrow[0][1]
+            size = sum(w.size for w, _ in narrow)
+            if size > MANY * sum(w.size for w in mine):
+                warnings.warn(
+                    f"{len(narrow)} of {len(mine)} weights that rule {pattern!r} means are too "
+                    f"narrow and left out, such as {narrow[0][1]}",
+                    FadaptWarning,
+                    stacklevel=5,
+                )
+        return found
+
+    def _nothing(self, pattern: str, i: int) -> str:
+        names = [n for w in self.weights for n in w.names]
+        hits = [w.name for w in self.weights if any(re.search(pattern, n) for n in w.names)]
+        if not hits:
+            vectors = [w for w in self.every if w.kind is Kind.VECTOR]
+            vectors = [w for w in vectors if any(re.search(pattern, n) for n in w.names)]
+            if pattern and vectors:
+                return (
+                    f"rule {pattern!r} matches only vectors, such as {vectors[0].name} of shape "
+                    f"{vectors[0].stored_shape}; adapters need a matrix (2-D) or more"
+                )
+            return f"rule {pattern!r} matches no weight; {_near(pattern, names)}"
+        if earlier := [n for n in hits if self.taken[n] < i]:
+            by = self.config.rule_list[self.taken[earlier[0]]][0]
+            return (
+                f"rule {pattern!r} is never used: {earlier[0]} and all else that it matches is "
+                f"taken by the earlier rule {by!r}; put the narrower rule first"
+            )
+        return (
+            f"rule {pattern!r} matches only excluded weights, such as {hits[0]}; "
+            f"exclude is {self.config.exclude}: pass exclude=() or a narrower one"
+        )
+
+
+MANY = 0.1
+"""The share of a rule's weights from which leaving out narrow ones is worth a warning."""
+
+
+def _is_narrow(site: Site, method: Method) -> bool:
+    """Whether a matrix has fewer singular directions than the method asks for."""
+    asked = [
+        value
+        for part in getattr(method, "methods", (method,))
+        for key in ("r", "k")
+        if isinstance(value := getattr(part, key, None), int)
+    ]
+    return min(site.matrix_shape) < max(asked, default=0)
+
+
+def _what(weight: BaseWeight, heads: set[str]) -> str:
+    """What a weight is, that a broad rule does not mean it."""
+    if weight.name in heads:
+        return "the output head"
+    return {
+        Kind.EMBEDDING: "an embedding",
+        Kind.CONVOLUTION: "a convolution",
+        Kind.MATRIX: "a bare parameter",
+        Kind.TENSOR: "no matrix",
+        Kind.PARAMETRIZED: "computed by torch (parametrized)",
+    }.get(weight.kind, weight.kind)
 
 
 def _is_named(pattern: str, weight: BaseWeight) -> bool:
@@ -152,80 +430,8 @@ def _is_named(pattern: str, weight: BaseWeight) -> bool:
     return not re.search(pattern, ".".join(parts))
 
 
-def _filter(
-    chosen: Chosen, weights: list[BaseWeight], config: Config, roles: dict[str, tuple[str, str]]
-) -> Chosen:
-    if config.layers is not None:
-        present = sorted({w.layer for w in weights if w.layer is not None})
-        count = present[-1] + 1 if present else 0
-        wanted = {i + count if i < 0 else i for i in config.layers}
-        if absent := [i for i in config.layers if (i + count if i < 0 else i) not in present]:
-            raise TargetError(
-                f"layers {absent} do not exist; the model has "
-                f"{f'layers 0 to {count - 1}' if count else 'no numbered layers'}"
-            )
-        chosen = [c for c in chosen if c[0].layer in wanted]
-    if config.roles:
-        before = chosen
-        chosen = [c for c in chosen if roles.get(c[0].name, ("",))[0] in config.roles]
-        if before and not chosen:
-            table = {c[0].name: roles.get(c[0].name, ("none",))[0] for c in before[:6]}
-            raise TargetError(f"no rule matches a weight in the roles {config.roles}; {table}")
-    for pattern, method in config.rule_list:
-        if method is not None and not any(c[1] == pattern for c in chosen):
-            raise TargetError(
-                f"rule {pattern!r} matches weights, but none in layers={config.layers}, "
-                f"roles={config.roles}; widen them or drop the rule"
-            )
-    return chosen
-
-
-def _check_ties(
-    chosen: Chosen,
-    weights: list[BaseWeight],
-    excluded: set[str],
-    taken: dict[str, int],
-    config: Config,
-) -> None:
-    patterns = [pattern for pattern, _ in config.rule_list]
-    for weight, pattern, method in chosen:
-        uses = [w for w in weights if w.parameter is weight.parameter and w.name not in excluded]
-        named = [w.name for w in uses if taken.get(w.name) == patterns.index(pattern)]
-        if len(named) > 1:
-            one, other = (re.escape(n) for n in named[:2])
-            raise TargetError(
-                f"{' and '.join(named)} are one tied tensor, and rule {pattern!r} means both. "
-                f"Say which use: {{{one!r}: {method!r}}}, or give each its own rule "
-                f"({one!r} and {other!r}), or exclude them"
-            )
-
-
 def _is_calibrated(method: Method) -> bool:
     return any(part.statistic is not None for part in getattr(method, "methods", (method,)))
-
-
-def _nothing(
-    pattern: str,
-    i: int,
-    weights: list[BaseWeight],
-    taken: dict[str, int],
-    excluded: set[str],
-    config: Config,
-) -> str:
-    names = [n for w in weights for n in w.names]
-    hits = [w.name for w in weights if any(re.search(pattern, n) for n in w.names)]
-    if not hits:
-        return f"rule {pattern!r} matches no weight; {_near(pattern, names)}"
-    if earlier := [n for n in hits if taken[n] < i]:
-        by = config.rule_list[taken[earlier[0]]][0]
-        return (
-            f"rule {pattern!r} is never used: {earlier[0]} and all else that it matches is taken "
-            f"by the earlier rule {by!r}; put the narrower rule first"
-        )
-    return (
-        f"rule {pattern!r} matches only excluded weights, such as {hits[0]}; "
-        f"exclude is {config.exclude}: pass exclude=() or a narrower one"
-    )
 
 
 def _near(pattern: str, names: list[str]) -> str:

@@ -76,7 +76,7 @@ def test_each_private_name_has_its_reason() -> None:
     tree = ast.parse(PRIVATE_HOME.read_text())
     functions = [n for n in tree.body if isinstance(n, ast.FunctionDef)]
     assert functions
-    assert all(len(ast.get_docstring(f) or "") > 80 for f in functions)
+    assert all(len(ast.get_docstring(f) or "") > 40 for f in functions)
 
 
 def test_the_homes_are_not_empty_words() -> None:

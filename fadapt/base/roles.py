@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 
+from .towers import split_name
 from .weights import BaseWeight, Kind
 
 
@@ -50,8 +51,8 @@ def find_roles(weights: list[BaseWeight]) -> dict[str, tuple[str, str]]:
 
 
 def _tower(name: str) -> str:
-    parts = name.split(".")
-    return next((".".join(parts[:i]) or "." for i, p in enumerate(parts) if p.isdigit()), "")
+    tower, layer, _ = split_name(name)
+    return "" if layer is None else tower or "."
 
 
 def _sublayer(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -106,6 +107,11 @@ class BaseWeight:
         return self.parameter.dtype if self.quantized is None else self.quantized.dtype
 
     @property
+    def size(self) -> int:
+        """The number of its values, packed or not."""
+        return math.prod(self.stored_shape)
+
+    @property
     def device(self) -> torch.device:
         return self.parameter.device
 
@@ -150,11 +156,6 @@ class BaseWeight:
             check_weight(self.name, self.module, self.parameter)
         else:
             self.quantized.check(self.name)
-
-    @property
-    def layer(self) -> int | None:
-        """The first number in the name."""
-        return next((int(part) for part in self.name.split(".") if part.isdigit()), None)
 
 
 def find_weights(model: nn.Module) -> list[BaseWeight]:

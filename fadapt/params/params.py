@@ -19,6 +19,7 @@ from .pytree import Note, register_node
 
 if TYPE_CHECKING:
     from ..config import Config
+    from ..targeting import Coverage
 
 
 class Tree(Protocol):
@@ -42,7 +43,8 @@ class Params(Mapping[str, Adapter]):
     """An immutable mapping {site name: Adapter}, sorted by name; a pytree.
 
     Registered in torch's pytree and in optree's global namespace, so torch.func and
-    ``optree.tree_map`` take it as it is. ``config`` is kept for the record and is not compared.
+    ``optree.tree_map`` take it as it is. ``config`` and ``coverage`` (what share of the base is
+    adapted, and what is left out) are kept for the record and are not compared.
 
     Example:
         >>> params = fadapt.init(model, fadapt.LoRA(r=2))
@@ -52,18 +54,23 @@ class Params(Mapping[str, Adapter]):
         torch.Size([16, 2])
     """
 
-    __slots__ = ("_adapters", "_awaited", "config")
+    __slots__ = ("_adapters", "_awaited", "config", "coverage")
 
     def __init__(
         self,
         adapters: Mapping[str, Adapter],
         config: Config | None = None,
+        coverage: Coverage | None = None,
         *,
         awaited: Awaited | None = None,
     ):
         self._adapters: dict[str, Adapter] = _sorted(adapters)
-        self.config = config
+        self.config, self.coverage = config, coverage
         self._awaited = awaited
+
+    def with_adapters(self, adapters: Mapping[str, Adapter]) -> Params:
+        """Other adapters of the same sites, with this one's record."""
+        return Params(adapters, self.config, self.coverage)
 
     def __getitem__(self, name: str) -> Adapter:
         return self._adapters[name]
@@ -83,7 +90,7 @@ class Params(Mapping[str, Adapter]):
     def map(self, fn: Callable[[Adapter], Adapter]) -> Params:
         """A Params with ``fn`` applied to every adapter."""
         adapters = {name: fn(a) for name, a in self.items()}
-        return Params(adapters, self.config, awaited=self._awaited)
+        return Params(adapters, self.config, self.coverage, awaited=self._awaited)
 
     def only(self, *patterns: str) -> Params:
         """The adapters whose site names match one of the patterns, searched as in a rule.
@@ -171,7 +178,7 @@ class Params(Mapping[str, Adapter]):
         for name, adapter in self.items():
             awaited = None if self._awaited is None else self._awaited[name]
             _check_joined(name, adapter, train[name], awaited)
-        return Params({k: a.replace(dict(train[k])) for k, a in self.items()}, self.config)
+        return self.with_adapters({k: a.replace(dict(train[k])) for k, a in self.items()})
 
     def trainable(self) -> list[Tensor]:
         """See :func:`trainable`."""
@@ -507,13 +514,14 @@ def project(params: Params) -> Params:
 
 
 def _flatten_params(p: Params) -> tuple[list[Adapter], tuple[tuple[str, ...], Note]]:
-    return list(p._adapters.values()), (tuple(p._adapters), Note((p.config, p._awaited)))
+    record = p.config, p.coverage, p._awaited
+    return list(p._adapters.values()), (tuple(p._adapters), Note(record))
 
 
 def _unflatten_params(aux: Any, children: Any) -> Params:
     names, note = aux
-    config, awaited = note.value
-    return Params(dict(zip(names, children, strict=True)), config, awaited=awaited)
+    config, covered, awaited = note.value
+    return Params(dict(zip(names, children, strict=True)), config, covered, awaited=awaited)
 
 
 register_node(Params, _flatten_params, _unflatten_params)

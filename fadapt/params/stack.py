@@ -254,7 +254,7 @@ def unstack(stack: Stack) -> list[Params]:
                 name: _member(adapter, row, original[name])
                 for name, adapter in group.params.items()
             }
-            found[i] = own_leaves(Params(adapters, original.config))
+            found[i] = own_leaves(original.with_adapters(adapters))
     return [found[i] for i in sorted(found)]
 
 

@@ -5,25 +5,42 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from torch import nn
+
+from ..base.weights import find_weights
+from ..errors import TargetError
+from ..targeting import Coverage, LeftOut, coverage, resolve_with_coverage
 from .adapter import Adapter
 from .params import Params
 
 HEADER = ("site", "method", "out x in", "role", "trainable")
 
 
-def summary(params: Params) -> str:
-    """A table of site, method, shape, role and trainable count.
+def summary(params: Params, model: nn.Module | None = None) -> str:
+    """A table of site, method, shape, role and trainable count; and what is left out.
 
     Sites that differ only in their numbers (the layers of a stack) share a line, with the numbers
     as {0..27} and the count of the sites. Roles that the shape alone does not tell, and tied
-    weights, are explained below the table.
+    weights, are explained below the table. It ends with the share of the base's values that lie in
+    adapted weights, the trainable values as a share of the base, and the weights of two axes or
+    more that are not adapted, with the reason: each that a rule meant and could not have, and of
+    the others those that hold a hundredth of the base or more, the largest first.
 
     Args:
-        params: from :func:`fadapt.init`.
+        params: from :func:`fadapt.init`, which records what it leaves out, or others.
+        model: the base, for params that have no such record (of a file, say).
 
     Example:
-        >>> print(fadapt.summary(fadapt.init(model, fadapt.LoRA(r=2))))  # doctest: +ELLIPSIS
-        site ...
+        >>> import torch
+        >>> import fadapt
+        >>> model = torch.nn.Sequential(torch.nn.Embedding(50, 8), torch.nn.Linear(8, 4))
+        >>> print(fadapt.summary(fadapt.init(model, fadapt.LoRA(r=2))))
+        site      method                 out x in  role    trainable
+        ------------------------------------------------------------
+        1.weight  LoRA(r=2, alpha=16.0)  4 x 8     reader         24
+        1 sites, 24 trainable and 0 fixed values
+        adapted: 7.3% of the base's 436 values; trainable: 5.5% of that number
+        left out: 0.weight, 50 x 8 (91.7%): an embedding; a rule may name it
     """
     groups: dict[tuple[str, ...], list[Adapter]] = {}
     for name in sorted(params, key=_natural):
@@ -56,7 +73,55 @@ def summary(params: Params) -> str:
             notes[f"* {where}: {site.role} ({site.note})"] = ""
         if site.tied:
             notes[f"! {where} is tied to {', '.join(site.tied)}, which is not adapted by it"] = ""
-    return "\n".join([*lines, *notes])
+    covered = params.coverage
+    if model is not None:
+        covered = _coverage(params, model)
+    return "\n".join([*lines, *notes, *(_left_out(covered, total) if covered else ())])
+
+
+LARGE = 0.01
+"""The share of the base from which a weight that is left out is named."""
+
+
+def _coverage(params: Params, model: nn.Module) -> Coverage:
+    weights = find_weights(model)
+    here = {name for weight in weights for name in weight.names}
+    if missing := params.keys() - here:
+        raise TargetError(
+            f"the params adapt {min(missing)}, which this {type(model).__name__} does not have; "
+            "pass the base that they were made for"
+        )
+    reasons: dict[str, tuple[str, bool]] = {}
+    if params.config is not None:
+        found = resolve_with_coverage(model, params.config)[1]
+        reasons = {part.name: (part.reason, part.notable) for part in found.left_out}
+    return coverage(weights, list(params), reasons)
+
+
+def _left_out(covered: Coverage, trainable: int) -> list[str]:
+    size = max(covered.size, 1)
+    adapted = _percent(covered.adapted / size)
+    share = f"{_percent(trainable / size)} of that number"
+    lines = [f"adapted: {adapted} of the base's {covered.size:,} values; trainable: {share}"]
+    groups: dict[tuple[str, tuple[int, ...], str], list[LeftOut]] = {}
+    for part in covered.left_out:
+        key = re.sub(r"\d+", "\0", part.name), part.shape, re.sub(r"\d+", "\0", part.reason)
+        groups.setdefault(key, []).append(part)
+    total = {key: sum(part.size for part in parts) for key, parts in groups.items()}
+    for key in sorted(groups, key=lambda k: -total[k]):
+        parts = groups[key]
+        if total[key] < LARGE * size and not any(part.notable for part in parts):
+            continue
+        shape = " x ".join(map(str, parts[0].shape))
+        lines.append(
+            f"left out: {_pattern([part.name for part in parts])}{_times(len(parts))}, {shape} "
+            f"({_percent(total[key] / size)}): {parts[0].reason}"
+        )
+    return lines
+
+
+def _percent(share: float) -> str:
+    return f"{share:.1%}" if share >= 0.001 or not share else f"{100 * share:.2g}%"
 
 
 def _count(adapter: Adapter) -> int:

@@ -391,7 +391,7 @@ def _members(
     adapters = {name: some(name, adapter) for name, adapter in group.params.items()}
     return Group(
         tuple(rows),
-        Params(adapters, group.params.config),
+        group.params.with_adapters(adapters),
         tuple(group.originals[row] for row in rows),
     )
 
