@@ -90,6 +90,7 @@ def methods() -> dict[str, fadapt.Method]:
     """Every method of the package, at sizes that fit WIDTHS."""
     special: dict[str, Any] = {
         "Chain": {"methods": (fadapt.DoRA(r=2), fadapt.IA3FF(), LoRA(r=1), fadapt.IA3())},
+        "Sum": {"methods": (LoRA(r=2), fadapt.IA3())},
         "OFT": {"block_size": 8},
         "RoAd": {"group_size": 16},
         "SSVD": {"k": 4},
@@ -229,12 +230,20 @@ def test_torch_func_transforms(row: str, kind: str) -> None:
 def test_merge_is_dense_in_the_stated_dtype(row: str, kind: str) -> None:
     model, x = two_layers(kind), reals(5, WIDTHS[0])
     params = trained(model, METHODS[row])
-    merged = fadapt.merge(model, params, dtype=torch.float32)
+
+    def merge(dtype: torch.dtype) -> dict[str, Tensor]:
+        if row != "BitFit":
+            return fadapt.merge(model, params, dtype=dtype)
+        with pytest.warns(fadapt.FadaptWarning, match="2.bias is new"):
+            return fadapt.merge(model, params, dtype=dtype)
+
+    merged, dense = merge(torch.float32), dequantize(model)
+    if "2.bias" in merged:
+        dense[2].bias = nn.Parameter(torch.zeros(WIDTHS[2]))  # type: ignore[index]
     assert {t.dtype for t in merged.values()} == {torch.float32}
     assert merged["0.weight"].shape == (WIDTHS[1], WIDTHS[0])
-    close(functional_call(dequantize(model), merged, (x,)), fadapt.apply(model, params, x))
-    half = fadapt.merge(model, params, dtype=torch.bfloat16)
-    assert {t.dtype for t in half.values()} == {torch.bfloat16}
+    close(functional_call(dense, merged, (x,)), fadapt.apply(model, params, x))
+    assert {t.dtype for t in merge(torch.bfloat16).values()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("kind", KINDS)
