@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from torch import nn
@@ -16,7 +15,7 @@ from .base.roles import find_roles
 from .base.towers import layers_of, split_name
 from .base.weights import LINEAR_KINDS, BaseWeight, Kind, find_weights
 from .config import DEFAULT_EXCLUDE, Config
-from .errors import ConfigError, FadaptWarning, TargetError
+from .errors import ConfigError, FadaptError, TargetError
 from .hugging_face import output_heads
 from .method import Method
 from .patterns import check_speed
@@ -110,6 +109,29 @@ def coverage(
         if w.kind is not Kind.VECTOR and id(w.parameter) not in mine
     ]
     return Coverage(sum(sizes.values()), sum(sizes[i] for i in mine), tuple(left_out))
+
+
+def coverage_of(model: nn.Module, sites: Iterable[str], config: Config | None) -> Coverage:
+    """The share of a model that existing adapters cover, with the reasons that their config gives.
+
+    Raises:
+        TargetError: a site that the model does not have.
+    """
+    weights, names = find_weights(model), list(sites)
+    here = {name for weight in weights for name in weight.names}
+    if missing := sorted(set(names) - here):
+        raise TargetError(
+            f"the params adapt {missing[0]}, which this {type(model).__name__} does not have; "
+            "pass the base that they were made for"
+        )
+    reasons: dict[str, tuple[str, bool]] = {}
+    try:
+        if config is not None:
+            meant = resolve_with_coverage(model, config)[1]
+            reasons = {part.name: (part.reason, part.notable) for part in meant.left_out}
+    except FadaptError:  # a config of another model, whose adapters fit this one too
+        pass
+    return coverage(weights, names, reasons)
 
 
 def site_of(
@@ -333,7 +355,8 @@ class _Search:
     def sites(self, chosen: Chosen) -> Found:
         """The addresses of the chosen weights, after the checks."""
         found: Found = []
-        refused: dict[str, list[tuple[BaseWeight, ConfigError]]] = {}
+        narrow: dict[str, list[BaseWeight]] = {}
+        first: dict[str, str] = {}
         for weight, pattern, method in chosen:
             site = site_of(weight, self.weights, self.roles)
             weight.check()
@@ -346,29 +369,23 @@ class _Search:
             try:
                 check_site(method, site)
             except ConfigError as error:
-                shape = f"{site.out_features} x {site.in_features}"
-                name = re.escape(site.name.removesuffix(".weight"))
-                message = f"{site.name} ({shape}): {error}"
-                if not (pattern and _is_named(pattern, weight)):
-                    message += f". Or leave it alone: {{{name!r}: None, {pattern!r}: {method!r}}}"
-                if (pattern and _is_named(pattern, weight)) or not _is_narrow(site, method):
+                message = f"{site.name} ({site.out_features} x {site.in_features}): {error}"
+                if pattern and _is_named(pattern, weight):
                     raise ConfigError(message) from None
-                refused.setdefault(pattern, []).append((weight, ConfigError(message)))
+                if not _is_narrow(site, method):
+                    advice = _way_out([weight], chosen, pattern, method)
+                    raise ConfigError(message + advice) from None
+                narrow.setdefault(pattern, []).append(weight)
+                first.setdefault(pattern, message)
                 self._leave_out(site.name, f"too narrow for {method!r}: {error}", notable=True)
                 continue
             found.append((weight, site, method))
-        for pattern, narrow in refused.items():
+        for pattern, few in narrow.items():
             mine = [w for w, p, _ in chosen if p == pattern]
-            if len(narrow) == len(mine):
-                raise narrow[0][1]
-            size = sum(w.size for w, _ in narrow)
-            if size > MANY * sum(w.size for w in mine):
-                warnings.warn(
-                    f"{len(narrow)} of {len(mine)} weights that rule {pattern!r} means are too "
-                    f"narrow and left out, such as {narrow[0][1]}",
-                    FadaptWarning,
-                    stacklevel=5,
-                )
+            if sum(w.size for w in few) > FEW * sum(w.size for w in mine):
+                method = next(m for _, p, m in chosen if p == pattern)
+                advice = _way_out(few, chosen, pattern, method) if len(few) < len(mine) else ""
+                raise ConfigError(first[pattern] + advice)
         return found
 
     def _nothing(self, pattern: str, i: int) -> str:
@@ -395,8 +412,8 @@ class _Search:
         )
 
 
-MANY = 0.1
-"""The share of a rule's weights from which leaving out narrow ones is worth a warning."""
+FEW = 0.1
+"""The share of a rule's weights up to which narrow ones are left out, and not an error."""
 
 
 def _is_narrow(site: Site, method: Method) -> bool:
@@ -408,6 +425,16 @@ def _is_narrow(site: Site, method: Method) -> bool:
         if isinstance(value := getattr(part, key, None), int)
     ]
     return min(site.matrix_shape) < max(asked, default=0)
+
+
+def _way_out(weights: list[BaseWeight], chosen: Chosen, pattern: str, method: Method) -> str:
+    """The rules that leave some of the chosen weights alone."""
+    names = [re.escape(w.name.removesuffix(".weight")) for w in weights]
+    others = [w.name for w, _, _ in chosen if all(w is not one for one in weights)]
+    alone = "|".join(dict.fromkeys(re.sub(r"\d+", r"\\d+", name) for name in names))
+    if any(re.search(alone, name) for name in others):  # a number tells them apart
+        alone = "|".join(names)
+    return f". Or leave it alone: {{{alone!r}: None, {pattern!r}: {method!r}}}"
 
 
 def _what(weight: BaseWeight, heads: set[str]) -> str:

@@ -160,13 +160,15 @@ def test_one_narrow_layer_is_left_out_and_named(method: fadapt.Method) -> None:
         fadapt.init(model, {"classifier": method, "": L2})
 
 
-def test_too_large_everywhere_is_an_error_and_often_a_warning() -> None:
-    with pytest.raises(ConfigError, match=r"0\.weight"):
+def test_too_large_for_many_is_an_error_with_the_way_out() -> None:
+    with pytest.raises(ConfigError, match=r"0\.weight") as error:
         fadapt.init(mlp(), PiSSA(r=64))
+    assert "None" not in str(error.value).replace("niter=None", "")
     wide = seeded(nn.Sequential(nn.Linear(32, 4), nn.Tanh(), nn.Linear(4, 32), nn.Linear(32, 32)))
-    with pytest.warns(fadapt.FadaptWarning, match=r"2 of 3 .* narrow"):
-        params = fadapt.init(wide, PiSSA(r=8))
-    assert list(params) == ["3.weight"]
+    with pytest.raises(ConfigError, match=r"0\.weight") as error:
+        fadapt.init(wide, PiSSA(r=8))
+    rules = eval(str(error.value).split("leave it alone: ")[1], {"PiSSA": PiSSA})
+    assert list(fadapt.init(wide, rules)) == ["3.weight"]
 
 
 def test_the_way_out_that_a_refusal_names() -> None:
@@ -204,8 +206,9 @@ def test_summary_of_loaded_params(tmp_path: Any) -> None:
     params = fadapt.init(model, Config({"k_proj": None, "": L2}, layers=[0]))
     fadapt.save(params, tmp_path / "a.safetensors")
     loaded = fadapt.load(tmp_path / "a.safetensors", model)
-    assert "adapted:" not in fadapt.summary(loaded)
-    assert fadapt.summary(loaded, model) == fadapt.summary(params)
+    assert fadapt.summary(loaded) == fadapt.summary(loaded, model) == fadapt.summary(params)
+    assert "adapted:" not in fadapt.summary(fadapt.Params(dict(params)))
+    assert "no rule means it" in fadapt.summary(fadapt.Params(dict(params)), model)
     for word in ("layers and roles", "rule 'k_proj': None", "excluded by 'lm_head'"):
         assert word in fadapt.summary(params)
     with pytest.raises(TargetError, match="does not have"):

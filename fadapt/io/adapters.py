@@ -19,6 +19,7 @@ from ..params.adapter import Adapter
 from ..params.params import Params, trainable_leaves
 from ..params.stack import Stack
 from ..site import Site
+from ..targeting import coverage_of
 from .expected import check_specs
 from .tensors import FORMAT_VERSION, TensorFile, as_path, open_tensors, write_tensors
 
@@ -118,7 +119,8 @@ def load(
                 for part in (record.train, record.fixed)
             )
         )
-    return trainable_leaves(Params(adapters, config))
+    covered = coverage_of(model, adapters, config)
+    return trainable_leaves(Params(adapters, config, covered))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,9 +7,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from ..base.weights import find_weights
-from ..errors import TargetError
-from ..targeting import Coverage, LeftOut, coverage, resolve_with_coverage
+from ..targeting import Coverage, LeftOut, coverage_of
 from .adapter import Adapter
 from .params import Params
 
@@ -27,8 +25,12 @@ def summary(params: Params, model: nn.Module | None = None) -> str:
     the others those that hold a hundredth of the base or more, the largest first.
 
     Args:
-        params: from :func:`fadapt.init`, which records what it leaves out, or others.
-        model: the base, for params that have no such record (of a file, say).
+        params: from :func:`fadapt.init` or :func:`fadapt.load`, which record what they leave out,
+            or others.
+        model: the base, for params that have no such record, or another base.
+
+    Raises:
+        TargetError: params with a site that ``model`` does not have.
 
     Example:
         >>> import torch
@@ -75,27 +77,12 @@ def summary(params: Params, model: nn.Module | None = None) -> str:
             notes[f"! {where} is tied to {', '.join(site.tied)}, which is not adapted by it"] = ""
     covered = params.coverage
     if model is not None:
-        covered = _coverage(params, model)
+        covered = coverage_of(model, params, params.config)
     return "\n".join([*lines, *notes, *(_left_out(covered, total) if covered else ())])
 
 
 LARGE = 0.01
 """The share of the base from which a weight that is left out is named."""
-
-
-def _coverage(params: Params, model: nn.Module) -> Coverage:
-    weights = find_weights(model)
-    here = {name for weight in weights for name in weight.names}
-    if missing := params.keys() - here:
-        raise TargetError(
-            f"the params adapt {min(missing)}, which this {type(model).__name__} does not have; "
-            "pass the base that they were made for"
-        )
-    reasons: dict[str, tuple[str, bool]] = {}
-    if params.config is not None:
-        found = resolve_with_coverage(model, params.config)[1]
-        reasons = {part.name: (part.reason, part.notable) for part in found.left_out}
-    return coverage(weights, list(params), reasons)
 
 
 def _left_out(covered: Coverage, trainable: int) -> list[str]:
