@@ -33,6 +33,15 @@ class Composed(Method):
         return part
 
 
+class ContractError(ConfigError):
+    """What a method's class does wrong, as opposed to a site or a value that it refuses."""
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ContractError(message)
+
+
 def has_shift(method: Method) -> bool:
     """Whether a method changes the input of its map."""
     if isinstance(method, Composed):
@@ -59,21 +68,21 @@ def check_contract(method: Method) -> None:
     """Refuses a class that is no whole method.
 
     Raises:
-        ConfigError: no dataclass, no ``init``, or neither ``shift`` nor ``delta``; or fields that
+        ContractError: no dataclass, no ``init``, or neither ``shift`` nor ``delta``; or fields that
             were changed after construction to what they may not be.
     """
     cls = type(method)
     own = [n for n, hint in inspect.get_annotations(cls).items() if "ClassVar" not in str(hint)]
-    require(
+    _require(
         "__dataclass_fields__" in vars(cls) or not own,
         f"{cls.__name__} declares the fields {own}; write @dataclass(frozen=True) above the class",
     )
-    require(
+    _require(
         cls.init is not Method.init,
         f"{cls.__name__} has no init; write init(self, site, rng), which returns two dicts of "
         "tensors, the trainable leaves and the fixed ones",
     )
-    require(
+    _require(
         has_shift(method) or has_delta(method),
         f"{cls.__name__} has neither shift nor delta, so it would change nothing; write "
         "delta(self, p, x, y, base), which returns the increment of the output, or shift(self, p, "
@@ -105,7 +114,7 @@ def start(method: Method, site: SiteView, rng: torch.Generator, stat: Any) -> tu
     """What ``init`` returns, after the checks.
 
     Raises:
-        ConfigError: something else than two dicts of tensors with distinct names.
+        ContractError: something else than two dicts of tensors with distinct names.
     """
     who = f"{type(method).__name__}.init at {site.name}"
     # An author whose method asks for no statistic writes no argument for it.
@@ -115,33 +124,65 @@ def start(method: Method, site: SiteView, rng: torch.Generator, stat: Any) -> tu
         found = type(made).__name__
         if isinstance(made, (tuple, list)):
             found = f"a {found} of ({', '.join(type(part).__name__ for part in made)})"
-        raise ConfigError(
+        raise ContractError(
             f"{who} returned {'one dict' if isinstance(made, Mapping) else found}; return two "
             "dicts, the trainable leaves and the fixed ones: return {...}, {}"
         )
     train, fixed = made
     if taken := (train.keys() & fixed.keys()) | ({STRENGTH} & (train.keys() | fixed.keys())):
-        raise ConfigError(
+        raise ContractError(
             f"{who}: leaf names must be distinct and not {STRENGTH!r}; rename {sorted(taken)}"
         )
     for name, leaf in {**train, **fixed}.items():
         if not isinstance(name, str) or not isinstance(leaf, Tensor):
-            raise ConfigError(
+            raise ContractError(
                 f"{who}: leaf {name!r} must be a tensor under a string, got "
                 f"{type(leaf).__name__}; write torch.as_tensor(...)"
             )
         if name in train and not leaf.is_floating_point():
-            raise ConfigError(
+            raise ContractError(
                 f"{who}: the trainable leaf {name!r} is {leaf.dtype}, which has no gradient; make "
                 "it floating, or return it among the fixed leaves, the second dict"
             )
         if leaf.is_complex() or leaf.is_sparse or leaf.is_quantized:
-            raise ConfigError(
+            raise ContractError(
                 f"{who}: leaf {name!r} is {leaf.layout} {leaf.dtype}; leaves are dense tensors, "
                 "real, and only fixed ones integers or booleans (torch.view_as_real(z) holds a "
                 "complex one)"
             )
     return dict(train), dict(fixed)
+
+
+def check_start(
+    method: Method, p: Mapping[str, Tensor], site: Site, base: LinearMap, device: torch.device
+) -> None:
+    """Refuses initial leaves at which the method is not the identity, as one random row shows.
+
+    Raises:
+        ContractError: an increment that is not zero.
+    """
+    if device.type == "meta" or not method.starts_at_identity:
+        return
+    dtype, rng = compute_dtype(method, p), torch.Generator().manual_seed(0)
+    x, y = (
+        torch.randn(1, n, generator=rng, device="cpu").to(device, dtype)
+        for n in (site.in_features, site.out_features)
+    )
+    try:
+        moved, saved = adapt_input(method, p, x, site.name)
+        # A random y stands for base(x), a product that a look at the start is not worth.
+        adapted = adapt_output(method, p, saved, y, base, site.name)
+    except Exception:  # what fails here fails in the first run, where it is seen in its place
+        return
+    for what, new, old in (("shift", moved, x), ("delta", adapted, y)):
+        if not torch.equal(new, old):
+            raise ContractError(
+                f"{type(method).__name__}.{what} at {site.name} is not zero at the leaves that "
+                f"init returns: up to {float((new - old).abs().max()):.3g} on a random row. Store "
+                "what is trained as an increment that starts at zero, such as d of a gain 1 + d; "
+                "or, where the method is to change the model from the start, set "
+                "starts_at_identity = False"
+            )
 
 
 def compute_dtype(method: Method, p: Mapping[str, Tensor]) -> torch.dtype:
@@ -286,7 +327,7 @@ def _check_shape(method: Method, what: str, increment: Any, wanted: Any, where: 
     found = tuple(increment.shape) if isinstance(increment, Tensor) else type(increment).__name__
     if found != tuple(wanted):
         of = "input (tokens, in_features)" if what == "shift" else "output (tokens, out_features)"
-        raise ConfigError(
+        raise ContractError(
             f"{type(method).__name__}.{what} at {where or 'a site'} returned {found} where "
             f"{tuple(wanted)} is needed: {what} returns the increment of the {of}, one row per "
             "token; .expand_as(...) repeats one row for all"

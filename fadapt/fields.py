@@ -205,8 +205,6 @@ def _hashable(value: Any) -> Any:
     """What has no narrower annotation: lists become tuples, numbers must be finite."""
     if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
         return _tuple(value, ())
-    if value != value:
-        raise _Misfit("equal to itself, which NaN is not")
     what = "None, a number, a string, a method, or a tuple of them"
     if hasattr(value, "untyped_storage"):  # tensors hash by identity: equal ones would differ
         raise _Misfit(what)
@@ -214,4 +212,6 @@ def _hashable(value: Any) -> Any:
         hash(value)
     except TypeError:
         raise _Misfit(what) from None
+    if isinstance(value, float) and value != value:
+        raise _Misfit("equal to itself, which NaN is not")
     return value

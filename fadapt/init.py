@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .adapted_map import start
+from .adapted_map import check_start, start
 from .base.bound import refuse_adapted
 from .base.checks import check_model
 from .base.weights import BaseWeight
@@ -122,7 +122,8 @@ def init(
 
     Raises:
         TargetError: a rule that matches nothing, or a weight that cannot be adapted.
-        ConfigError: hyper-parameters that do not fit a weight's shape.
+        ConfigError: hyper-parameters that do not fit a weight's shape; a method that returns other
+            leaves than it may, or is not the identity at their start.
         CalibrationError: a method that needs statistics, without them or with insufficient ones.
 
     Example:
@@ -144,10 +145,16 @@ def init(
         found, statistic = prepare(found, stats)
         for _, site, _ in found:
             del before[site.name]
-        adapters = {
-            site.name: _init_one(weight, site, m, config, statistic(site, m))
-            for weight, site, m in found
-        }
+        adapters: dict[str, Adapter] = {}
+        seen: set[Method] = set()
+        for weight, site, method in found:
+            adapter = _init_one(weight, site, method, config, statistic(site, method))
+            if method not in seen:  # what holds at one site is meant to hold at all
+                seen.add(method)
+                one = adapter.expert(0) if site.experts else adapter
+                base = next(iter(weight.maps))
+                check_start(method, one.leaves, one.site, base, weight.device)
+            adapters[site.name] = adapter
     return trainable_leaves(Params(adapters, config, covered.without(before, "rank 0 of the plan")))
 
 

@@ -81,6 +81,11 @@ class Method:
         return False
 
     @property
+    def starts_at_identity(self) -> bool:
+        """False where fresh leaves already change the model (SSteer): init then does not object."""
+        return True
+
+    @property
     def statistic(self) -> Statistic | tuple | None:
         """What :meth:`init` gets as its third argument ``stat``; None for a method without data."""
         return None

