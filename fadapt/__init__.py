@@ -24,6 +24,7 @@ from .errors import ConfigError as ConfigError
 from .errors import DenseFallbackWarning as DenseFallbackWarning
 from .errors import FadaptError as FadaptError
 from .errors import FadaptWarning as FadaptWarning
+from .errors import OneByOneWarning as OneByOneWarning
 from .errors import TargetError as TargetError
 from .init import init as init
 from .io.adapters import load as load

@@ -81,6 +81,10 @@ class DenseFallbackWarning(FadaptWarning):
     """
 
 
+class OneByOneWarning(FadaptWarning):
+    """A sweep whose trials cannot share a pass over this model: exact, but slower."""
+
+
 def require(condition: bool, message: str) -> None:
     """Raises ConfigError(message) unless the condition holds."""
     if not condition:

@@ -323,10 +323,12 @@ def test_the_gradients_are_tried_for_a_sweep() -> None:
         return (out.square()).mean()
 
     assert fadapt.run(model, stack, x, loss).shape == (3,)  # the losses are right
-    why = fold_run.comes_apart(model, stack, x, loss, per_adapter=False)
+    why = fold_run.one_by_one(model, stack, x, loss, False, gradients=True)
     assert "gradient" in why
     fine = Mixing(torch.tanh)
-    assert not fold_run.comes_apart(fine, fadapt.stack(members(fine)), x, loss, per_adapter=False)
+    assert not fold_run.one_by_one(
+        fine, fadapt.stack(members(fine)), x, loss, False, gradients=True
+    )
 
 
 def test_parts_and_joined_batches_are_inverse() -> None:

@@ -87,7 +87,9 @@ def difference(
     known = _verdicts.setdefault(model, {})
     if key not in known:
         devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-        with turnstile(model), torch.random.fork_rng(list(devices)), evaluating(model):
+        # In this order: a training pass of another thread, whose end evaluating waits for, may
+        # want the turnstile.
+        with evaluating(model), turnstile(model), torch.random.fork_rng(list(devices)):
             known[key] = _Proof(model, whole, parts, folded, single).verdict(gradients)
     return known[key]
 

@@ -82,24 +82,30 @@ def run_in_turn(
     return torch.stack([run_one(model, params, part, loss_fn, params) for params, part in pairs])
 
 
-def comes_apart(
-    model: nn.Module, stack: Stack, batch: Batch, loss_fn: LossFn | None, per_adapter: bool
+def one_by_one(
+    model: nn.Module,
+    stack: Stack,
+    batch: Batch,
+    loss_fn: LossFn | None,
+    per_adapter: bool,
+    gradients: bool,
 ) -> str:
-    """Why the members of a stack have to train one by one on such a batch; "" where they need not.
+    """Why the members of a stack have to run one by one on such batches; "" where they need not.
 
-    Runs two members, once for a model, a structure of the stack and a kind of batch.
+    Two members run together and alone, once for a model, a structure of the stack and a kind of
+    batch.
     """
+    name = type(model).__name__
     if loss_fn is None and not _may_come_apart(model, batch):
-        return (
-            f"the loss of {type(model).__name__} is not one call of its loss function on each "
-            "adapter's own rows"
-        )
+        return f"the loss of {name} is not one call of its loss function on each adapter's own rows"
     try:
-        why = difference(model, stack, batch, loss_fn, per_adapter, gradients=True)
+        fold.check_rows_apart(model)
+        fold.folded_sites(stack, None)
+        why = difference(model, stack, batch, loss_fn, per_adapter, gradients)
     except FadaptError as error:
         return str(error)
     if not why and loss_fn is None and not _may_come_apart(model, batch):
-        return f"{type(model).__name__} adds something to the loss of its logits"
+        return f"{name} computes more than the loss function's value on each adapter's own rows"
     return why
 
 

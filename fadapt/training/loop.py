@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from ..base.eval_mode import evaluating, training_pass
 from ..base.torch_private import pytree
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, ConfigError, OneByOneWarning
 from ..params.stack import stack
 from . import checkpoint, identity
 from .checkpoint import SEPARATOR, State, expect, expect_float, expect_int, expect_keys, expect_like
@@ -171,10 +172,14 @@ class Loop:
         order = self.flat.order
         try:
             batch = next(self.data)
+            if self.step == 0:
+                self._prove(batch)
             with training_pass(self.model):
                 if self.runner.chosen is None:
-                    self._choose(batch)
-                    order = self.flat.order
+                    self.runner.choose(batch)
+                    if self.runner.chosen == 1:
+                        self._separate()
+                order = self.flat.order
                 weights = [1 / self.trials[t].accumulate for t in order]
                 losses = self.runner.gradients(batch, weights)
         except Exception:
@@ -190,13 +195,21 @@ class Loop:
         self.history.add(self.step, order, losses, alive)
         self.whole = True
 
-    def _choose(self, batch: Any) -> None:
-        """Settles the width; trials that run one by one lie apart, as if they were alone."""
-        self.runner.choose(batch)
-        if self.runner.chosen == 1 and not self.separate and self.step == 0:
+    def _prove(self, batch: Any) -> None:
+        """Trials that do not train as they would alone in one pass run one by one."""
+        why = self.runner.one_by_one(batch)
+        if why:
+            message = f"the trials of this sweep run one by one, since {why}"
+            warnings.warn(message, OneByOneWarning, stacklevel=6)
+        if why != "":
+            self._separate()
+
+    def _separate(self) -> None:
+        """Trials that run one by one lie apart, as if they were alone."""
+        if not self.separate:
             self.flat = self._make_flat(separate=True)
             self.optimizer = self._make_optimizer()
-            self.runner = self._make_runner(1)
+        self.runner = self._make_runner(1)
 
     def _settle(self, bar: Bar) -> None:
         """What comes after a step: readings, an evaluation, stops, a checkpoint."""
@@ -310,6 +323,7 @@ class Loop:
             "seconds": self.elapsed(),
             "chunk": self.chunk,
             "chosen": self.runner.chosen or 0,
+            "separate": self.separate,
             "members": sorted(self.flat.order),
             "rows": self._rows(),
             "optimizer": self.optimizer.state_dict(),
@@ -339,7 +353,8 @@ class Loop:
         members = state["members"]
         known = isinstance(members, list) and all(type(m) is int for m in members)
         expect(known and bool(members) and set(members) <= set(range(total)), "members")
-        if chosen == 1 and not self.separate and self.settings.max_adapters is not None:
+        expect(type(state["separate"]) is bool, "separate is no bool")
+        if state["separate"] and not self.separate:
             self.flat = self._make_flat(separate=True)
             self.optimizer = self._make_optimizer()
         self.shrink(members)

@@ -60,6 +60,14 @@ def sweep(
     hyper-parameters. A trial that diverges is frozen at its last finite weights and reported; the
     others are the same to the last bit.
 
+    With ``max_adapters=1`` each trial is, bit for bit, what :func:`fit` makes of it alone. With more
+    in a pass it is that up to the rounding of the pass: the same losses and gradients within a few
+    units in the last place, which an optimiser may enlarge where a gradient is almost zero. Before
+    the first step two members train together and alone (their losses and gradients, in eval mode).
+    Where rows of different adapters meet, as in BatchNorm in training mode, or where the model's
+    own loss is not the mean of each adapter's rows, as in encoder-decoders, all trials run one by
+    one, bit for bit as alone, and a :class:`OneByOneWarning` says why.
+
     Args:
         model: the frozen base; it is not changed. Its training flag (dropout) is the caller's.
         trials: what to train, for example from :func:`grid`.

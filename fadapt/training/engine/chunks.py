@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...base.torch_private import pytree
 from ...batch import arguments
 from ...errors import ConfigError
-from ...fold.fold import cannot_fold
+from ...fold.run import one_by_one, run_in_turn
 from ...params.params import Params, trainable_leaves
 from ...params.stack import Stack, alone
 from ...run import LossFn, apply, run
@@ -87,7 +87,7 @@ class ChunkRunner:
         self._names, self._trials = list(trials), list(trials.values())
         most = min(max_adapters, len(flat)) if isinstance(max_adapters, int) else len(flat)
         self.chosen = None if max_adapters == "auto" else most
-        if chosen is not None and self.halves:
+        if chosen is not None and (self.halves or chosen == 1):
             self.chosen = min(chosen, most)
         self._split(self.chosen or len(flat))
         self.idle: frozenset[int] = frozenset()
@@ -120,7 +120,7 @@ class ChunkRunner:
         def step(given: tuple[Any, Tensor]) -> Tensor:
             batch, weights = given
             losses = self.compiler.run(params)(
-                self.model, params, batch, self.loss_fn, per_adapter=self.per_adapter
+                self.model, params, batch, self.loss_fn, per_adapter=self.per_adapter, verify=False
             ).reshape(-1)
             if not losses.requires_grad:
                 raise ConfigError(
@@ -138,16 +138,28 @@ class ChunkRunner:
 
         return self.compiler.recorded(step)
 
+    def one_by_one(self, batch: Any) -> str | None:
+        """Why the adapters cannot share a pass on such batches; "" where they can.
+
+        None where two of them do not fit into memory.
+        """
+        if self.width == 1:
+            return ""
+        batch = rows_of(batch, self.flat.order) if self.per_adapter else batch
+        whole = self.flat.part(0, len(self.flat))
+        options = self.loss_fn, self.per_adapter, True
+        try:
+            return one_by_one(self.model, whole, batch, *options)
+        except RuntimeError as error:
+            if not self.halves or not _out_of_memory(error):
+                raise
+        return None
+
     def choose(self, batch: Any) -> None:
         """Settles the width of "auto", before the first pass; without effect later."""
         if self.chosen is not None:
             return
         width = len(self.flat)
-        groups = self.chunks[0].stack.groups
-        sites = [adapter.site for group in groups for adapter in group.params.values()]
-        if any(cannot_fold(site) for site in sites):
-            width = 1
-            self._split(width)
         if self.compiler.device.type == "cpu" and width > 1:
             one = self._chunk(0, 1)
             _, each = self._attempt(lambda c: self._kept_bytes(c, batch), one, "training")
@@ -177,7 +189,7 @@ class ChunkRunner:
             torch.autograd.graph.saved_tensors_hooks(note, lambda t: t),
         ):
             # The output keeps the graph, and so the storages, until all are counted.
-            _ = apply(self.model, chunk.params, *args, **kwargs)
+            _ = apply(self.model, chunk.params, *args, verify=False, **kwargs)
         return sum(kept.values())
 
     @torch.no_grad()
@@ -185,7 +197,10 @@ class ChunkRunner:
         """The (N,) losses, without gradients, on a batch that all trials share."""
 
         def work(chunk: Chunk) -> Tensor:
-            return run(self.model, chunk.stack, batch, self.loss_fn)
+            given = self.model, chunk.stack, batch, self.loss_fn, False
+            if chunk.high - chunk.low > 1 and one_by_one(*given, gradients=False):
+                return run_in_turn(*given)
+            return run(*given[:4], verify=False)
 
         return self._join(self._each(work, "evaluation"))
 

@@ -1,0 +1,195 @@
+"""A sweep over a model whose rows meet, or whose loss does not come apart, trains one by one."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers as hf
+from torch import Tensor, nn
+
+import fadapt
+
+from .models import reals, tokens
+from .test_stack_losses import BART, IDS, LABELS, T5
+from .test_stack_proof import MIXERS, Mixing
+
+LORA = fadapt.LoRA(r=2)
+
+
+def equal(a: fadapt.Params, b: fadapt.Params) -> bool:
+    pairs = zip(fadapt.trainable(a), fadapt.trainable(b), strict=True)
+    return all(torch.equal(x, y) for x, y in pairs)
+
+
+def solo(model: nn.Module, trials, batches, **options) -> dict[str, fadapt.Params]:
+    """Each trial by itself, from its own start, by ``fit``."""
+    found = {}
+    for trial in trials:
+        start = fadapt.init(model, fadapt.Config(trial.config, seed=trial.seed))
+        found[trial.name] = fadapt.fit(
+            model, start, batches, lr=trial.lr, progress=False, **options
+        )
+    return found
+
+
+def trials(rules=LORA) -> list[fadapt.Trial]:
+    methods = [rules, rules, fadapt.LoRA(r=4) if rules is LORA else rules]
+    rates = (1e-2, 3e-2, 1e-2)
+    return [
+        fadapt.Trial(m, lr=lr, seed=i, name=f"t{i}")
+        for i, (m, lr) in enumerate(zip(methods, rates, strict=True))
+    ]
+
+
+def mean_square(out: Tensor, _) -> Tensor:
+    return out.square().mean()
+
+
+CASES = {
+    "BART": (
+        lambda: hf.BartForConditionalGeneration(BART).eval(),
+        {"q_proj|v_proj": LORA},
+        {"input_ids": IDS, "labels": LABELS},
+        None,
+        "loss function",
+    ),
+    "T5": (
+        lambda: hf.T5ForConditionalGeneration(T5).eval(),
+        {r"\.q\.|\.v\.": LORA},
+        {"input_ids": IDS, "labels": LABELS},
+        None,
+        "loss function",
+    ),
+    "routers": (
+        lambda: hf.MixtralForCausalLM(
+            hf.MixtralConfig(
+                vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+                num_attention_heads=4, num_key_value_heads=2, num_local_experts=4,
+                output_router_logits=True, router_aux_loss_coef=0.5,
+            )
+        ).eval(),
+        {"q_proj": LORA},
+        {"input_ids": IDS, "labels": IDS},
+        None,
+        "more than the loss function's value",
+    ),
+    "experts": (
+        lambda: hf.MixtralForCausalLM(
+            hf.MixtralConfig(
+                vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+                num_attention_heads=4, num_key_value_heads=2, num_local_experts=4,
+            )
+        ).eval(),
+        {"experts": LORA},
+        {"input_ids": IDS, "labels": IDS},
+        None,
+        "expert",
+    ),
+    "batch norm": (
+        lambda: nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 4)).train(),
+        LORA,
+        reals(6, 4),
+        mean_square,
+        "BatchNorm1d",
+    ),
+    "batch statistics": (
+        lambda: Mixing(MIXERS["batch statistics"]),
+        LORA,
+        reals(6, 4),
+        mean_square,
+        "not independent",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("most", ["auto", 2, None])
+@pytest.mark.parametrize("name", CASES)
+def test_it_says_so_once_and_trains_as_fit_does(name: str, most) -> None:
+    make, rules, batch, loss_fn, words = CASES[name]
+    torch.manual_seed(0)
+    model = make().requires_grad_(False)
+    options = dict(steps=3, loss_fn=loss_fn)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        report = fadapt.sweep(
+            model, trials(rules), [batch] * 3, max_adapters=most, progress=False,
+            eval=None if name == "batch norm" else [batch], **options,
+        )  # fmt: skip
+    told = [str(w.message) for w in seen if isinstance(w.message, fadapt.OneByOneWarning)]
+    assert len(told) == 1
+    assert "one by one" in told[0]
+    assert words in told[0]
+    for key, params in solo(model, trials(rules), [batch] * 3, **options).items():
+        assert equal(report.final[key], params), key
+
+
+def test_where_rows_are_apart_nothing_is_said() -> None:
+    model = Mixing(torch.tanh)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report = fadapt.sweep(
+            model, trials(), [reals(6, 4)] * 3, steps=3, loss_fn=mean_square, progress=False,
+            eval=[reals(6, 4)],
+        )  # fmt: skip
+    assert report.chunk == 3
+
+
+def test_a_mixed_gradient_is_found_before_the_first_step() -> None:
+    class Backward(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad.mean(0, keepdim=True).expand_as(grad)
+
+    model, data = Mixing(Backward.apply), [reals(6, 4)] * 3
+    with pytest.warns(fadapt.OneByOneWarning, match="gradient"):
+        report = fadapt.sweep(model, trials(), data, steps=3, loss_fn=mean_square, progress=False)
+    for key, params in solo(model, trials(), data, steps=3, loss_fn=mean_square).items():
+        assert equal(report.final[key], params)
+
+
+def test_own_batches() -> None:
+    model = hf.T5ForConditionalGeneration(T5).eval().requires_grad_(False)
+    rules = {r"\.q\.|\.v\.": LORA}
+    data = [
+        {
+            "input_ids": tokens(9, 7, seed=i).reshape(3, 3, 7),
+            "labels": tokens(9, 7, seed=9 + i).reshape(3, 3, 7),
+        }
+        for i in range(4)
+    ]
+    options = dict(per_adapter=True, progress=False)
+    with pytest.warns(fadapt.OneByOneWarning):
+        whole = fadapt.sweep(model, trials(rules), data, steps=4, **options)
+    for k, trial in enumerate(trials(rules)):
+        own = [{key: v[k] for key, v in batch.items()} for batch in data]
+        alone = solo(model, [trial], own, steps=4)[trial.name]
+        assert equal(whole.final[trial.name], alone)
+
+
+def test_losses_of_an_eval_of_another_kind_are_right() -> None:
+    """The training batches fold; the evaluation's labels do not come apart."""
+    config = hf.BertConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4,
+        intermediate_size=48,
+    )  # fmt: skip
+    model = hf.BertForMaskedLM(config).eval().requires_grad_(False)
+    batch = {"input_ids": IDS, "labels": LABELS}
+
+    def loss_fn(out, part):
+        return F.cross_entropy(out.logits.flatten(0, 1), part["labels"].flatten())
+
+    report = fadapt.sweep(
+        model, trials({"query": LORA}), [batch] * 2, steps=2, loss_fn=loss_fn, eval=[batch],
+        progress=False,
+    )  # fmt: skip
+    for result in report.results:
+        params = report.params[result.name]
+        expected = fadapt.run(model, params, batch, loss_fn).item()
+        assert result.score == pytest.approx(expected, rel=1e-5)
