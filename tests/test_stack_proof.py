@@ -248,6 +248,27 @@ def test_it_leaves_no_trace() -> None:
         assert new.grad is None
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_it_works_without_gradients(mode) -> None:
+    model, bad = Counted().eval(), Mixing(MIXERS["batch statistics"])
+    with mode():
+        assert fadapt.apply(model, fadapt.stack(members(model)), reals(4, 4)).shape == (3, 4, 4)
+        stack = fadapt.stack(members(bad))
+        with pytest.raises(fadapt.FadaptError, match="not independent"):
+            fadapt.run(bad, stack, reals(4, 4), lambda o, _: o.square().mean())
+
+
+def test_a_failure_within_it_says_so() -> None:
+    model = Counted()
+
+    def failing(output, _):
+        raise ZeroDivisionError("mine")
+
+    with pytest.raises(ZeroDivisionError, match="mine") as caught:
+        fadapt.run(model, fadapt.stack(members(model)), reals(4, 4), failing)
+    assert "verify=False" in caught.value.__notes__[0]
+
+
 def test_a_diverged_member_is_no_reason_to_refuse() -> None:
     model = Counted()
     made = members(model)

@@ -569,7 +569,7 @@ def test_own_order_is_a_permutation_of_each_epoch():
             seen.append(tuple(batch["x"][:, 0].tolist()))
         return loss_fn(output, batch)
 
-    report = sweep(model, trials, batches, steps=10, loss_fn=spy, order="own")
+    report = sweep(model, trials, batches, steps=10, loss_fn=spy, order="own", verify=False)
     ids = {tuple(b["x"][:, 0].tolist()): i for i, b in enumerate(batches)}
     orders = [[ids[seen[step * 3 + t]] for step in range(10)] for t in range(3)]
     for order in orders:

@@ -90,7 +90,14 @@ def difference(
         # In this order: a training pass of another thread, whose end evaluating waits for, may
         # want the turnstile.
         with evaluating(model), turnstile(model), torch.random.fork_rng(list(devices)):
-            known[key] = _Proof(model, whole, parts, folded, single).verdict(gradients)
+            try:
+                known[key] = _Proof(model, whole, parts, folded, single).verdict(gradients)
+            except Exception as error:
+                error.add_note(
+                    "fadapt: while two moved members of the stack ran together and alone, to see "
+                    "whether they are independent; verify=False leaves that out"
+                )
+                raise
     return known[key]
 
 

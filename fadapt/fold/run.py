@@ -98,6 +98,8 @@ def one_by_one(
     name = type(model).__name__
     if loss_fn is None and not _may_come_apart(model, batch):
         return f"the loss of {name} is not one call of its loss function on each adapter's own rows"
+    # A batch that does not fit is the caller's error, not a reason.
+    fold.fold_batch(batch, stack, fold.batch_rows(batch, stack, per_adapter), per_adapter)
     try:
         fold.check_rows_apart(model)
         fold.folded_sites(stack, None)

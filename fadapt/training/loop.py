@@ -125,7 +125,7 @@ class Loop:
     def _make_runner(self, chosen: int | None = None) -> ChunkRunner:
         s = self.settings
         return ChunkRunner(
-            self.model, self.flat, s.loss_fn, self.data.per_adapter, s.max_adapters,
+            self.model, self.flat, s.loss_fn, self.data.per_adapter, s.max_adapters, s.verify,
             self.compiler, self.optimizer.accumulates, self._named(self.trials), chosen,
         )  # fmt: skip
 

@@ -40,6 +40,7 @@ class Options(TypedDict, total=False):
     goal: Goal
     halving: Halving | None
     max_adapters: int | str | None
+    verify: bool
     compile: bool | Mapping[str, Any]
     directory: str | os.PathLike[str] | Checkpoints | None
     tensorboard: bool
@@ -115,6 +116,7 @@ class Settings(SimpleNamespace):
             most is None or most == "auto" or (type(most) is int and most >= 1),
             f"max_adapters must be 'auto', None or an int of at least 1, got {most!r}",
         )
+        require(isinstance(self.verify, bool), f"verify must be True or False, got {self.verify!r}")
         require(
             isinstance(self.compile, (bool, Mapping)),
             f"compile must be True, False or a dict of options for torch.compile, got "

@@ -47,6 +47,7 @@ def sweep(
     goal: Goal = "min",
     halving: Halving | None = None,
     max_adapters: int | str | None = "auto",
+    verify: bool = True,
     compile: bool | Mapping[str, Any] = False,  # noqa: A002 - as torch.compile
     directory: str | os.PathLike[str] | Checkpoints | None = None,
     tensorboard: bool = False,
@@ -60,13 +61,13 @@ def sweep(
     hyper-parameters. A trial that diverges is frozen at its last finite weights and reported; the
     others are the same to the last bit.
 
-    With ``max_adapters=1`` each trial is, bit for bit, what :func:`fit` makes of it alone. With more
-    in a pass it is that up to the rounding of the pass: the same losses and gradients within a few
-    units in the last place, which an optimiser may enlarge where a gradient is almost zero. Before
-    the first step two members train together and alone (their losses and gradients, in eval mode).
-    Where rows of different adapters meet, as in BatchNorm in training mode, or where the model's
-    own loss is not the mean of each adapter's rows, as in encoder-decoders, all trials run one by
-    one, bit for bit as alone, and a :class:`OneByOneWarning` says why.
+    With ``max_adapters=1`` each trial is, bit for bit, what :func:`fit` makes of it alone. With
+    more in a pass it is that up to rounding: losses and gradients agree within a few units in the
+    last place, which an optimiser may enlarge where a gradient is almost zero. Before the first
+    step two members train together and alone (losses and gradients, in eval mode). Where rows of
+    different adapters meet, as in BatchNorm in training mode, or where the model's own loss is not
+    one call of its loss function on each adapter's rows, as in encoder-decoders, the trials run one
+    by one, bit for bit as alone, and a :class:`OneByOneWarning` says why.
 
     Args:
         model: the frozen base; it is not changed. Its training flag (dropout) is the caller's.
@@ -90,6 +91,8 @@ def sweep(
         halving: stop the worse trials early; see :class:`Halving`.
         max_adapters: the most adapters in one pass. "auto" begins with all and halves when memory
             runs out, as does a number; None never splits.
+        verify: compare two members together and alone before the first step, which takes two more
+            passes and calls ``loss_fn`` as often; False trusts that rows stay apart.
         compile: compile the pass and its gradient, each as one graph; or options for
             torch.compile, such as {"mode": "reduce-overhead"}. The update is the optimiser's own
             fused kernel. New learning rates and diverged or stopped trials do not recompile.
@@ -136,6 +139,7 @@ def sweep(
         goal=goal,
         halving=halving,
         max_adapters=max_adapters,
+        verify=verify,
         compile=compile,
         directory=directory,
         tensorboard=tensorboard,

@@ -58,6 +58,7 @@ class ChunkRunner:
         per_adapter: whether batches are (N, B, ...), with N all trials of the sweep.
         max_adapters: "auto" starts with all in one chunk, on a CPU with what is fast; an int is
             the largest chunk; None is one chunk that is never halved.
+        verify: as for :func:`fadapt.sweep`.
         compiler: a :class:`Compiler`.
         accumulates: whether gradients add up over several batches.
         trials: {name: trial}, in the order of their numbers.
@@ -75,13 +76,14 @@ class ChunkRunner:
         loss_fn: LossFn | None,
         per_adapter: bool,
         max_adapters: int | str | None,
+        verify: bool,
         compiler: Compiler,
         accumulates: bool,
         trials: Mapping[str, Trial],
         chosen: int | None = None,
     ):
         self.model, self.flat, self.loss_fn = model, flat, loss_fn
-        self.per_adapter, self.compiler = per_adapter, compiler
+        self.per_adapter, self.compiler, self.verify = per_adapter, compiler, verify
         self.accumulates = accumulates
         self.halves = max_adapters is not None
         self._names, self._trials = list(trials), list(trials.values())
@@ -143,7 +145,7 @@ class ChunkRunner:
 
         None where two of them do not fit into memory.
         """
-        if self.width == 1:
+        if self.width == 1 or not self.verify:
             return ""
         batch = rows_of(batch, self.flat.order) if self.per_adapter else batch
         whole = self.flat.part(0, len(self.flat))
@@ -198,7 +200,8 @@ class ChunkRunner:
 
         def work(chunk: Chunk) -> Tensor:
             given = self.model, chunk.stack, batch, self.loss_fn, False
-            if chunk.high - chunk.low > 1 and one_by_one(*given, gradients=False):
+            folds = chunk.high - chunk.low > 1
+            if self.verify and folds and one_by_one(*given, gradients=False):
                 return run_in_turn(*given)
             return run(*given[:4], verify=False)
 
