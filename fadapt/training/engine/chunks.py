@@ -122,7 +122,7 @@ class ChunkRunner:
         def step(given: tuple[Any, Tensor]) -> Tensor:
             batch, weights = given
             losses = self.compiler.run(params)(
-                self.model, params, batch, self.loss_fn, per_adapter=self.per_adapter, verify=False
+                self.model, params, batch, self.loss_fn, per_adapter=per_adapter, verify=False
             ).reshape(-1)
             if not losses.requires_grad:
                 raise ConfigError(
