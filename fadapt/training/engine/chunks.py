@@ -119,6 +119,8 @@ class ChunkRunner:
         leaves = params.trainable()
         trained = [leaf for leaf in leaves if leaf.requires_grad]
 
+        per_adapter = self.per_adapter and isinstance(params, Stack)
+
         def step(given: tuple[Any, Tensor]) -> Tensor:
             batch, weights = given
             losses = self.compiler.run(params)(
