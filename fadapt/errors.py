@@ -82,7 +82,19 @@ class DenseFallbackWarning(FadaptWarning):
 
 
 class OneByOneWarning(FadaptWarning):
-    """A sweep whose trials cannot share a pass over this model: exact, but slower."""
+    """A sweep whose trials cannot share a pass over this model: exact, but slower.
+
+    Example:
+        >>> import warnings
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8)).train()
+        >>> trials = [fadapt.Trial(fadapt.LoRA(r=2), seed=i) for i in range(2)]
+        >>> with warnings.catch_warnings(record=True) as caught:
+        ...     warnings.simplefilter("always")
+        ...     loss = lambda output, batch: output.square().mean()
+        ...     _ = fadapt.sweep(net, trials, [torch.randn(6, 4)], loss_fn=loss)
+        >>> caught[0].category.__name__
+        'OneByOneWarning'
+    """
 
 
 def require(condition: bool, message: str) -> None:
