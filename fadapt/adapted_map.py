@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,6 +64,28 @@ def acts_in_training(method: Method) -> bool:
     return dropped or type(method).delta_takes_training
 
 
+@dataclass(frozen=True)
+class SharedLeaves(Method):
+    """Stands where a method's shared leaves are held, which is no layer.
+
+    Args:
+        of: the method that has them.
+    """
+
+    of: Method
+
+    @property
+    def keep_fp32(self) -> frozenset[str]:
+        return self.of.keep_fp32
+
+
+def has_shared(method: Method) -> bool:
+    """Whether the sites of a method share leaves."""
+    if isinstance(method, Composed):
+        return any(has_shared(m) for m in method.methods)
+    return type(method).shared is not Method.shared
+
+
 def check_contract(method: Method) -> None:
     """Refuses a class that is no whole method.
 
@@ -116,9 +138,19 @@ def start(method: Method, site: SiteView, rng: torch.Generator, stat: Any) -> tu
     Raises:
         ContractError: something else than two dicts of tensors with distinct names.
     """
-    who = f"{type(method).__name__}.init at {site.name}"
     # An author whose method asks for no statistic writes no argument for it.
     made = method.init(site, rng, *(() if method.statistic is None else (stat,)))
+    return _checked_leaves(f"{type(method).__name__}.init at {site.name}", made)
+
+
+def start_shared(
+    method: Method, sites: Sequence[SiteView], rng: torch.Generator
+) -> tuple[Leaves, Leaves]:
+    """What ``shared`` returns, after the same checks."""
+    return _checked_leaves(f"{type(method).__name__}.shared", method.shared(sites, rng))
+
+
+def _checked_leaves(who: str, made: Any) -> tuple[Leaves, Leaves]:
     two = isinstance(made, (tuple, list)) and len(made) == 2
     if not two or not all(isinstance(part, Mapping) for part in made):
         found = type(made).__name__

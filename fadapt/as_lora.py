@@ -106,7 +106,7 @@ def as_lora(
     with torch.no_grad():
         weights = weights_by_name(model)
         found = {}
-        for name, adapter in params.items():
+        for name, adapter in params.at_sites().items():
             weight = _weight(weights, name, adapter)
             dropped = any(re.search(pattern, name) for pattern in patterns)
             found[name] = _convert(adapter, weight, r, dropped)

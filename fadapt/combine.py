@@ -50,6 +50,11 @@ def combine(params: Sequence[Params], weights: Sequence[float | Tensor]) -> Para
     members, values = check_members(params, weights, "combine([a, b], [0.5, 0.5])")
     sites: dict[str, list[tuple[Adapter, float | Tensor]]] = {}
     for member, value in zip(members, values, strict=True):
+        if len(member.at_sites()) < len(member):
+            raise ConfigError(
+                "combine: the sites of a member share leaves, which a sum of several cannot; merge "
+                "it instead: fadapt.merge_many(model, [...], weights)"
+            )
         for name, adapter in member.items():
             own = sites.setdefault(name, [])
             if own and own[0][0].site.fingerprint != adapter.site.fingerprint:

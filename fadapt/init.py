@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from .adapted_map import check_start, start
+from .adapted_map import SharedLeaves, check_start, has_shared, start, start_shared
 from .base.bound import refuse_adapted
 from .base.checks import check_model
-from .base.weights import BaseWeight
+from .base.torch_private import StorageWeakRef
+from .base.weights import BaseWeight, Kind
 from .calibration.stats import Stats
 from .config import Config, Rules, as_config
-from .errors import CalibrationError, FadaptWarning, TargetError
+from .errors import CalibrationError, ConfigError, FadaptWarning, TargetError
 from .method import Leaves, Method, Planned
 from .params.adapter import Adapter
 from .params.params import Params, trainable_leaves
@@ -145,32 +147,192 @@ def init(
         found, statistic = prepare(found, stats)
         for _, site, _ in found:
             del before[site.name]
-        adapters: dict[str, Adapter] = {}
-        seen: set[Method] = set()
-        for weight, site, method in found:
-            adapter = _init_one(weight, site, method, config, statistic(site, method))
-            if method not in seen:  # what holds at one site is meant to hold at all
-                seen.add(method)
-                one = adapter.expert(0) if site.experts else adapter
-                base = next(iter(weight.maps))
-                check_start(method, one.leaves, one.site, base, weight.device)
-            adapters[site.name] = adapter
-    return trainable_leaves(Params(adapters, config, covered.without(before, "rank 0 of the plan")))
+        views = _views(model, found)
+        owners = _Owners()
+        adapters = {
+            site.name: _init_one(
+                weight, site, m, config, statistic(site, m), views[site.name], owners
+            )
+            for weight, site, m in found
+        }
+        adapters = _shared(found, config, views, adapters, owners.shared())
+        params = Params(adapters, config, covered.without(before, "rank 0 of the plan"))
+        _check_starts(found, params)
+    return trainable_leaves(params)
 
 
-def _init_one(weight: BaseWeight, site: Site, method: Method, config: Config, stat: Any) -> Adapter:
-    at_least = torch.promote_types(weight.dtype, torch.float32)
+def _views(model: nn.Module, found: Found) -> dict[str, list[SiteView]]:
+    """What ``init`` sees of every site, once for each matrix of a stack."""
+    sites: dict[Method, tuple[Site, ...]] = {}
+    for _, site, method in found:
+        sites[method] = (*sites.get(method, ()), site)
+    config = getattr(model, "config", None)
+    views = {}
+    for weight, site, method in found:
+        at_least = torch.promote_types(weight.dtype, torch.float32)
+        views[site.name] = [
+            # Each matrix of a stack under its own name, from which its random values follow.
+            SiteView(
+                replace(site, name=f"{site.name}[{i}]", experts=0) if site.experts else site,
+                base,
+                weight.device,
+                at_least,
+                sites[method],
+                config,
+            )
+            for i, base in enumerate(weight.maps)
+        ]
+    return views
+
+
+def _shared(
+    found: Found,
+    config: Config,
+    views: Mapping[str, list[SiteView]],
+    adapters: dict[str, Adapter],
+    common: Mapping[Method, set[str]],
+) -> dict[str, Adapter]:
+    """All adapters, with a place for the leaves that the sites of a method share.
+
+    Args:
+        adapters: those of the sites, each with all that ``init`` returned there.
+        common: the leaves among these that are one tensor at all sites.
+    """
+    places: dict[str, Adapter] = {}
+    for method in dict.fromkeys(m for _, _, m in found):
+        names = [site.name for _, site, m in found if m == method]
+        at_least = functools.reduce(torch.promote_types, (views[name][0].dtype for name in names))
+        name = f"shared:{type(method).__name__}"
+        count = sum(n.partition("#")[0] == name for n in places)
+        place = Site(f"{name}#{count}" if count else name, 0, 0, kind=Kind.SHARED)
+        made: tuple[Leaves, Leaves] = {}, {}
+        if has_shared(method):
+            mine = [view for name in names for view in views[name][:1]]
+            made = start_shared(method, mine, generator(config.seed, name))
+        holder = _adapter(place, SharedLeaves(method), made, config, at_least)
+        for leaf in common.get(method, ()):
+            first = adapters[names[0]]
+            for own, whole in ((first.train, holder.train), (first.fixed, holder.fixed)):
+                if leaf in own:
+                    whole[leaf] = own[leaf][0].clone() if first.site.experts else own[leaf]
+        for own_name in names:
+            a = adapters[own_name]
+            parts = ({k: t for k, t in p.items() if k not in common.get(method, ())}
+                     for p in (a.train, a.fixed))  # fmt: skip
+            adapters[own_name] = a.replace(*parts)
+        if holder.leaves:
+            places[place.name] = holder.replace(holder.train, holder.fixed)
+    return {**adapters, **places}
+
+
+@dataclass(frozen=True)
+class _Leaf:
+    """A tensor that ``init`` returned: where, as what, and where its values begin."""
+
+    method: Method
+    site: str
+    name: str
+    trains: bool
+    start: int
+    shape: torch.Size
+
+
+class _Owners:
+    """To whom each tensor belongs that a method returned."""
+
+    def __init__(self) -> None:
+        # Weak: they keep an address from being used again, without keeping the values.
+        self._leaves: dict[StorageWeakRef, list[_Leaf]] = {}
+        self._sites: dict[Method, set[str]] = {}
+
+    def add(self, method: Method, site: str, made: tuple[Leaves, Leaves]) -> None:
+        """Takes note of what ``init`` returned for one matrix."""
+        self._sites.setdefault(method, set()).add(site)
+        for trains, part in zip((True, False), made, strict=True):
+            for name, t in part.items():
+                if t.numel():
+                    leaf = _Leaf(method, site, name, trains, t.data_ptr(), t.shape)
+                    key = StorageWeakRef(t.untyped_storage())
+                    self._leaves.setdefault(key, []).append(leaf)
+
+    def shared(self) -> dict[Method, set[str]]:
+        """The leaves that are one tensor at all sites of a method, by their names.
+
+        Raises:
+            ConfigError: a tensor that is at some of them only, or twice at one.
+        """
+        found: dict[Method, set[str]] = {}
+        for leaves in self._leaves.values():
+            if len({leaf.site for leaf in leaves}) == 1:
+                trained = [leaf for leaf in leaves if leaf.trains]
+                if len({(leaf.start, leaf.shape) for leaf in trained}) < len(trained):
+                    self._refuse(trained[0], trained[1])
+                continue
+            for leaf in leaves:
+                mine = [one for one in leaves if one.name == leaf.name]
+                alike = len({(one.method, one.trains, one.start, one.shape) for one in mine}) == 1
+                if not alike or {one.site for one in mine} != self._sites[leaf.method]:
+                    self._refuse(leaf, next(o for o in leaves if o.site != leaf.site))
+                found.setdefault(leaf.method, set()).add(leaf.name)
+        return found
+
+    def _refuse(self, one: _Leaf, other: _Leaf) -> None:
+        raise ConfigError(
+            f"{type(one.method).__name__}.init returned one tensor twice, as {one.name!r} of "
+            f"{one.site} and {other.name!r} of {other.site}, and not at all sites alike. Return "
+            "copies, tensor.clone(), for leaves of their own; what all sites have in common, "
+            "return once from shared(self, sites, rng)"
+        )
+
+
+def _check_starts(found: Found, params: Params) -> None:
+    seen: set[Method] = set()
+    for weight, site, method in found:
+        if method in seen:  # what holds at one site is meant to hold at all
+            continue
+        seen.add(method)
+        adapter = params[site.name]
+        if taken := adapter.bank.keys() & {*adapter.train, *adapter.fixed}:
+            raise ConfigError(
+                f"{type(method).__name__}: init and shared both return {sorted(taken)}; give "
+                "their leaves names of their own"
+            )
+        one = adapter.expert(0) if site.experts else adapter
+        base = next(iter(weight.maps))
+        check_start(method, one.leaves, one.site, base, weight.device)
+
+
+def _init_one(
+    weight: BaseWeight,
+    site: Site,
+    method: Method,
+    config: Config,
+    stat: Any,
+    views: list[SiteView],
+    owners: _Owners,
+) -> Adapter:
     parts = []
-    for i, base in enumerate(weight.maps):
-        # Each matrix of a stack under its own name, from which its random values follow.
-        own = replace(site, name=f"{site.name}[{i}]", experts=0) if site.experts else site
-        view = SiteView(own, base, weight.device, at_least)
-        parts.append(start(method, view, generator(config.seed, own.name), stat))
-    train, fixed = parts[0] if not site.experts else map(_stacked, zip(*parts, strict=True))
+    for view in views:
+        parts.append(start(method, view, generator(config.seed, view.name), stat))
+        owners.add(method, view.name, parts[-1])
+    made = parts[0] if not site.experts else tuple(map(_stacked, zip(*parts, strict=True)))
+    site = replace(site, fingerprint=weight.fingerprint())
+    return _adapter(site, method, made, config, views[0].dtype)
+
+
+def _adapter(
+    site: Site,
+    method: Method,
+    made: tuple[Leaves, ...],
+    config: Config,
+    at_least: torch.dtype,
+) -> Adapter:
+    """The leaves that a method made, in the config's dtype."""
+    train, fixed = made
     dtype = config.dtype or at_least
     exact = torch.promote_types(dtype, at_least)
-    return Adapter(replace(site, fingerprint=weight.fingerprint()), method, {}, {}).replace(
-        # Copies: a tensor that a method returns for several sites would be optimised once for each.
+    return Adapter(site, method, {}, {}).replace(
+        # Copies: leaves may be parts of one tensor, and are optimized apart.
         train={k: t.detach().to(dtype, copy=True).contiguous() for k, t in train.items()},
         fixed={
             k: _cast(t.detach(), exact if k in method.keep_fp32 else dtype).contiguous()

@@ -74,7 +74,7 @@ def merge(
     refuse_adapted(model, "fadapt.merge")
     with torch.no_grad():
         weights = weights_by_name(model)
-        for name, adapter in params.items():
+        for name, adapter in params.at_sites().items():
             weight = weights.get(name)
             what = "is missing" if weight is None else adapter.site.mismatch(weight)
             if weight is None or what:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -117,6 +117,22 @@ class Method:
             which may also be integers or booleans.
         """
         raise ConfigError(f"{type(self).__name__} must define init(self, site, rng)")
+
+    def shared(self, sites: Sequence[SiteView], rng: torch.Generator) -> tuple[Leaves, Leaves]:
+        """Makes the leaves that all sites of this method have in common; none by default.
+
+        There is one of each: one tensor, one gradient, one state of the optimizer, held once in
+        params, stacks and files. ``p`` has them beside the site's own, under the same names at
+        every site. A tensor that :meth:`init` itself returns at every site is shared likewise.
+
+        Args:
+            sites: all sites of this very method (equal in every field), in the model's order.
+            rng: a CPU generator seeded by (seed, class name) alone.
+
+        Returns:
+            As :meth:`init`; names must differ from those of ``init``.
+        """
+        return {}, {}
 
     def shift(self, p: Mapping[str, Tensor], x: Tensor) -> Tensor:
         """The increment of the input: (tokens, in_features) -> the same shape."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,6 +43,11 @@ class Site:
     fingerprint: str = ""
     experts: int = 0
     kernel: tuple[int, ...] = ()
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether this is no parameter's place, but that of leaves which several sites share."""
+        return self.kind is Kind.SHARED
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
@@ -115,6 +121,10 @@ class SiteView:
     base: LinearMap
     device: torch.device
     dtype: torch.dtype
+    sites: tuple[Site, ...] = ()
+    """All sites that this ``fadapt.init`` adapts by the same method, this one among them."""
+    model_config: Any = None
+    """The model's own config (Hugging Face's), or None."""
 
     @property
     def name(self) -> str:

@@ -138,7 +138,7 @@ def merged_equals_run(method: Method, case: Case) -> None:
 def bias_as_declared(method: Method, case: Case) -> None:
     """The bias changes exactly where ``acts_on_bias`` says so."""
     model = replace(case, bias=True).model()
-    for adapter in case.trained(model, method).values():
+    for adapter in case.trained(model, method).at_sites().values():
         layer: Any = model.get_submodule(adapter.site.name.removesuffix(".weight"))
         _, bias = adapter.dense(layer.weight, layer.bias)
         assert bias is not None
@@ -162,7 +162,7 @@ def gradients_equal_dense(method: Method, case: Case) -> None:
         return
     grads = torch.autograd.grad(_loss(apply(model, params, x)), trainable(params))
     weights: dict[str, Tensor] = {}
-    for name, adapter in params.items():
+    for name, adapter in params.at_sites().items():
         layer: Any = model.get_submodule(name.removesuffix(".weight"))
         bias = None if layer.bias is None else layer.bias.detach()
         weights[name], new_bias = adapter.dense(layer.weight.detach(), bias)
@@ -397,8 +397,9 @@ def local_seeded_init(method: Method, case: Case) -> None:
     torch.manual_seed(1)
     calib = case.calib(case) if case.calib else None
     alone = init(model, Config({"^2": method}, seed=case.seed), calib)
-    for leaf, tensor in alone["2.weight"].leaves.items():
-        other = both["2.weight"].leaves[leaf]
+    own, others = alone["2.weight"], {**both["2.weight"].train, **both["2.weight"].fixed}
+    for leaf, tensor in {**own.train, **own.fixed}.items():
+        other = others[leaf]
         assert torch.equal(tensor, other), f"{leaf} depends on other sites or global state"
 
 
@@ -420,7 +421,7 @@ def low_rank_is_the_increment(method: Method, case: Case) -> None:
     model = case.model()
     params = case.trained(model, method)
     for c in (1.0, -0.5):
-        for adapter in scale(params, c).values():
+        for adapter in scale(params, c).at_sites().values():
             layer: Any = model.get_submodule(adapter.site.name.removesuffix(".weight"))
             weight = layer.weight.detach()
             p = {
@@ -502,7 +503,7 @@ def check_method(
         for law in LAWS[1:]:
             _hold(method, case, law)
         if count is not None:
-            for name, adapter in case.fresh(case.model(), method).items():
+            for name, adapter in case.fresh(case.model(), method).at_sites().items():
                 found = sum(t.numel() for t in adapter.train.values())
                 wanted = count(adapter.site.out_features, adapter.site.in_features)
                 assert found == wanted, f"{method} at {name}: {found} trainable, not {wanted}"

@@ -474,6 +474,24 @@ def test_checkpointing_recomputes_the_same_draws() -> None:
         assert torch.equal(a, b)
 
 
+def test_a_sweep_with_dropout_is_repeatable_and_drops() -> None:
+    def loss(out: torch.Tensor, _: Any) -> torch.Tensor:
+        return out.square().mean()
+
+    def final(dropout: float) -> list[torch.Tensor]:
+        trials = [fadapt.Trial(LoRA(4, dropout=dropout), lr=0.1, seed=s) for s in (0, 1)]
+        model = net().train()
+        report = fadapt.sweep(model, trials, [{"input": X}], steps=4, loss_fn=loss)
+        return [leaf for p in report.final.values() for leaf in fadapt.trainable(p)]
+
+    torch.manual_seed(3)
+    one = final(0.5)
+    torch.manual_seed(3)
+    again, without = final(0.5), final(0.0)
+    assert all(torch.equal(a, b) for a, b in zip(one, again, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(one, without, strict=True))
+
+
 def test_dropout_compiles_and_follows_the_mode() -> None:
     model = net()
     params = lively(model, DROPPED)

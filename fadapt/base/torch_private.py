@@ -17,6 +17,11 @@ import torch.utils._pytree as pytree
 from optree.registry import __GLOBAL_NAMESPACE as _GLOBAL_NAMESPACE
 from torch import Tensor, nn
 
+# The identity of a storage, which keeps its address from being used again but not its values;
+# torch's own multiprocessing and Inductor use it. Replace with weakref once a storage's Python
+# object lives as long as the storage does.
+from torch.multiprocessing.reductions import StorageWeakRef as StorageWeakRef
+
 
 def register_node(
     cls: type, flatten: Callable[[Any], Any], unflatten: Callable[[Any, Any], Any]

@@ -36,6 +36,8 @@ class Kind(StrEnum):
     """The stored part of a weight that torch computes."""
     VECTOR = "vector"
     """One axis or none: a bias, a norm's gain."""
+    SHARED = "shared"
+    """No parameter: the place of leaves that several sites share."""
 
 
 LINEAR_KINDS = (Kind.LINEAR, Kind.QUANTIZED, Kind.EXPERTS)

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
+from ..adapted_map import SharedLeaves
 from ..base.bound import refuse_adapted
 from ..base.checks import check_model
 from ..base.weights import BaseWeight, Kind, weights_by_name
 from ..config import Config
 from ..errors import CheckpointError, ConfigError
-from ..method import Method
+from ..method import STRENGTH, Method
 from ..method_json import method_from_json, method_to_json
 from ..params.adapter import Adapter
 from ..params.params import Params, trainable_leaves
 from ..params.stack import Stack
 from ..site import Site
 from ..targeting import coverage_of
-from .expected import check_specs
-from .tensors import FORMAT_VERSION, TensorFile, as_path, open_tensors, write_tensors
+from .expected import check_shared_specs, check_specs
+from .tensors import FORMAT_VERSION, TensorFile, TensorSpec, as_path, open_tensors, write_tensors
 
 
 def save(params: Params, path: str | os.PathLike[str]) -> None:
@@ -104,22 +106,32 @@ def load(
         config, records = _records(file)
         refuse_adapted(model, "fadapt.load")
         weights = weights_by_name(model)
+        shared = _shared_specs(file, records)
         for record in records:
-            _check_record(file, record, weights.get(record.site.name), allow_other_base)
+            if not record.site.is_shared:
+                bank = shared.get(record.method)
+                weight = weights.get(record.site.name)
+                _check_record(file, record, weight, allow_other_base, bank)
         # Nothing large has been read so far.
         tensors = file.read()
     adapters = {}
+    devices = {r.method: weights[r.site.name].device for r in records if not r.site.is_shared}
     for record in records:
-        name = record.site.name
-        weight = weights[name]
-        site = dataclasses.replace(record.site, kind=weight.kind, fingerprint=weight.fingerprint())
-        adapters[name] = Adapter(site, record.method, {}, {}).replace(
+        name, site, method = record.site.name, record.site, record.method
+        if isinstance(method, SharedLeaves):
+            device = devices[method.of]
+        else:
+            weight = weights[name]
+            device = weight.device
+            site = dataclasses.replace(site, kind=weight.kind, fingerprint=weight.fingerprint())
+        adapters[name] = Adapter(site, method, {}, {}).replace(
             *(
-                {k: tensors[key].to(weight.device) for k, key in part.items()}
+                {k: tensors[key].to(device) for k, key in part.items()}
                 for part in (record.train, record.fixed)
             )
         )
-    covered = coverage_of(model, adapters, config)
+    here = [name for name, adapter in adapters.items() if not adapter.site.is_shared]
+    covered = coverage_of(model, here, config)
     return trainable_leaves(Params(adapters, config, covered))
 
 
@@ -193,8 +205,32 @@ def _site(record: Any) -> Site:
     )
 
 
+def _shared_specs(
+    file: TensorFile, records: Sequence[_Record]
+) -> dict[Method, dict[str, TensorSpec]]:
+    """{method: the leaves that its sites share}, after their checks."""
+    found: dict[Method, dict[str, TensorSpec]] = {}
+    users = {r.method for r in records if not r.site.is_shared}
+    for record in records:
+        who, method = f"{file.where}: {record.site.name}", record.method
+        if record.site.is_shared != isinstance(method, SharedLeaves):
+            raise CheckpointError(f"{who} is {record.site.kind}, under {method!r}")
+        if not isinstance(method, SharedLeaves):
+            continue
+        if method.of not in users or method.of in found:
+            raise CheckpointError(f"{who}: no site uses it, or another has the same leaves")
+        parts = [{k: file.specs[key] for k, key in p.items()} for p in (record.train, record.fixed)]
+        check_shared_specs(who, method, *parts)
+        found[method.of] = {k: s for part in parts for k, s in part.items() if k != STRENGTH}
+    return found
+
+
 def _check_record(
-    file: TensorFile, record: _Record, weight: BaseWeight | None, allow_other: bool
+    file: TensorFile,
+    record: _Record,
+    weight: BaseWeight | None,
+    allow_other: bool,
+    bank: dict[str, TensorSpec] | None,
 ) -> None:
     """Refuses a record that does not fit the model's weight, or leaves that do not fit it."""
     site, where = record.site, file.where
@@ -216,4 +252,4 @@ def _check_record(
             "allow_other_base=True"
         )
     parts = [{k: file.specs[key] for k, key in p.items()} for p in (record.train, record.fixed)]
-    check_specs(f"{where}: {site.name}", site, record.method, *parts)
+    check_specs(f"{where}: {site.name}", site, record.method, parts[0], parts[1], bank)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ..adapted_map import adapt, check_site, start
+from ..adapted_map import SharedLeaves, adapt, check_site, start
 from ..base.linear_map import DenseMap
 from ..errors import CheckpointError
 from ..method import STRENGTH, Leaves, Method, RankPadded
@@ -21,12 +21,15 @@ FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 Specs = dict[str, TensorSpec]
 
 
-def check_specs(who: str, site: Site, method: Method, train: Specs, fixed: Specs) -> None:
+def check_specs(
+    who: str, site: Site, method: Method, train: Specs, fixed: Specs, bank: Specs | None = None
+) -> None:
     """Refuses leaves that the method does not have at this site; nothing is computed.
 
     Args:
         who: names the file and the site, for messages.
         train, fixed: {leaf: shape and dtype}, with the axis of the experts in front.
+        bank: the leaves that the method's sites share.
 
     Raises:
         CheckpointError: other names, shapes or dtypes, or a method that refuses the site.
@@ -47,18 +50,34 @@ def check_specs(who: str, site: Site, method: Method, train: Specs, fixed: Specs
     try:
         check_site(method, site)
         _check_rank(who, method, both)
-        _check_map(who, site, method, both, {k: spec.dtype for k, spec in specs.items()})
+        bank = bank or {}
+        _check_map(
+            who,
+            site,
+            method,
+            {**{k: spec.shape for k, spec in bank.items()}, **both},
+            {k: spec.dtype for k, spec in {**bank, **specs}.items()},
+        )
         made = _made(site, method)
     except CheckpointError:
         raise
     # A file chooses the method and its fields, so whatever they raise is said of the file.
     except Exception as error:
         raise CheckpointError(f"{who}: the leaves {both} do not fit {method!r}: {error}") from error
+    if made is not None and bank:  # init may return them, too, at every site
+        made = tuple({k: s for k, s in part.items() if k not in bank} for part in made)
     if made is not None and made != (shapes[0], shapes[1]):
         raise CheckpointError(
             f"{who}: {method!r} has the leaves {made[0]} and {made[1]} there, trainable and fixed; "
             f"the file has {shapes[0]} and {shapes[1]}"
         )
+
+
+def check_shared_specs(who: str, method: SharedLeaves, train: Specs, fixed: Specs) -> None:
+    """Refuses shared leaves by their dtypes; their shapes are those that the sites can use."""
+    if taken := train.keys() & fixed.keys():
+        raise CheckpointError(f"{who}: {sorted(taken)} is there twice")
+    _check_dtypes(who, method, train, fixed)
 
 
 def _check_dtypes(who: str, method: Method, train: Specs, fixed: Specs) -> None:

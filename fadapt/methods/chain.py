@@ -7,14 +7,14 @@ Identity at the start: every f_k is.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ..adapted_map import AdaptedMap, Composed, increment_factors, start
+from ..adapted_map import AdaptedMap, Composed, increment_factors, start, start_shared
 from ..errors import require
 from ..method import Factors, Leaves, Method
 from ..seeds import generator
@@ -80,6 +80,14 @@ class Chain(Composed):
             for whole, part in zip((train, fixed), parts, strict=True):
                 whole.update({f"{i}.{k}": t for k, t in part.items()})
         return train, fixed
+
+    def shared(self, sites: Sequence[SiteView], rng: torch.Generator) -> tuple[Leaves, Leaves]:
+        whole: tuple[Leaves, Leaves] = {}, {}
+        for i, method in enumerate(self.methods):
+            parts = start_shared(method, sites, generator(rng.initial_seed(), i))
+            for one, part in zip(whole, parts, strict=True):
+                one.update({f"{i}.{k}": t for k, t in part.items()})
+        return whole
 
     def true_gradient(self) -> Chain:
         return Chain(tuple(m.true_gradient() for m in self.methods))

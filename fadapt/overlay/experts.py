@@ -34,7 +34,8 @@ def batched(adapter: Adapter, x: Tensor, weight: Tensor, product: Any) -> Tensor
     """
     method, transposed = adapter.method, adapter.site.transposed
     p = adapter.leaves
-    axes = {name: None if name == STRENGTH else 0 for name in p}
+    whole = {STRENGTH, *adapter.bank}
+    axes = {name: None if name in whole else 0 for name in p}
     where, training = adapter.site.name, adapter.training
 
     def enter(p: Any, x: Tensor) -> tuple[Tensor, Any]:

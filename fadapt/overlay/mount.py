@@ -124,7 +124,7 @@ def prepare(model: nn.Module, sites: Mapping[str, Adapted], any_mode: bool = Fal
                 if buffer is not None and _may_be_updated(module, key, buffer):
                     name = f"{prefix}.{key}" if prefix else key
                     mount.tensors.append((name, module, BUFFERS, key, buffer.clone()))
-    if missing := [name for name in sites if name not in found]:
+    if missing := [n for n, a in sites.items() if n not in found and not a.site.is_shared]:
         raise TargetError(
             f"the params adapt {missing[0]} and {len(missing) - 1} more weights that this "
             f"{type(model).__name__} does not have; they were made for another model"

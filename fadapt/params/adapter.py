@@ -55,6 +55,7 @@ class Adapter:
         method: its hyper-parameters; static.
         train: trainable leaves, which start at the increment zero or at random.
         fixed: constants the method needs (row norms, SVD factors) and the runtime strength.
+        bank: the leaves that the method's sites share, from the Params that holds them.
         owner: the layer whose training mode the adapter follows, during a call; not kept.
 
     Example:
@@ -68,6 +69,7 @@ class Adapter:
     train: Leaves
     fixed: Leaves
     owner: nn.Module | None = field(default=None, kw_only=True)
+    bank: Leaves = field(default_factory=dict, kw_only=True)
 
     @property
     def training(self) -> bool:
@@ -80,8 +82,8 @@ class Adapter:
 
     @property
     def leaves(self) -> Leaves:
-        """Trainable and fixed leaves together, as a method's functions receive them."""
-        return {**self.train, **self.fixed}
+        """Trainable, fixed and shared leaves together, as a method's functions receive them."""
+        return {**self.bank, **self.train, **self.fixed}
 
     @property
     def acts_on_bias(self) -> bool:
@@ -91,6 +93,10 @@ class Adapter:
     def device(self) -> torch.device | None:
         """Where the leaves are; None without leaves."""
         return next((t.device for t in self.leaves.values()), None)
+
+    def with_bank(self, source: Adapter) -> Self:
+        """The adapter with the leaves of another that its method's sites share."""
+        return replace(self, bank={k: t for k, t in source.leaves.items() if k != STRENGTH})
 
     def __str__(self) -> str:
         return type(self.method).__name__

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, ItemsView, Iterator, Mapping, Sequence, ValuesView
+from collections.abc import Callable, ItemsView, Iterator, Mapping, Sequence, Set, ValuesView
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from ..adapted_map import SharedLeaves
 from ..errors import ConfigError
 from ..method import STRENGTH, Leaves
 from .adapter import Adapter, _sorted
@@ -64,7 +65,7 @@ class Params(Mapping[str, Adapter]):
         *,
         awaited: Awaited | None = None,
     ):
-        self._adapters: dict[str, Adapter] = _sorted(adapters)
+        self._adapters: dict[str, Adapter] = _with_banks(_sorted(adapters))
         self.config, self.coverage = config, coverage
         self._awaited = awaited
 
@@ -106,7 +107,7 @@ class Params(Mapping[str, Adapter]):
             ['0.weight']
         """
         chosen = self._matching(patterns)
-        return Params({name: a for name, a in self.items() if name in chosen}, self.config)
+        return self._keep(chosen)
 
     def without(self, *patterns: str) -> Params:
         """The adapters whose site names match none of the patterns: those are dropped.
@@ -126,7 +127,23 @@ class Params(Mapping[str, Adapter]):
             raise ConfigError(
                 f"without{patterns} leaves no adapter: call the model itself, or scale(params, 0)"
             )
-        return Params({name: a for name, a in self.items() if name not in dropped}, self.config)
+        return self._keep(self.keys() - dropped)
+
+    def _keep(self, names: Set[str]) -> Params:
+        """The adapters of some sites, with what these share."""
+        methods = {self[name].method for name in names}
+        return Params(
+            {
+                name: a
+                for name, a in self.items()
+                if (a.method.of in methods if isinstance(a.method, SharedLeaves) else name in names)
+            },
+            self.config,
+        )
+
+    def at_sites(self) -> dict[str, Adapter]:
+        """The adapters of the model's parameters, without the places of shared leaves."""
+        return {name: a for name, a in self.items() if not a.site.is_shared}
 
     def _matching(self, patterns: tuple[str, ...]) -> set[str]:
         self.check_whole()
@@ -217,6 +234,17 @@ class Params(Mapping[str, Adapter]):
         methods = Counter(repr(a.method) for _, a in self.items())
         what = ", ".join(f"{method} x {n}" for method, n in methods.items()) or "empty"
         return f"Params({what}; {sum(t.numel() for t in trainable(self)):,} trainable)"
+
+
+def _with_banks(adapters: dict[str, Adapter]) -> dict[str, Adapter]:
+    """Every adapter with the leaves that its method's sites share, from the one that holds them."""
+    banks = {a.method.of: a for a in adapters.values() if isinstance(a.method, SharedLeaves)}
+    if not banks:
+        return adapters
+    return {
+        name: a.with_bank(banks[a.method]) if a.method in banks else a
+        for name, a in adapters.items()
+    }
 
 
 def split(params: P) -> tuple[Any, P]:

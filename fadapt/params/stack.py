@@ -11,7 +11,7 @@ import functools
 import operator
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,12 @@ class StackedAdapter(Adapter):
     """The adapters of a group at one site: leaves (n, ...), or without that axis if ``shared``."""
 
     shared: frozenset[str] = frozenset()
+
+    def with_bank(self, source: Adapter) -> Self:
+        assert isinstance(source, StackedAdapter)
+        new = super().with_bank(source)
+        shared = (self.shared - new.bank.keys()) | (source.shared & new.bank.keys())
+        return replace(new, shared=shared)
 
     def over(self, function: Callable[..., Any], *batched: Any) -> Any:
         """``function(p, *batched)`` over the group, by broadcasting or by torch.func.vmap."""
@@ -100,7 +106,9 @@ class Stack:
     @property
     def sites(self) -> list[str]:
         """The names of all adapted sites, sorted."""
-        return sorted({name for g in self.groups for name in g.params})
+        return sorted(
+            {name for g in self.groups for name, a in g.params.items() if not a.site.is_shared}
+        )
 
     @property
     def order(self) -> list[int]:

@@ -51,7 +51,7 @@ def summary(params: Params, model: nn.Module | None = None) -> str:
         key = (
             re.sub(r"\d+", "\0", name),
             repr(adapter.method),
-            f"{site.out_features} x {site.in_features}",
+            "" if site.is_shared else f"{site.out_features} x {site.in_features}",
             site.role + ("*" if site.note else ""),
         )
         groups.setdefault(key, []).append(adapter)
@@ -66,7 +66,7 @@ def summary(params: Params, model: nn.Module | None = None) -> str:
     total = sum(_count(a) for _, a in params.items())
     fixed = sum(t.numel() for _, a in params.items() for t in a.fixed.values())
     lines = _table([HEADER, *rows])
-    lines.append(f"{len(params)} sites, {total:,} trainable and {fixed:,} fixed values")
+    lines.append(f"{len(params.at_sites())} sites, {total:,} trainable and {fixed:,} fixed values")
     notes: dict[str, str] = {}
     for members in groups.values():
         site = members[0].site
@@ -77,7 +77,7 @@ def summary(params: Params, model: nn.Module | None = None) -> str:
             notes[f"! {where} is tied to {', '.join(site.tied)}, which is not adapted by it"] = ""
     covered = params.coverage
     if model is not None:
-        covered = coverage_of(model, params, params.config)
+        covered = coverage_of(model, params.at_sites(), params.config)
     return "\n".join([*lines, *notes, *(_left_out(covered, total) if covered else ())])
 
 

@@ -68,7 +68,7 @@ def _check_leaves(name: str, trial: Trial, params: Params) -> None:
 
 def _check_base(name: str, model: nn.Module, params: Params) -> None:
     weights = weights_by_name(model)
-    for site, adapter in params.items():
+    for site, adapter in params.at_sites().items():
         weight = weights.get(site)
         if weight is None or weight.fingerprint() != adapter.site.fingerprint:
             raise ConfigError(
