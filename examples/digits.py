@@ -40,11 +40,12 @@ import fadapt
 
 STEPS = 60
 
-LEFT_OUT = ("Method", "Chain", "SSteer")  # the contract, a composite, and one that never trains
+LEFT_OUT = ("Method", "Chain", "Sum", "SSteer")  # the contract, composites, and one never trained
 
 # Methods that are not named here run with their defaults.
 SETTINGS: dict[str, dict[str, Any]] = {
     **{name: {"r": 4} for name in ("LoRA", "RsLoRA", "PiSSA", "DoRA", "DeLoRA", "EVA", "CorDA")},
+    **{name: {"r": 4} for name in ("OLoRA", "MiCA", "KaSA")},
     "OFT": {"block_size": 8},
     "RoAd": {"group_size": 8},
 }

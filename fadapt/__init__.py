@@ -54,7 +54,10 @@ from .methods import Chain as Chain
 from .methods import CorDA as CorDA
 from .methods import DeLoRA as DeLoRA
 from .methods import DoRA as DoRA
+from .methods import KaSA as KaSA
 from .methods import LoRA as LoRA
+from .methods import MiCA as MiCA
+from .methods import OLoRA as OLoRA
 from .methods import PiSSA as PiSSA
 from .methods import RoAd as RoAd
 from .methods import RsLoRA as RsLoRA

@@ -29,6 +29,13 @@ def top_svd(matrix: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     return _fix_signs(u[:, :k], s[:k], vh[:k].mT)
 
 
+def bottom_svd(matrix: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The k smallest singular triplets, as :func:`top_svd` returns the largest."""
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    first = s.shape[0] - k
+    return _fix_signs(u[:, first:], s[first:], vh[first:].mT)
+
+
 def random_svd(
     matrix: Tensor, k: int, rng: torch.Generator, niter: int = 4, oversample: int = 8
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -170,6 +170,30 @@ def test_pissa_with_equal_singular_values(weight: str, niter: int | None) -> Non
     finite(model, move(params))
 
 
+DECOMPOSED = {
+    "OLoRA": fadapt.OLoRA(r=4, alpha=8),
+    "MiCA": fadapt.MiCA(r=4),
+    "KaSA": fadapt.KaSA(r=4, alpha=8),
+}
+
+
+@pytest.mark.parametrize("weight", ["orthogonal", "zero", "identity", "rank 1"])
+@pytest.mark.parametrize("method", DECOMPOSED.values(), ids=DECOMPOSED.keys())
+def test_starts_from_a_decomposition_of_any_weight(method: Method, weight: str) -> None:
+    model = layer(12, 12)
+    with torch.no_grad():
+        if weight == "orthogonal":
+            nn.init.orthogonal_(model[0].weight)
+        elif weight == "rank 1":
+            model[0].weight.copy_(torch.outer(model[0].weight[0], model[0].weight[1]))
+        else:
+            model[0].weight.copy_(torch.eye(12) * (weight == "identity"))
+    params = fadapt.init(model, method)
+    x = torch.randn(5, 12, generator=torch.Generator().manual_seed(2))
+    assert torch.equal(finite(model, params), model(x))
+    finite(model, move(params))
+
+
 def test_oft_far_from_the_identity_is_still_orthogonal() -> None:
     model = layer()
     params = fadapt.init(model, OFT(4))
@@ -203,6 +227,10 @@ REFUSALS = [
     (lambda: PiSSA(r=9, niter=2), "write r=8 or less"),
     (lambda: PiSSA(r=2, alpha=0.0), "alpha"),
     (lambda: PiSSA(r=2, niter=-1), "niter"),
+    (lambda: fadapt.OLoRA(r=9), "write r=8"),
+    (lambda: fadapt.MiCA(r=9), "write r=8"),
+    (lambda: fadapt.KaSA(r=9), "write r=8"),
+    (lambda: fadapt.KaSA(r=2, alpha=0.0), "alpha"),
     (lambda: LoRA(r=0), "at least 1"),
     (lambda: DoRA(r=-1), "at least 1"),
     (lambda: DeLoRA(r=0), "at least 1"),

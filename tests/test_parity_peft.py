@@ -15,6 +15,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from peft.tuners.lora.config import KasaConfig
 from torch import Tensor, nn
 
 import fadapt
@@ -53,6 +54,17 @@ def pissa_leaves(p: Tensors, weight: Tensor, fresh: Tensors) -> Tensors:
     # PEFT replaces the base weight by its residual; the signs of singular vectors, which differ
     # between the two, drop out of the residual.
     return {"dA": p["lora_A"] - fresh["A0"], "dB": p["lora_B"] - fresh["B0"]}
+
+
+def mica_leaves(p: Tensors, weight: Tensor, fresh: Tensors) -> Tensors:
+    # B is frozen on both sides, up to the signs of singular vectors.
+    return {"A": (p["lora_B"] * fresh["B"]).sum(0).sign().unsqueeze(1) * p["lora_A"]}
+
+
+def kasa_leaves(p: Tensors, weight: Tensor, fresh: Tensors) -> Tensors:
+    # PEFT cuts the smallest triplets off the base weight; which signs they have drops out.
+    factors = {"dA": p["lora_A"] - fresh["A0"], "dB": p["lora_B"] - fresh["B0"]}
+    return {**factors, "dd": p["lora_diag"] - fresh["d0"]}
 
 
 def delora_leaves(p: Tensors, weight: Tensor, fresh: Tensors) -> Tensors:
@@ -112,6 +124,9 @@ ROWS = {
     # The bias is not scaled by the magnitude on either side.
     "DoRA": lora_row(DoRA(r=3, alpha=5), dora_leaves, use_dora=True),
     "PiSSA": lora_row(PiSSA(r=3, alpha=5), pissa_leaves, init_lora_weights="pissa"),
+    "OLoRA": lora_row(fadapt.OLoRA(r=3, alpha=5), pissa_leaves, init_lora_weights="olora"),
+    "MiCA": lora_row(fadapt.MiCA(r=3, alpha=5), mica_leaves, init_lora_weights="mica"),
+    "KaSA": lora_row(fadapt.KaSA(r=3, alpha=5), kasa_leaves, kasa_config=KasaConfig()),
     "DeLoRA": Row(
         DeLoRA(r=3, lambda0=1.5, form="peft"),
         peft.DeloraConfig,
@@ -196,7 +211,8 @@ def test_outputs_and_gradients_equal_pefts(row: Row, shape_index: int) -> None:
     with torch.no_grad():
         for tensors in theirs.values():
             for parameter in tensors.values():
-                move(parameter, rng)
+                if parameter.requires_grad:
+                    move(parameter, rng)
 
     params = fadapt.init(model, row.method)
 
@@ -214,7 +230,7 @@ def test_outputs_and_gradients_equal_pefts(row: Row, shape_index: int) -> None:
     out, ref = fadapt.apply(model, params, x), reference(x)
     assert (out - model(x)).abs().max() > 1e-2, "the adapter does nothing"
     # Our gradients, pulled back through the affine map to PEFT's parameters.
-    flat = [t for layer in LAYERS for t in theirs[layer].values()]
+    flat = [t for layer in LAYERS for t in theirs[layer].values() if t.requires_grad]
     mapped = ours(theirs)
     loss(out).backward()
     pairs = [

@@ -16,9 +16,12 @@ from .eva import EVA as EVA
 from .hra import HRA as HRA
 from .ia3 import IA3 as IA3
 from .ia3 import IA3FF as IA3FF
+from .kasa import KaSA as KaSA
 from .lora import LoRA as LoRA
 from .lora import RsLoRA as RsLoRA
+from .mica import MiCA as MiCA
 from .oft import OFT as OFT
+from .olora import OLoRA as OLoRA
 from .pissa import PiSSA as PiSSA
 from .road import RoAd as RoAd
 from .ssteer import SSteer as SSteer

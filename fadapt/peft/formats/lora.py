@@ -1,4 +1,4 @@
-"""LORA: LoRA, rsLoRA, EVA, DoRA; PiSSA, OLoRA and CorDA as the difference of two LoRAs.
+"""LORA: LoRA, rsLoRA, EVA, MiCA, DoRA; PiSSA, OLoRA, KaSA ... as the difference of two LoRAs.
 
 Files. ``lora_A.weight`` (r, in), ``lora_B.weight`` (out, r); of embeddings ``lora_embedding_A``
 (r, vocab) and ``lora_embedding_B`` (dim, r); of convolutions with the kernel's axes;
@@ -12,6 +12,11 @@ computed from W again, as PEFT does. Where that cannot give the same again ("pis
 seeded, "corda" and "lora_ga" need data), the adapter as it was before training has to be given:
 ``load_peft(path, model, initial=...)``. Written is W + s (B A - B0 A0) as one LoRA of twice the
 rank with ``init_lora_weights: true``, as PEFT's own conversion writes it.
+
+KaSA (``kasa_config``) has ``lora_diag`` (r,) between A and B, and PEFT cuts the r smallest singular
+triplets off W when it makes and when it loads it; they are computed from W again. It is written as
+one LoRA of twice the rank, too, over a base that stays whole. MiCA ("mica") is a LoRA whose B does
+not train; PEFT keeps it so where a file says "mica" for all modules.
 """
 
 from __future__ import annotations
@@ -24,11 +29,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...errors import CheckpointError
-from ...linalg import top_svd
+from ...linalg import bottom_svd, top_svd
 from ...method import Factors, Method
 from ...methods._moved_factors import MovedFactors
 from ...methods.dora import DoRA
+from ...methods.kasa import KaSA
 from ...methods.lora import LoRA, RsLoRA
+from ...methods.mica import MiCA
+from ...methods.olora import OLoRA
 from ...methods.pissa import PiSSA
 from ...params.adapter import Adapter
 from ..format import (
@@ -45,6 +53,7 @@ from ..format import (
 from ..places import CONV1D, CONVOLUTION, EMBEDDING, LINEAR, PARAMETER, QUANTIZED, Place
 
 UNCHANGED_BASE = ("gaussian", "eva", "orthogonal", "mica")
+MICA_LAYERS = (LINEAR, CONV1D, EMBEDDING)
 
 
 class LoRAFormat(Format):
@@ -54,13 +63,14 @@ class LoRAFormat(Format):
     methods = (DoRA, MovedFactors, LoRA)
     suffixes = (
         *("lora_A.weight", "lora_B.weight", "lora_B.bias"),
-        *("lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"),
+        *("lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector", "lora_diag"),
     )
     layers = frozenset({LINEAR, CONV1D, QUANTIZED, EMBEDDING, CONVOLUTION, PARAMETER})
     fields = frozenset(
         "r lora_alpha use_rslora use_dora init_lora_weights rank_pattern alpha_pattern lora_bias "
         "fan_in_fan_out target_parameters lora_dropout eva_config corda_config lora_ga_config "
         "loftq_config megatron_config megatron_core runtime_config velora_config qalora_group_size "
+        "kasa_config "
         "ensure_weight_tying".split()
     )
     refused: ClassVar[Mapping[str, str]] = {
@@ -69,7 +79,6 @@ class LoRAFormat(Format):
         "use_qalora": "it pools the inputs (QALoRA)",
         "use_bdlora": "its factors are block diagonal over devices",
         "arrow_config": "it routes between adapters",
-        "kasa_config": "it cuts the frozen weight (KaSA)",
         "monteclora_config": "it samples its weights",
         "trainable_token_indices": "it replaces rows of the embedding",
     }
@@ -83,7 +92,11 @@ class LoRAFormat(Format):
         rs = settings.flag("use_rslora", False)
         method: LoRA = RsLoRA(r, alpha) if rs else LoRA(r, alpha)
         start = _start(settings, place, tensors, method, a)
-        if settings.flag("use_dora", False):
+        if settings.config.get("kasa_config"):
+            if start is not None or settings.flag("use_dora", False):
+                raise settings.fail(f"{place.key}: KaSA over DoRA, or over a start of its own")
+            read = _read_kasa(settings, place, tensors, method, a, b)
+        elif settings.flag("use_dora", False):
             if start is not None:
                 raise settings.fail(
                     f"{place.key}: DoRA over a start that changes the frozen weight"
@@ -92,9 +105,12 @@ class LoRAFormat(Format):
         elif start is not None:
             a0, b0 = start
             s = method.scaling
-            # PiSSA is the class whose start, too, is the same; all three run alike.
-            kind = PiSSA if settings.config.get("init_lora_weights") == "pissa" else MovedFactors
+            # The classes whose start, too, is the same; all run alike.
+            known = {"pissa": PiSSA, "olora": OLoRA}
+            kind = known.get(str(settings.config.get("init_lora_weights")), MovedFactors)
             read = Read(kind(r=r, alpha=s * r), {"dA": a - a0, "dB": b - b0}, {"A0": a0, "B0": b0})
+        elif settings.config.get("init_lora_weights") == "mica" and place.layer in MICA_LAYERS:
+            read = Read(MiCA(r=r, alpha=method.scaling * r), {"A": a}, {"B": b})
         else:
             read = Read(method, {"A": a, "B": b}, {})
         return read
@@ -148,7 +164,7 @@ class LoRAFormat(Format):
             "use_rslora": rs,
             "use_dora": all(dora),
             "lora_dropout": 0.0,
-            "init_lora_weights": True,
+            "init_lora_weights": "mica" if _all_mica(parts) else True,
             "lora_bias": False,
             "fan_in_fan_out": all(place.layer == CONV1D for place in parts),
         }
@@ -234,6 +250,31 @@ def _start(
         return (a0 * sign.unsqueeze(1)).contiguous(), b0 * sign
     q, upper = torch.linalg.qr(weight)
     return upper[: method.r].contiguous(), q[:, : method.r].contiguous()
+
+
+def _read_kasa(
+    settings: Settings, place: Place, tensors: Taken, method: LoRA, a: Tensor, b: Tensor
+) -> Read:
+    r, s = method.r, method.scaling
+    if place.layer != LINEAR:
+        raise settings.fail(f"{place.key}: KaSA is not defined for a {place.layer} weight")
+    if r > min(place.site.matrix_shape):
+        raise settings.fail(f"{place.key}: KaSA of r={r} is more than the weight has")
+    weight = place.weight.map.weight().to(torch.promote_types(a.dtype, torch.float32))
+    u, sigma, v = bottom_svd(weight, r)
+    d, d0 = tensors.take("lora_diag", r), sigma / s
+    train = {"dA": a - v.mT, "dB": b - u, "dd": d - d0}
+    return Read(KaSA(r=r, alpha=s * r), train, {"A0": v.mT.contiguous(), "B0": u, "d0": d0})
+
+
+def _all_mica(parts: Mapping[Place, tuple[Method, Mapping[str, Tensor]]]) -> bool:
+    """Whether PEFT can make all of them as MiCA, which refuses ranks that a weight has not."""
+    return all(
+        isinstance(method, MiCA)
+        and place.layer in MICA_LAYERS
+        and _rank(method, p) <= min(place.site.matrix_shape)
+        for place, (method, p) in parts.items()
+    )
 
 
 def _read_dora(
