@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..adapted_map import acts_in_training, adapt_input, adapt_output, has_shift
 from ..base.linear_map import LinearMap
 from ..base.torch_private import pytree
+from ..base.weights import Kind
 from ..errors import ConfigError, FadaptError
 from ..linalg import inverse_permutation
 from ..method import Leaves, Method
@@ -88,14 +89,15 @@ class FoldedSite:
         ]
         return self._gather(left, split).reshape(y.shape)
 
+    def cannot_embed(self) -> str:
+        """Why the members cannot share an embedding; "" where they can, or it is none."""
+        if self.site.kind is Kind.EMBEDDING and any(has_shift(a.method) for _, a in self.pieces):
+            return f"is an embedding, whose one-hot input {self} changes"
+        return ""
+
     def embed(self, one_hot: OneHot, base: LinearMap) -> Tensor:
         """The adapted map on the one-hot rows of an embedding (N·B, ..., vocabulary)."""
         n = self.stack_size
-        if any(has_shift(adapter.method) for _, adapter in self.pieces):
-            raise FadaptError(
-                f"{one_hot.owner}: {self} changes the one-hot input of an embedding, which a stack "
-                "cannot do; run the adapters one by one"
-            )
         self._check(one_hot)
         y = base(one_hot)  # type: ignore[arg-type]
         id_rows, y_rows = one_hot.ids.reshape(n, -1), y.reshape(n, -1, y.shape[-1])
@@ -184,7 +186,7 @@ def folded_sites(stack: Stack, rows: int | None) -> dict[str, FoldedSite]:
     """
     sites = {name: FoldedSite(name, stack, rows) for name in stack.sites}
     for name, folded in sites.items():
-        if why := cannot_fold(folded.site):
+        if why := cannot_fold(folded.site) or folded.cannot_embed():
             raise FadaptError(
                 f"{name} {why}: a stack of {stack.size} adapters cannot be folded there. {APART}"
             )

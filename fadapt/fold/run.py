@@ -59,6 +59,8 @@ def run_stack(
     if loss_fn is None and not _may_come_apart(model, batch):
         return run_in_turn(model, stack, batch, loss_fn, per_adapter)
     members, folded, turns = _in_groups(model, stack, rows, batch, per_adapter)
+    if not is_bound_to(model, stack):
+        stack_sites(model, stack, rows)  # refuses what cannot be folded before anything runs
     if verify and (why := difference(model, stack, batch, loss_fn, per_adapter)):
         raise FadaptError(f"{why} {proof.WAYS_OUT}")
     try:
