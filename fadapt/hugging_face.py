@@ -7,6 +7,7 @@ not theirs. Read in transformers 5.24 and accelerate 1.15; each question says wh
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -49,6 +50,39 @@ def pad_token(model: nn.Module) -> int | None:
 def is_encoder_decoder(model: nn.Module) -> bool:
     """``config.is_encoder_decoder``: makes decoder inputs from labels where none are given."""
     return bool(getattr(config_of(model), "is_encoder_decoder", False))
+
+
+ATTENTION_MASKS = ("attention_mask", "decoder_attention_mask")
+"""Which tokens are no padding: of the encoder or of a model without one, and of the decoder."""
+
+_CROSS = re.compile(r"(?i)encdec|encoder_attn|encoder_attention|cross_?att|src_att|encoder_decoder")
+_OF_SOURCE = re.compile(r"(?i)(^|[._])(k|v|kv|key|value|key_value)(_proj|_lin|_linear)?$")
+_PICTURES = re.compile(r"(?i)(^|[._])(vision|visual|image|pixel|vit|audio|speech)([._]|$)")
+
+
+def mask_of(model: nn.Module, name: str) -> str | None:
+    """The argument that masks the rows of a layer, told by the parameter's name, where it does.
+
+    In an encoder-decoder the decoder's cross-attention takes its keys and values from the encoder
+    (T5's EncDecAttention.k, BART's encoder_attn.v_proj, BERT's crossattention.self.key). The tower
+    of a vision or speech model's pictures or sounds has no tokens: a name that no batch has.
+    """
+    layer = name.rpartition(".")[0]
+    if is_encoder_decoder(model):
+        side = re.search(r"(?:^|[._])(encoder|decoder)(?:[._]|$)", name)
+        if side is None:  # such as the head, which follows the decoder
+            return ATTENTION_MASKS[1] if is_head(model, layer) else None
+        of_source = side[1] == "encoder" or (_CROSS.search(layer) and _OF_SOURCE.search(layer))
+        return ATTENTION_MASKS[0 if of_source else 1]
+    if _PICTURES.search(name) and hasattr(config_of(model), "text_config"):
+        return "pixel_mask"
+    return None
+
+
+def is_head(model: nn.Module, layer: str) -> bool:
+    """Whether the module of this name makes the logits."""
+    head = output_head(model)
+    return head is not None and model.get_submodule(layer) is head
 
 
 def without_logits(model: nn.Module, kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from ..base.eval_mode import evaluating
 from ..base.weights import BaseWeight, Kind
 from ..config import Config, Rules, as_config
 from ..errors import CalibrationError, FadaptWarning
-from ..hugging_face import output_head, pad_token
+from ..hugging_face import output_head
 from ..method import Method
 from ..overlay.call import Bound
 from ..site import Site
@@ -143,7 +143,6 @@ class _Feed:
     def __init__(self, model: nn.Module, label_mask: bool, head: bool):
         self.model, self.label_mask, self.head = model, label_mask, head
         self.masked: bool | None = None
-        self.pad = pad_token(model)
 
     def run(self, batch: Any, where: str) -> None:
         args, kwargs = arguments(self.model, batch, where, self.head)
@@ -158,7 +157,7 @@ class _Feed:
             )
         last = []
         for part in parts:
-            rows = RowFilter(part, where, self.label_mask, self.pad)
+            rows = RowFilter(self.model, part, where, self.label_mask)
             if self.masked not in (None, bool(rows.masks)):
                 raise CalibrationError(
                     f"{where} has {'an' if rows.masks else 'no'} attention_mask, unlike those "

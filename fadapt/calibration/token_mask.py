@@ -9,9 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CalibrationError
-from ..hugging_face import without_cache, without_logits
+from ..hugging_face import (
+    ATTENTION_MASKS as MASKS,
+)
+from ..hugging_face import (
+    is_encoder_decoder,
+    mask_of,
+    pad_token,
+    without_cache,
+    without_logits,
+)
 
-MASKS = ("attention_mask", "decoder_attention_mask")
 IGNORED = -100
 
 
@@ -52,20 +60,25 @@ def _to_device(value: Any, device: torch.device) -> Any:
 class RowFilter:
     """The rows of one batch that count.
 
+    In an encoder-decoder, ``attention_mask`` is of the tokens that the encoder reads, and
+    ``decoder_attention_mask`` of those that the decoder does; which of them a layer's rows are, its
+    name tells. Rows of a decoder without a mask all count, as do those of a vision tower.
+
     Args:
+        model: the model that gets the batch.
         batch: the batch, before it loses its labels.
         where: its name in messages.
-        label_mask: count only tokens whose labels are not -100.
-        pad: the model's pad token id, or None.
+        label_mask: count only tokens whose labels are not -100; in an encoder-decoder, of the
+            decoder's tokens.
     """
 
-    def __init__(self, batch: Any, where: str, label_mask: bool, pad: int | None = None):
-        self.where = where
+    def __init__(self, model: nn.Module, batch: Any, where: str, label_mask: bool):
+        self.model, self.where = model, where
         masks: list[tuple[str, Tensor]] = []
         if isinstance(batch, Mapping):
             masks = [(k, batch[k]) for k in MASKS if isinstance(batch.get(k), Tensor)]
         if not any(key == MASKS[0] for key, _ in masks):
-            _refuse_padding(batch, where, pad)
+            _refuse_padding(batch, where, pad_token(model))
         for key, mask in masks:
             if mask.dim() != 2:
                 raise CalibrationError(
@@ -74,7 +87,7 @@ class RowFilter:
                 )
         kept = [(key, mask.bool()) for key, mask in masks]
         if label_mask:
-            kept = _with_labels(kept, batch, where)
+            kept = _with_labels(kept, batch, where, is_encoder_decoder(model))
         self.masks = [(key, mask.cpu()) for key, mask in kept]
         self.full = all(bool(mask.all()) for _, mask in self.masks)
         self._index: dict[tuple[str, torch.device], Tensor] = {}
@@ -83,7 +96,10 @@ class RowFilter:
         """The rows of x (batch, tokens, ..., d) or (batch * tokens, d) that count: (n, d)."""
         if self.full:
             return x.reshape(-1, x.shape[-1])
-        key, mask = self._match(site, x)
+        found = self._match(site, x)
+        if found is None:
+            return x.reshape(-1, x.shape[-1])
+        key, mask = found
         if (key, x.device) not in self._index:
             self._index[key, x.device] = mask.flatten().nonzero().squeeze(1).to(x.device)
         tokens = x.reshape(mask.numel(), -1, x.shape[-1])
@@ -99,19 +115,26 @@ class RowFilter:
             )
         if not self.masks:
             return x[:, -1]
-        _, mask = self._match(site, x)
+        found = self._match(site, x)
+        if found is None:
+            return x[:, -1]
+        _, mask = found
         if not mask.any(1).all():
             raise CalibrationError(f"{self.where} has a sequence without any counted token")
         steps = torch.arange(mask.shape[1])
         last = (mask * (steps + 1)).argmax(1).to(x.device)
         return x[torch.arange(len(x), device=x.device), last]
 
-    def _match(self, site: str, x: Tensor) -> tuple[str, Tensor]:
+    def _match(self, site: str, x: Tensor) -> tuple[str, Tensor] | None:
+        """The mask of a layer's rows, by its name, or where that does not tell by their shape."""
         shape = x.shape[:-1]
+        whose = mask_of(self.model, site)
+        if whose is not None and all(key != whose for key, _ in self.masks):
+            return None
         fits = [
             (key, mask)
             for key, mask in self.masks
-            if shape[:2] == mask.shape or tuple(shape) == (mask.numel(),)
+            if whose in (None, key) and (shape[:2] == mask.shape or tuple(shape) == (mask.numel(),))
         ]
         if not fits or any(not torch.equal(mask, fits[0][1]) for _, mask in fits):
             found = {key: tuple(mask.shape) for key, mask in self.masks}
@@ -124,7 +147,7 @@ class RowFilter:
 
 
 def _with_labels(
-    masks: list[tuple[str, Tensor]], batch: Any, where: str
+    masks: list[tuple[str, Tensor]], batch: Any, where: str, encoder_decoder: bool
 ) -> list[tuple[str, Tensor]]:
     labels = batch.get("labels") if isinstance(batch, Mapping) else None
     if not isinstance(labels, Tensor) or labels.dim() != 2:
@@ -133,6 +156,10 @@ def _with_labels(
             "(-100 where a token does not count) or leave label_mask out"
         )
     answer = labels != IGNORED
+    if encoder_decoder:
+        source, target = ([(k, m) for k, m in masks if k == key] for key in MASKS)
+        tokens = target[0][1] & answer.to(target[0][1].device) if target else answer
+        return [*source, (MASKS[1], tokens)]
     with_labels = [(k, m & answer.to(m.device)) for k, m in masks if m.shape == labels.shape]
     others = [(k, m) for k, m in masks if m.shape != labels.shape]
     return [*others, *(with_labels or [("labels", answer)])]
