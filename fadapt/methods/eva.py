@@ -116,7 +116,8 @@ class EVA(LoRA, Planned):
                 f"{site.name}: the input varies in only {stat.rank} directions, fewer than the "
                 f"rank {self.r}; calibrate on more varied data, lower r, or let ranks move: rho > 1"
             )
-        a = stat.vectors[:, : self.r].mT
+        # A copy: sites that are fed by one tensor share the spectrum, but each trains its own A.
+        a = stat.vectors[:, : self.r].mT.clone()
         if self.whiten:
             a = a / (stat.rows * stat.values[: self.r]).pow(0.25).unsqueeze(1)
         return (
