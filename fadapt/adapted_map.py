@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .base.linear_map import LinearMap
 from .base.weights import LINEAR_KINDS, Kind
-from .errors import ConfigError, require
+from .errors import ConfigError, TargetError, require
 from .fields import check_fields
 from .method import STRENGTH, Factors, InputDropout, Leaves, Method, Site, SiteView
 
@@ -84,6 +84,26 @@ def has_shared(method: Method) -> bool:
     if isinstance(method, Composed):
         return any(has_shared(m) for m in method.methods)
     return type(method).shared is not Method.shared
+
+
+TENSOR_PARALLEL = ("LoRA", "RsLoRA", "DoRA", "IA3", "IA3FF")
+"""Methods that are tested over weights split by tensor parallelism."""
+
+
+def check_tensor_parallel(name: str, method: Method) -> None:
+    """Refuses a method over a weight that stays split over processes while it is multiplied.
+
+    Raises:
+        TargetError: a method that is not in ``TENSOR_PARALLEL``.
+    """
+    cls = type(method)
+    if cls.__name__ in TENSOR_PARALLEL and cls.__module__.startswith("fadapt.methods."):
+        return
+    raise TargetError(
+        f"{name} is split over processes by tensor parallelism, over which {cls.__name__} is not "
+        f"known to hold; use one of {', '.join(TENSOR_PARALLEL)}, or shard the base with "
+        "torch.distributed.fsdp.fully_shard, over which every method works"
+    )
 
 
 def check_contract(method: Method) -> None:

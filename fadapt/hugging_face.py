@@ -151,7 +151,8 @@ def checkpoint_function(module: nn.Module) -> Any:
 
 def is_conv1d(module: nn.Module) -> bool:
     """transformers' Conv1D: a linear layer whose weight is (in, out) (pytorch_utils)."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+    named = any(cls.__name__ == "Conv1D" for cls in type(module).__mro__)  # below FSDP2's own
+    return named and hasattr(module, "nf")
 
 
 def is_rotary(module: nn.Module) -> bool:

@@ -14,6 +14,7 @@ from torch import nn
 from .adapted_map import SharedLeaves, check_start, has_shared, start, start_shared
 from .base.bound import refuse_adapted
 from .base.checks import check_model
+from .base.sharded import full
 from .base.torch_private import StorageWeakRef
 from .base.weights import BaseWeight, Kind
 from .calibration.stats import Stats
@@ -353,9 +354,9 @@ def _stacked(leaves: tuple[Leaves, ...]) -> Leaves:
 def _check_finite(weights: list[BaseWeight]) -> None:
     # A sum carries NaN and Inf along, without a temporary of the weight's size.
     values = [(w.name, w.scales()) for w in weights if not w.is_meta]
-    sums = [(name, value, value.sum(dtype=torch.float32)) for name, value in values]
+    sums = [(name, value, full(value.sum(dtype=torch.float32))) for name, value in values]
     for name, value, total in sums:
         if not torch.isfinite(total):
-            bad = int((~torch.isfinite(value)).sum())
+            bad = int((~torch.isfinite(full(value))).sum())
             if bad:
                 raise TargetError(f"{name} holds {bad} NaN or Inf values; load sound weights first")

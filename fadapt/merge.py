@@ -13,6 +13,7 @@ from .adapted_map import adapt
 from .base.bound import refuse_adapted
 from .base.checks import check_model
 from .base.linear_map import DenseMap
+from .base.sharded import full, like, local_of
 from .base.weights import BaseWeight, weights_by_name
 from .errors import ConfigError, FadaptWarning, TargetError
 from .method import Leaves
@@ -85,14 +86,15 @@ def merge(
             if weight.is_meta or any(t.is_meta for t in adapter.leaves.values()):
                 raise TargetError(f"{name} or its adapter is a meta tensor without values")
             weight.check()
-            bias = weights[adapter.site.bias].parameter if adapter.site.bias else None
+            held = weights[adapter.site.bias].parameter if adapter.site.bias else None
+            bias = None if held is None else full(held)
             new_weight, new_bias = _merge_site(adapter, weight, bias)
             merged[name] = _own(new_weight.to(dtype or weight.dtype), weight.parameter)
             if new_bias is None:
                 continue
-            if bias is not None:
+            if held is not None:
                 assert adapter.site.bias is not None
-                merged[adapter.site.bias] = _own(new_bias.to(dtype or bias.dtype), bias)
+                merged[adapter.site.bias] = _own(new_bias.to(dtype or held.dtype), held)
             else:
                 key = _new_bias(adapter, weight)
                 merged[key] = new_bias.to(dtype or weight.dtype)
@@ -215,11 +217,13 @@ def _say_tied(model: nn.Module, params: Params, merged: Mapping[str, Tensor]) ->
 
 
 def _same(merged: Mapping[str, Tensor], one: str, other: str) -> bool:
-    return merged[one].shape == merged[other].shape and torch.equal(merged[one], merged[other])
+    a, b = full(merged[one]), full(merged[other])
+    return a.shape == b.shape and torch.equal(a, b)
 
 
 def _own(value: Tensor, frozen: Tensor) -> Tensor:
     # A method's own dense may return the frozen tensor itself.
-    value = value.contiguous()
-    shared = value.untyped_storage().data_ptr() == frozen.untyped_storage().data_ptr()
+    value = like(value.contiguous(), frozen)
+    storages = [local_of(t).untyped_storage().data_ptr() for t in (value, frozen)]
+    shared = storages[0] == storages[1]
     return value.clone() if shared else value

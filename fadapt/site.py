@@ -147,10 +147,14 @@ class SiteView:
 
     def uniform(self, rng: torch.Generator, shape: Sequence[int], bound: float) -> Tensor:
         """Uniform on [-bound, bound)."""
+        if self.device.type == "meta":  # nothing to draw
+            return self.zeros(*shape)
         unit = torch.rand(*shape, generator=rng, dtype=self.dtype, device="cpu")
         return self._place(unit * 2 - 1) * bound
 
     def normal(self, rng: torch.Generator, shape: Sequence[int], std: float = 1.0) -> Tensor:
+        if self.device.type == "meta":
+            return self.zeros(*shape)
         unit = torch.randn(*shape, generator=rng, dtype=self.dtype, device="cpu")
         return self._place(unit) * std
 

@@ -34,6 +34,7 @@ FLOORS = (
     ("peft",),
     ("calibration",),
     ("init",),
+    ("distributed",),
     ("training",),
     ("testing",),
 )

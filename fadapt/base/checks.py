@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from ..errors import TargetError
 from ..hugging_face import offload_hook
+from .sharded import is_dtensor
 from .torch_private import is_compiled, original_of
 
 STEP = "torch.compile(lambda params, batch: fadapt.run(model, params, batch))"
@@ -39,8 +42,8 @@ def check_module(name: str, module: nn.Module) -> None:
         raise TargetError(
             f"{name or 'the model'} is a DistributedDataParallel, which averages the gradients of "
             "its own parameters and never sees those of an adapter, so that each process would "
-            "train another one: pass model.module, and average the gradients of "
-            "fadapt.trainable(params) after backward"
+            "train another one: pass model.module, and after backward call "
+            "fadapt.distributed.all_reduce_gradients(params)"
         )
     if hook := offload_hook(module):
         raise TargetError(
@@ -67,9 +70,21 @@ def check_weight(name: str, module: nn.Module, weight: Tensor) -> None:
             f"{type(module).__name__}: fadapt does not know this quantised layer. Dequantise it, "
             "or quantise with bitsandbytes' Linear4bit or Linear8bitLt"
         )
-    if type(weight) not in (Tensor, nn.Parameter):
+    if type(weight) not in (Tensor, nn.Parameter) and not is_dtensor(weight):
         raise TargetError(
             f"{name} is a {type(weight).__name__} ({type(weight).__module__}): fadapt cannot read "
             "or multiply this kind of tensor. Use plain floating weights, or "
             "bitsandbytes' Linear4bit or Linear8bitLt"
+        )
+
+
+def check_one_way(name: str, weight: Any) -> None:
+    """Refuses a weight that FSDP2 shards and tensor parallelism splits, both.
+
+    Gathered, it would be a DTensor still, and could not be told from its shard.
+    """
+    if is_dtensor(weight) and sum(p.is_shard() for p in weight.placements) > 1:
+        raise TargetError(
+            f"{name} is sharded by FSDP2 and split by tensor parallelism at once, which fadapt "
+            "does not combine; use fully_shard alone, or parallelize_module alone"
         )

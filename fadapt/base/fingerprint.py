@@ -7,6 +7,8 @@ import hashlib
 import torch
 from torch import Tensor
 
+from .sharded import full
+
 SAMPLES = 4096
 
 
@@ -17,7 +19,7 @@ def fingerprint(weight: Tensor) -> str:
     """
     if weight.is_meta:
         return "meta"
-    flat = weight.detach().reshape(-1)
+    flat = full(weight.detach()).reshape(-1)
     n = flat.numel()
     if n > SAMPLES:
         # A large odd multiplier spreads the samples over rows and columns alike.

@@ -41,6 +41,17 @@ _TLS = "fadapt.view"
 _lock = threading.RLock()
 
 
+class OnRead:
+    """What a call sees of a tensor that is not there yet: made of the module's own when it is read.
+
+    Args:
+        make: from the module's own tensor, as it is then.
+    """
+
+    def __init__(self, make: Callable[[Any], Any]):
+        self.make = make
+
+
 class View(Block):
     """A model as one call sees it: a block, inside which this context sees it so.
 
@@ -176,13 +187,16 @@ class ScopedTensors(_Stand, MutableMapping[str, Any], dict[str, Any]):  # type: 
 
     def __getitem__(self, key: str) -> Any:
         seen = self.seen()
-        if seen is not _ABSENT and key in seen:
-            return seen[key]
-        return self.own[key]
+        if seen is _ABSENT or key not in seen:
+            return self.own[key]
+        value = seen[key]
+        return value.make(self.own[key]) if isinstance(value, OnRead) else value
 
     def __setitem__(self, key: str, value: Any) -> None:
         seen = self.seen()
-        (self.own if seen is _ABSENT or key not in seen else seen)[key] = value
+        # FSDP2 puts a gathered weight here, and its shard back: the module's own.
+        own = seen is _ABSENT or key not in seen or isinstance(seen[key], OnRead)
+        (self.own if own else seen)[key] = value
 
     def __delitem__(self, key: str) -> None:
         seen = self.seen()

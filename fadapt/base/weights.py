@@ -16,6 +16,7 @@ from .checks import check_module, check_weight
 from .fingerprint import fingerprint
 from .linear_map import DenseMap, LinearMap
 from .quantized import QuantizedMap, quantized_map
+from .sharded import compute_device, full, reshard
 
 
 class Kind(StrEnum):
@@ -115,7 +116,8 @@ class BaseWeight:
 
     @property
     def device(self) -> torch.device:
-        return self.parameter.device
+        """Where it is multiplied."""
+        return compute_device(self.parameter)
 
     @property
     def is_meta(self) -> bool:
@@ -124,11 +126,12 @@ class BaseWeight:
 
     @property
     def map(self) -> LinearMap:
-        """The frozen affine map of a single matrix."""
+        """The frozen affine map of a single matrix; sharded ones are gathered."""
         if self.quantized is not None:
             return self.quantized
         bias = getattr(self.module, self.bias.rsplit(".", 1)[-1]) if self.bias else None
-        weight = self.parameter.detach()
+        weight = full(self.parameter.detach())
+        bias = None if bias is None else full(bias)
         return DenseMap(weight.flatten(1) if self.kernel else weight, bias, self.transposed)
 
     @property
@@ -136,11 +139,12 @@ class BaseWeight:
         """The frozen maps of a stack of experts; of a single matrix, that one."""
         if not self.experts:
             return [self.map]
-        return [DenseMap(weight, None, self.transposed) for weight in self.parameter.detach()]
+        return [DenseMap(weight, None, self.transposed) for weight in self.dense()]
 
     def dense(self) -> Tensor:
         """The values in the stored shape: the parameter itself, or a new dequantised matrix."""
-        return self.parameter.detach() if self.quantized is None else self.quantized.weight()
+        quantized = self.quantized
+        return full(self.parameter.detach()) if quantized is None else quantized.weight()
 
     def scales(self) -> Tensor:
         """What is finite where all values are: the parameter, or the scales of its codes."""
@@ -167,6 +171,7 @@ def find_weights(model: nn.Module) -> list[BaseWeight]:
         TargetError: an uninitialised parameter, or a wrapper that does not use its own weights.
     """
     found: dict[tuple[int, str], BaseWeight] = {}
+    reshard(model)
     for name, module, key, parameter in _walk(model):
         weight = found.get((id(module), key))
         if weight is None:

@@ -44,6 +44,12 @@ class Probe:
     def within(self, module: nn.Module) -> Self:
         return self
 
+    def over_mesh(self, mesh: Any) -> NoReturn:
+        raise CalibrationError(
+            f"{self.site.name} is split over processes by tensor parallelism, where its rows "
+            "cannot be observed; observe on a whole or a fully_shard'ed model"
+        )
+
     def embed(self, one_hot: Any, base: LinearMap) -> Tensor:
         return self(one_hot, base)
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ..base.sharded import is_dtensor, is_unit, plain_class
 from ..fusion import written
 from ..hugging_face import LOSS_ARGUMENTS, calls_loss_function, has_causal_loss, output_head
 from ..site import Site
@@ -118,6 +119,12 @@ class FrozenHead:
     are taken in chunks. A model that does more with its logits (caps or scales them) does not pass
     that very tensor; then the caller runs it again as it is.
 
+    Args:
+        name: of the head's weight.
+        head: the head.
+        labels: of the batch where FSDP2 gathers the head's weight for its forward alone: then the
+            losses are taken within it.
+
     Attributes:
         hidden: what the head was given last.
     """
@@ -125,15 +132,21 @@ class FrozenHead:
     acts_on_bias: bool = False
     device: torch.device | None = None
 
-    def __init__(self, name: str, head: nn.Linear):
+    def __init__(self, name: str, head: nn.Linear, labels: Tensor | None = None):
         self.site = Site(name, head.out_features, head.in_features)
         # As it is now: during the pass, the layer's own weight is this stand-in's overlay.
         self.weight = head.weight.detach()
         self.bias = None if head.bias is None else head.bias.detach()
         self.hidden: Tensor | None = None
+        self.labels, self.adapters = labels, 1
+        self._taken: Tensor | None = None
 
     def __call__(self, x: Tensor, base: Any) -> Tensor:
         self.hidden = x
+        if self.labels is not None:
+            self._taken = chunked_cross_entropy(
+                x, self.labels, base.weight().detach(), base.bias, adapters=self.adapters
+            )
         return x
 
     def embed(self, one_hot: Any, base: Any) -> Tensor:
@@ -145,9 +158,16 @@ class FrozenHead:
     def within(self, module: nn.Module) -> Self:
         return self
 
+    def over_mesh(self, mesh: Any) -> Self:
+        return self
+
     def losses(self, labels: Tensor, adapters: int) -> Tensor:
         """(N,) losses of the last forward."""
         assert self.hidden is not None
+        if self._taken is not None:
+            if labels is not self.labels:
+                raise ValueError("the model computes its loss on other labels than the batch's")
+            return self._taken
         return chunked_cross_entropy(self.hidden, labels, self.weight, self.bias, adapters=adapters)
 
 
@@ -164,9 +184,15 @@ def frozen_head(model: nn.Module, adapted: Container[str], batch: Any) -> Frozen
     if any(name in batch for name in LOSS_ARGUMENTS):
         return None
     head = output_head(model)
-    if type(head) is not nn.Linear or batch["labels"].numel() * head.out_features < CHUNKED_FROM:
+    if head is None or plain_class(head) is not nn.Linear:
+        return None
+    assert isinstance(head, nn.Linear)
+    gathers = any(map(is_unit, model.modules()))
+    if is_dtensor(head.weight) and not gathers:
+        return None
+    if batch["labels"].numel() * head.out_features < CHUNKED_FROM:
         return None
     names = [n for n, module in model.named_modules(remove_duplicate=False) if module is head]
     if len(names) != 1 or f"{names[0]}.weight" in adapted:
         return None
-    return FrozenHead(f"{names[0]}.weight", head)
+    return FrozenHead(f"{names[0]}.weight", head, batch["labels"] if gathers else None)

@@ -7,6 +7,7 @@ from the sum of the losses.
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Sequence
 from typing import Any, cast
@@ -135,6 +136,12 @@ class FoldedSite:
         if any(acts_in_training(adapter.method) for _, adapter in self.pieces):
             self.owner = module
         return self
+
+    def over_mesh(self, mesh: Any) -> FoldedSite:
+        """The same for a weight that is a DTensor; see :meth:`Adapter.over_mesh`."""
+        placed = copy.copy(self)
+        placed.pieces = [(index, adapter.over_mesh(mesh)) for index, adapter in self.pieces]
+        return placed
 
     def _parts(self, rows: Tensor) -> Sequence[Tensor]:
         """The rows of each piece."""

@@ -96,7 +96,11 @@ class LossPerAdapter:
         width = head.weight.shape[0]
         if given.get("logits") is not head.hidden or given.get("vocab_size") != width:
             raise NotApartError("the model does more with its logits than to take their loss")
-        return LossesApart(take(head.losses(given["labels"], len(self.turns)), self.turns))
+        try:
+            losses = head.losses(given["labels"], len(self.turns))
+        except ValueError as error:
+            raise NotApartError(str(error)) from None
+        return LossesApart(take(losses, self.turns))
 
     def _split(self, value: Any) -> Sequence[Any]:
         n = len(self.turns)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base.eval_mode import evaluating
+from ..base.sharded import agreed
 from ..base.torch_private import is_transformed, pytree
 from ..params.adapter import Adapter
 from ..params.params import Params
@@ -111,6 +112,7 @@ class _Proof:
         single: Callable[[Params, Any], Named],
     ):
         chosen = _representatives(whole)
+        self.model = model
         self.members = subset(whole, chosen)
         self.parts = [parts[i] for i in chosen]
         self.rows = fold.rows_of(self.parts[0])
@@ -129,21 +131,25 @@ class _Proof:
             with torch.no_grad():
                 pairs = zip(views(moved), self.parts, strict=True)
                 alone = [self.single(params, part) for params, part in pairs]
-            is_finite = all(bool(t.isfinite().all()) for named in alone for t in named.values())
+            # Over a sharded base, processes with other rows run the same passes.
+            is_finite = agreed(
+                self.model, all(bool(t.isfinite().all()) for named in alone for t in named.values())
+            )
             if not is_finite and finite:  # too far
                 return ""
             with torch.no_grad():
                 together = self.folded(moved, self.rows, fold.joined(self.parts, self.rows))
             if not together:
                 return ""
-            for got, want in zip(together, alone, strict=True):
-                if why := self._compare(got, want, alone):
-                    return why
+            pairs = zip(together, alone, strict=True)
+            why = next((w for got, want in pairs if (w := self._compare(got, want, alone))), "")
+            if agreed(self.model, bool(why), some=True):
+                return why or "the adapters of a stack are not independent on another process."
             if not is_finite:  # this was too far already, or the base itself is not finite
                 sizes = [size / 8] if size > 1e-3 else []
                 continue
             finite = True
-            if self._tell_apart(*alone[:2]) or not sizes:
+            if agreed(self.model, self._tell_apart(*alone[:2])) or not sizes:
                 return self._compare_gradients(moved) if gradients else ""
         return ""
 

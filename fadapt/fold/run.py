@@ -252,6 +252,7 @@ def _own_losses(
     head: FrozenHead | None = None,
 ) -> Tensor:
     if head is not None:
+        head.adapters = stack.size
         sites = {**sites, head.site.name: head}  # type: ignore[dict-item]
     with taken_apart(model, rows, turns, head):
         output = call_on_batch(model, sites, folded, owner=stack)

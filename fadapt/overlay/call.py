@@ -15,7 +15,7 @@ from ..base.leaving import Block
 from ..base.quantized import has_quantized
 from ..base.scope import View
 from ..batch import Batch, arguments
-from ..errors import ConfigError, FadaptError
+from ..errors import ConfigError, FadaptError, TargetError
 from ..hugging_face import without_cache
 from ..params.adapter import Adapted
 from .mount import Mount, forwards_swapped, prepare
@@ -120,6 +120,11 @@ def method_of(model: nn.Module, name: str) -> Callable[..., Any]:
 
 
 def _functional(model: nn.Module, mount: Mount, method: str, args: tuple, kwargs: dict) -> Any:
+    if mount.sharded:
+        raise TargetError(
+            f"{mount.sharded[0][0]} is spread over processes, and torch.compile cannot trace the "
+            "hooks that gather it; call it uncompiled"
+        )
     with forwards_swapped(mount) if mount.forwards else nullcontext():
         if method == "forward":
             return functional_call(model, mount.by_name(), args, kwargs, tie_weights=False)

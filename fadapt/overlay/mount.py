@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..base.checks import check_module, check_weight
+from ..base.checks import check_module, check_one_way, check_weight
 from ..base.quantized import QuantizedMap, quantized_map
-from ..base.scope import BUFFERS, PARAMETERS, Place, ScopedFunction, View, own_tensors
+from ..base.scope import BUFFERS, PARAMETERS, OnRead, Place, ScopedFunction, View, own_tensors
+from ..base.sharded import Units, compute_device, is_dtensor
 from ..base.torch_private import buffers_of, is_persistent, parameters_of
 from ..errors import ConfigError, TargetError
 from ..hugging_face import CHECKPOINT_FUNCTION, checkpoint_function, forward_key
@@ -47,6 +48,8 @@ class Mount:
 
     Attributes:
         tensors: (full name, module, PARAMETERS or BUFFERS, key, tensor).
+        sharded: as ``tensors``, of weights that are spread over processes: what is seen there is
+            made when the module reads it.
         forwards: (module, attribute, function) of the quantised layers, whose kernels take no
             overlay.
         checkpoints: (module, attribute, function) where the model checkpoints activations.
@@ -54,6 +57,7 @@ class Mount:
     """
 
     tensors: list[tuple[str, nn.Module, str, str, Tensor]]
+    sharded: list[tuple[str, nn.Module, str, str, OnRead]]
     forwards: list[tuple[nn.Module, str, SwappedForward]]
     checkpoints: list[tuple[nn.Module, str, Recomputed]]
     modules: list[nn.Module]
@@ -66,7 +70,7 @@ class Mount:
         """The model as the call sees it."""
         seen: dict[Place, Any] = {}
         places = []
-        for _, module, attribute, key, tensor in self.tensors:
+        for _, module, attribute, key, tensor in (*self.tensors, *self.sharded):
             place = id(module), attribute
             if place not in seen:
                 seen[place] = {}
@@ -90,10 +94,12 @@ def prepare(model: nn.Module, sites: Mapping[str, Adapted], any_mode: bool = Fal
     Args:
         any_mode: whether the mode may change before the model runs, as in a ``bound`` block.
     """
-    mount = Mount([], [], [], [])
+    mount = Mount([], [], [], [], [])
     found: set[str] = set()
+    units = Units()
     for prefix, module in model.named_modules():
         mount.modules.append(module)
+        in_unit = units.hold(prefix, module)
         if (function := checkpoint_function(module)) is not None:
             own = function.plain() if isinstance(function, ScopedFunction) else function
             mount.checkpoints.append((module, CHECKPOINT_FUNCTION, Recomputed(own)))
@@ -110,7 +116,26 @@ def prepare(model: nn.Module, sites: Mapping[str, Adapted], any_mode: bool = Fal
                     f"{name} is a meta tensor without values; load the weights to run the model"
                 )
             if key == "weight" and (base := quantized_map(module)) is not None:
+                if in_unit:
+                    raise TargetError(
+                        f"{name} is a quantised layer of bitsandbytes in a unit of FSDP2, which "
+                        "loses its quantisation state (bitsandbytes issue 1945); leave the model "
+                        "whole in each process, or shard one that is not quantised"
+                    )
                 mount.forwards.append(_swap(name, module, base, sites.get(name)))
+                continue
+            if in_unit or is_dtensor(weight):
+                adapter = sites.get(name)
+                if adapter is not None:
+                    check_weight(name, module, weight)
+                    _check_site(name, tuple(weight.shape), weight, adapter)
+                    adapter = adapter.within(module)
+                elif not weight.requires_grad:
+                    continue
+                if in_unit:
+                    check_one_way(name, weight)
+                seen = OnRead(Gathered(adapter, in_unit))
+                mount.sharded.append((name, module, PARAMETERS, key, seen))
                 continue
             if name in sites:
                 new = _overlay_site(name, module, weight, sites[name].within(module))
@@ -132,6 +157,28 @@ def prepare(model: nn.Module, sites: Mapping[str, Adapted], any_mode: bool = Fal
     return mount
 
 
+class Gathered:
+    """The overlay of a weight as it is when its layer reads it: gathered by FSDP2, or a DTensor.
+
+    Args:
+        adapter: what is to stand there, or None for the frozen weight itself.
+        in_unit: whether FSDP2 gathers it.
+    """
+
+    def __init__(self, adapter: Adapted | None, in_unit: bool):
+        self.adapter, self.in_unit = adapter, in_unit
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        adapter = self.adapter
+        if is_dtensor(weight):
+            if self.in_unit:
+                # Not gathered: FSDP2 itself asks. A layer cannot compute with it.
+                return weight
+            mesh: Any = weight.device_mesh  # type: ignore[attr-defined]
+            adapter = adapter and adapter.over_mesh(mesh)
+        return weight.detach() if adapter is None else overlay(weight.detach(), adapter)
+
+
 def _may_be_updated(module: nn.Module, key: str, buffer: Tensor) -> bool:
     """Whether a forward in training mode may write to a buffer of the model's state.
 
@@ -149,34 +196,40 @@ def _swap(
     key = forward_key(module)
     if adapter is not None:
         base.check(name)
-        _check_site(name, base.shape, base.module.weight, adapter.site.matrix_shape, adapter)
+        _check_site(name, base.shape, base.module.weight, adapter, adapter.site.matrix_shape)
         adapter = adapter.within(module)
     return module, key, SwappedForward(base, adapter)
 
 
 def _overlay_site(name: str, module: nn.Module, weight: Tensor, adapter: Adapted) -> Overlay:
     check_weight(name, module, weight)
-    _check_site(name, tuple(weight.shape), weight, adapter.site.stored_shape, adapter)
+    _check_site(name, tuple(weight.shape), weight, adapter)
     return overlay(weight.detach(), adapter, required_grad=weight.requires_grad)
 
 
 def _check_site(
-    name: str, found: tuple[int, ...], weight: Tensor, wanted: tuple[int, ...], adapter: Adapted
+    name: str,
+    found: tuple[int, ...],
+    weight: Tensor,
+    adapter: Adapted,
+    wanted: tuple[int, ...] | None = None,
 ) -> None:
+    wanted = wanted or adapter.site.stored_shape
+    where = compute_device(weight)
     if found != wanted:
         raise TargetError(
             f"{name} has shape {found}, but its adapter was made for {wanted}: another base model"
         )
-    device = adapter.device or weight.device
+    device = adapter.device or where
     if device.type == "meta" and not weight.is_meta:
         raise TargetError(
             f"the adapter of {name} was made on a meta model and has no values; call fadapt.init "
             "or fadapt.load with this model"
         )
-    if device != weight.device:
+    if device != where:
         raise ConfigError(
-            f"{name} is on {weight.device}, its adapter on {device}; "
-            f"write params = params.to({str(weight.device)!r})"
+            f"{name} is on {where}, its adapter on {device}; "
+            f"write params = params.to({str(where)!r})"
         )
     if weight.is_meta:
         raise TargetError(f"{name} is a meta tensor without values; load the weights to run it")

@@ -9,8 +9,9 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor, nn
 
-from ..adapted_map import acts_in_training, adapt_input, adapt_output, dense
+from ..adapted_map import acts_in_training, adapt_input, adapt_output, check_tensor_parallel, dense
 from ..base.linear_map import DenseMap, LinearMap
+from ..base.sharded import replicated
 from ..errors import FadaptError
 from ..method import STRENGTH, Leaves, Method
 from ..site import Site
@@ -43,6 +44,10 @@ class Adapted(Protocol):
 
     def within(self, module: nn.Module) -> Adapted:
         """The same in the layer that holds the weight, whose training mode it may follow."""
+        ...
+
+    def over_mesh(self, mesh: Any) -> Adapted:
+        """The same for a weight that is a DTensor of this mesh; or an error."""
         ...
 
 
@@ -79,6 +84,17 @@ class Adapter:
     def within(self, module: nn.Module) -> Adapted:
         """The adapter in its layer, for one call; a method that need not know it is as it was."""
         return replace(self, owner=module) if acts_in_training(self.method) else self
+
+    def over_mesh(self, mesh: Any) -> Self:
+        """The adapter with its leaves as DTensors, for a weight that is split over processes.
+
+        Raises:
+            TargetError: a method whose arithmetic DTensors do not know, or may not.
+        """
+        check_tensor_parallel(self.site.name, self.method)
+        return self.replace(
+            *({k: replicated(t, mesh) for k, t in p.items()} for p in (self.train, self.fixed))
+        )
 
     @property
     def leaves(self) -> Leaves:

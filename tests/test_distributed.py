@@ -1,0 +1,264 @@
+"""A base that is spread over two processes: FSDP2, and tensor parallelism. gloo, on CPUs.
+
+The reference is the same model whole, in each process.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+import fadapt
+from fadapt import DoRA, LoRA
+from fadapt.statistics.reduction import statistics_of
+from tests import models, ranks
+from tests.test_laws import ROWS
+
+
+def sharded(model: nn.Module, **options) -> nn.Module:
+    """A copy of a Hugging Face model, every layer and the rest in units of FSDP2."""
+    model = copy.deepcopy(model).requires_grad_(False)
+    for layer in model.model.layers:
+        fully_shard(layer, **options)
+    return fully_shard(model, **options)
+
+
+def moved(params: fadapt.Params, seed: int = 0) -> fadapt.Params:
+    """As if trained."""
+    rng = torch.Generator().manual_seed(seed)
+    for leaf in params.trainable():
+        leaf.data += 0.05 * torch.randn(leaf.shape, generator=rng).to(leaf)
+    return params
+
+
+def tokens(rows: int, seed: int = 0) -> dict[str, Tensor]:
+    ids = torch.randint(1, models.VOCAB, (rows, 6), generator=torch.Generator().manual_seed(seed))
+    return {"input_ids": ids, "labels": ids}
+
+
+def gradients(losses: Tensor, leaves: list[Tensor]) -> list[Tensor]:
+    return list(torch.autograd.grad(losses.sum(), leaves))
+
+
+def close(got: list[Tensor], want: list[Tensor], tolerance: float = 1e-5) -> None:
+    for a, b in zip(got, want, strict=True):
+        assert (a - b).abs().max() <= tolerance * max(1e-3, float(b.abs().max())), (
+            (a - b).abs().max()
+        )
+
+
+def part(batch: dict[str, Tensor], rank: int, world: int) -> dict[str, Tensor]:
+    return {k: t.chunk(world)[rank].contiguous() for k, t in batch.items()}
+
+
+def every_method(rank: int, world: int, _: Path) -> None:
+    """The start, bit for bit; loss and gradients, with the rows of the batch over the processes."""
+    whole = models.qwen3().requires_grad_(False)
+    model, batch = sharded(whole), tokens(4)
+    for name, method in ROWS.items():
+        config = fadapt.Config({"q_proj|down_proj": method}, layers=[0])
+        calib = None if method.statistic is None else [tokens(8, 5), tokens(8, 6)]
+        if any(statistic.reduction.paired for statistic in statistics_of(method.statistic)):
+            calib = [(tokens(8, 5), tokens(8, 6)), (tokens(8, 7), tokens(8, 8))]
+        want = fadapt.init(whole, config, calib)
+        got = fadapt.init(model, config, calib)
+        for site, adapter in want.items():
+            assert adapter.site == got[site].site, name
+            for key, leaf in adapter.leaves.items():
+                assert torch.equal(leaf, got[site].leaves[key]), (name, site, key)
+        same = fadapt.run(model, got, part(batch, rank, world))
+        assert torch.equal(same, fadapt.run(whole, want, part(batch, rank, world))), name
+        moved(got), moved(want)
+        alone = gradients(fadapt.run(whole, want, batch), want.trainable())
+        loss = fadapt.run(model, got, part(batch, rank, world))
+        shared = [g.clone() for g in gradients(loss, got.trainable())]
+        for g in shared:
+            dist.all_reduce(g)
+        close([g / world for g in shared], alone)
+
+
+def mixed() -> list[fadapt.Config]:
+    methods = [LoRA(r=2), LoRA(r=4), DoRA(r=2), fadapt.HRA(r=2), fadapt.IA3(), fadapt.OFT(4)]
+    return [fadapt.Config({"proj": m}) for m in methods]
+
+
+def mixed_stack(rank: int, world: int, _: Path, **options) -> None:
+    """A stack of six, the rows over the processes; the loss in chunks, too."""
+    from fadapt.fold import chunked_loss
+
+    whole = models.qwen3().requires_grad_(False)
+    batch = tokens(4)
+    want = fadapt.stack([moved(fadapt.init(whole, c)) for c in mixed()])
+    losses = fadapt.run(whole, want, batch)
+    alone = gradients(losses, want.trainable())
+    for heads in (False, True):
+        model = copy.deepcopy(whole)
+        if heads:
+            fully_shard(model.lm_head)
+            chunked_loss.CHUNKED_FROM = 1
+        for layer in model.model.layers:
+            fully_shard(layer)
+        fully_shard(model)
+        got = fadapt.stack([moved(fadapt.init(model, c)) for c in mixed()])
+        found = fadapt.run(model, got, part(batch, rank, world))
+        shared = gradients(found, got.trainable())
+        found = found.detach().clone()
+        for t in (found, *shared):
+            dist.all_reduce(t)
+        close([found / world], [losses.detach()])
+        close([g / world for g in shared], alone)
+    chunked_loss.CHUNKED_FROM = 2**24
+
+
+def precision_and_checkpoints(rank: int, world: int, _: Path) -> None:
+    """A MixedPrecisionPolicy, checkpointing inside bound, outside of it, and generate."""
+    whole = models.qwen3().requires_grad_(False)
+    batch, config = tokens(4, rank), {"proj": DoRA(r=2)}
+    want = moved(fadapt.init(whole, config))
+    loss = fadapt.run(whole, want, batch)
+    alone = gradients(loss, want.trainable())
+    half = sharded(whole, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    got = moved(fadapt.init(half, config))
+    assert abs(float(fadapt.run(half, got, batch)) - float(loss)) < 0.05
+    again = fadapt.init(half, config)  # after a forward, whose weights were in bfloat16
+    assert [a.site for a in again.values()] == [a.site for a in want.values()]
+    model = sharded(whole)
+    got = moved(fadapt.init(model, config))
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    with fadapt.bound(model, got):
+        inside = model(**batch).loss
+        inside.backward()
+    close([leaf.grad for leaf in got.trainable()], alone)
+    close(gradients(fadapt.run(model, got, batch), got.trainable()), alone)
+    model.eval()
+    register_fsdp_forward_method(model, "generate")
+    ids = {"input_ids": batch["input_ids"][:2], "max_new_tokens": 3, "do_sample": False}
+    assert torch.equal(
+        fadapt.apply(model, got, method="generate", **ids),
+        fadapt.apply(whole, want, method="generate", **ids),
+    )
+    assert torch.equal(model(**batch).logits, whole(**batch).logits)  # the base is as it was
+
+
+def files(rank: int, world: int, directory: Path) -> None:
+    """save, load, merge and observe; a base that is loaded meta-first."""
+    whole = models.qwen3().requires_grad_(False)
+    config = {"proj": DoRA(r=2)}
+    params = moved(fadapt.init(whole, config))
+    with torch.device("meta"):
+        model = models.qwen3().requires_grad_(False)
+    drawn = torch.default_generator.get_state()
+    assert all(p.is_meta for p in fadapt.init(model, config).trainable())
+    assert torch.equal(drawn, torch.default_generator.get_state())
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    model.to_empty(device="cpu")
+    for (name, p), q in zip(model.named_parameters(), whole.parameters(), strict=True):
+        p.to_local().copy_(q.chunk(world)[rank] if len(q.chunk(world)) > rank else q[:0])
+    model.model.rotary_emb = copy.deepcopy(whole.model.rotary_emb)
+    model.eval()
+    path = directory / f"{rank}.safetensors"
+    fadapt.save(fadapt.init(model, config), path)
+    fadapt.load(path, whole)
+    fadapt.save(params, path)
+    loaded = fadapt.load(path, model)
+    batch = tokens(2, rank)
+    assert torch.equal(fadapt.run(model, loaded, batch), fadapt.run(whole, params, batch))
+    merged, wanted = fadapt.merge(model, loaded), fadapt.merge(whole, params)
+    for name, value in wanted.items():
+        assert torch.equal(merged[name].full_tensor(), value), name
+        assert merged[name].to_local().numel() <= value.numel() // 2 + value.shape[-1]
+    model.load_state_dict(merged, strict=False)
+    assert torch.isfinite(model(**batch).loss)
+    from fadapt.calibration.distributed import all_reduce
+
+    evas = {"q_proj": fadapt.EVA(r=2)}
+    fresh = sharded(whole)
+    one = all_reduce(fadapt.observe(fresh, evas, [tokens(8, rank)]))
+    both = fadapt.observe(whole, evas, [tokens(8, 0), tokens(8, 1)])
+    close(
+        [t for p in fadapt.init(fresh, evas, one).values() for t in p.fixed.values()],
+        [t for p in fadapt.init(whole, evas, both).values() for t in p.fixed.values()],
+    )
+
+
+def tensor_parallel(rank: int, world: int, _: Path) -> None:
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        RowwiseParallel,
+        parallelize_module,
+    )
+
+    whole = models.llama().requires_grad_(False)
+    plan = {n: ColwiseParallel() for n in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")}
+    plan |= {n: RowwiseParallel() for n in ("o_proj", "down_proj")}
+    mesh = init_device_mesh("cpu", (world,))
+    model, batch = copy.deepcopy(whole), tokens(4)
+    for layer in model.model.layers:
+        homes = [layer.self_attn, layer.mlp]
+        for home in homes:
+            own = {n: style for n, style in plan.items() if hasattr(home, n)}
+            parallelize_module(home, mesh, own)
+    for method in (LoRA(r=2), DoRA(r=2), fadapt.IA3(), fadapt.IA3FF(), fadapt.RsLoRA(r=2)):
+        want = fadapt.init(whole, {"proj": method})
+        got = fadapt.init(model, {"proj": method})
+        for site, adapter in want.items():
+            for key, leaf in adapter.leaves.items():
+                assert torch.equal(leaf, got[site].leaves[key])
+        moved(want), moved(got)
+        loss = fadapt.run(whole, want, batch)
+        found = fadapt.run(model, got, batch)
+        close([found.detach()], [loss.detach()])
+        close(gradients(found, got.trainable()), gradients(loss, want.trainable()), 1e-4)
+    with pytest.raises(fadapt.TargetError, match="tensor parallelism.*HRA"):
+        fadapt.run(model, fadapt.init(model, {"proj": fadapt.HRA(r=2)}), batch)
+
+
+def averaged_gradients(rank: int, world: int, _: Path) -> None:
+    """What those who use DistributedDataParallel do instead."""
+    from fadapt.distributed import all_reduce_gradients
+
+    whole, batch = models.qwen3(), tokens(4)
+    wrapped = nn.parallel.DistributedDataParallel(whole)
+    params = moved(fadapt.init(whole, {"proj": LoRA(r=2)}))
+    with pytest.raises(fadapt.TargetError, match="all_reduce_gradients"):
+        fadapt.run(wrapped, params, batch)
+    want = gradients(fadapt.run(whole, params, batch), params.trainable())
+    fadapt.run(wrapped.module, params, part(batch, rank, world)).backward()
+    all_reduce_gradients(params)
+    close([leaf.grad for leaf in params.trainable()], want)
+    fewer = params.trainable()[: 3 - rank]
+    with pytest.raises(fadapt.ConfigError, match="other leaves"):
+        all_reduce_gradients(fewer)
+
+
+FSDP = {
+    f.__name__: f
+    for f in (
+        averaged_gradients,
+        every_method,
+        mixed_stack,
+        precision_and_checkpoints,
+        files,
+        tensor_parallel,
+    )
+}
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    return ranks.run(2, FSDP, tmp_path_factory.mktemp("fsdp"))
+
+
+@pytest.mark.parametrize("name", FSDP)
+def test_sharded_base(name, found):
+    assert not found[name], found[name]
