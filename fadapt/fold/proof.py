@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..base.eval_mode import evaluating
 from ..base.sharded import agreed
 from ..base.torch_private import is_transformed, pytree
+from ..errors import FadaptError
 from ..params.adapter import Adapter
 from ..params.params import Params
 from ..params.stack import Group, Stack, at_rank, subset, views
@@ -93,6 +94,8 @@ def difference(
         with evaluating(model), turnstile(model), torch.random.fork_rng(list(devices)):
             try:
                 known[key] = _Proof(model, whole, parts, folded, single).verdict(gradients)
+            except FadaptError:
+                raise
             except Exception as error:
                 error.add_note(
                     "fadapt: while two moved members of the stack ran together and alone, to see "
