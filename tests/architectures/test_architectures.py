@@ -1,4 +1,4 @@
-"""Every architecture of the zoo: one adapter, and a stack, against the model with merged weights."""
+"""Every model of the zoo: one adapter, and a stack, against the model with merged weights."""
 
 from __future__ import annotations
 
