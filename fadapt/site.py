@@ -104,6 +104,8 @@ class SiteView:
         base: the frozen map, whose ``weight()`` is dense.
         device: of the site's weight.
         dtype: of what the factories make: float32 or better.
+        sites: all sites that this ``fadapt.init`` adapts by the same method, this one among them.
+        model_config: the model's own config (Hugging Face's), or None.
 
     Example:
         >>> class Bias(fadapt.Method):
@@ -122,9 +124,7 @@ class SiteView:
     device: torch.device
     dtype: torch.dtype
     sites: tuple[Site, ...] = ()
-    """All sites that this ``fadapt.init`` adapts by the same method, this one among them."""
     model_config: Any = None
-    """The model's own config (Hugging Face's), or None."""
 
     @property
     def name(self) -> str:

@@ -6,6 +6,7 @@ A cell is what a run of the pair showed:
   in float64 (grouped_mm, whose kernel has no float64: in float32, within its rounding);
 - "kernel": bit-equal at the start, and equal to the dequantised model within the rounding of the
   layer's own float32 kernel;
+- "run": bit-equal at the start, and trained; but it cannot be merged, for the reason below;
 - "refused": an error, with its reason below the table.
 
 SSteer is not the identity at the start; its strength is 0 there.
@@ -103,7 +104,7 @@ BASES = [
 SMALL = {
     "OFT": fadapt.OFT(block_size=4),
     "RoAd": fadapt.RoAd(group_size=4),
-    **{name: METHODS[name] for name in METHODS if name not in ("OFT", "RoAd")},
+    **{name: METHODS[name] for name in METHODS if name not in ("OFT", "RoAd", "TruncatedLoRA")},
 }
 
 
@@ -131,7 +132,10 @@ def cell(method: fadapt.Method, base: Base) -> str:
             return f"refused: {error}"
         moved = (out - _tensor(model(**inputs))).abs().max()
         assert moved > 1e-5, f"{method} leaves {base.title} silently unadapted"
-        merged = fadapt.merge(model, params, dtype=torch.float32 if base.quantised else None)
+        try:
+            merged = fadapt.merge(model, params, dtype=torch.float32 if base.quantised else None)
+        except fadapt.ConfigError as error:
+            return f"run: {error}"
         plain = dequantize(model) if base.quantised else model
         ref = _tensor(functional_call(plain, merged, (), inputs, tie_weights=False))
     error = (out - ref).abs().max() / ref.abs().max()
@@ -185,9 +189,10 @@ def table() -> str:
         row = []
         for base in BASES:
             text = cell(method, base)
-            if text.startswith("refused: "):
-                reason = _reason(text.removeprefix("refused: "))
-                row.append(f"refused [{reasons.setdefault(reason, len(reasons) + 1)}]")
+            kind, _, rest = text.partition(": ")
+            if kind in ("refused", "run"):
+                number = reasons.setdefault(_reason(rest), len(reasons) + 1)
+                row.append(f"{kind} [{number}]")
             else:
                 row.append("kernel" if text == KERNEL else text)
         lines.append(f"| {name} | " + " | ".join(row) + " |")
@@ -202,6 +207,8 @@ def table() -> str:
 def _reason(text: str) -> str:
     if "no statistics are collected" in text or "were counted" in text:
         return "the method starts from statistics, and there is no rule that observes this layer"
+    if "cannot have one" in text:
+        return "run and apply alone: the method adds a bias, and this layer cannot hold one"
     return text.split(": ", 1)[-1]
 
 

@@ -205,3 +205,10 @@ def perturb(params: Any, seed: int = 1, std: float = 0.2) -> Any:
         for leaf in trainable(params):
             leaf.add_(torch.randn(leaf.shape, generator=rng).to(leaf.dtype) * std)
     return params
+
+
+def trained(model: nn.Module, cfg: Any, calib: Any = None, seed: int = 1, std: float = 0.2) -> Any:
+    """Fresh params with every trainable entry moved at random."""
+    from fadapt import init
+
+    return perturb(init(model, cfg, calib), seed, std)

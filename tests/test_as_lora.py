@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor, nn
 
 import fadapt
 from fadapt import ConfigError, LoRA, Method, TargetError, TruncatedLoRA
-from tests.models import gpt2, mlp, perturb, qwen3, reals, seeded, tokens
+from tests.models import (
+    gpt2,
+    mlp,
+    qwen3,
+    reals,
+    seeded,
+    tokens,
+    trained,
+)
 
 # Method, and the rank of its increment.
 EXACT: dict[str, tuple[Method, int]] = {
@@ -40,10 +46,6 @@ FULL: dict[str, Method] = {
     "OFT": fadapt.OFT(block_size=4),
     "IA3FF": fadapt.IA3FF(),
 }
-
-
-def trained(model: nn.Module, cfg: Any, calib: Any = None) -> fadapt.Params:
-    return perturb(fadapt.init(model, cfg, calib))
 
 
 def increments(model: nn.Module, params: fadapt.Params) -> dict[str, Tensor]:

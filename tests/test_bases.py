@@ -42,15 +42,12 @@ from tests.models import (
     reals,
     seeded,
     tokens,
+    trained,
 )
 
 L2 = LoRA(r=2, alpha=3.0)
 METHODS = [L2, DoRA(r=2), IA3(), IA3FF(), Chain((DoRA(r=2), IA3FF(), LoRA(r=1)))]
 per_method = pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m).__name__)
-
-
-def trained(model: nn.Module, cfg: Any, seed: int = 1) -> Params:
-    return perturb(fadapt.init(model, cfg), seed)
 
 
 def lora_weights(params: Params, model: nn.Module) -> dict[str, Tensor]:

@@ -23,7 +23,15 @@ from torch import Tensor, nn
 import fadapt
 from fadapt import CheckpointError, FadaptError, LoRA, Params
 from fadapt.io.tensors import write_tensors
-from tests.models import gpt2, mlp, perturb, qwen3, reals, tokens
+from tests.models import (
+    gpt2,
+    mlp,
+    perturb,
+    qwen3,
+    reals,
+    tokens,
+    trained,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -45,10 +53,6 @@ class Gain(fadapt.Method):
 
 def chain() -> fadapt.Chain:
     return fadapt.Chain((fadapt.DoRA(r=2), fadapt.Chain((fadapt.IA3FF(), LoRA(r=1))), fadapt.IA3()))
-
-
-def trained(model: nn.Module, cfg: Any) -> Params:
-    return perturb(fadapt.init(model, cfg))
 
 
 def special(model: nn.Module, cfg: Any) -> Params:

@@ -23,7 +23,6 @@ from fadapt import (
     DoRA,
     FadaptError,
     LoRA,
-    Params,
     RsLoRA,
     TargetError,
 )
@@ -43,14 +42,11 @@ from tests.models import (
     reals,
     seeded,
     tokens,
+    trained,
 )
 
 METHODS = [LoRA(r=2), RsLoRA(r=3), DoRA(r=2), IA3(), IA3FF(), Chain((DoRA(r=2), IA3FF(), IA3()))]
 BY_NAME = [repr(m).split("(")[0] for m in METHODS]
-
-
-def trained(model: nn.Module, cfg: Any) -> Params:
-    return perturb(fadapt.init(model, cfg))
 
 
 def formula(adapter: fadapt.Adapter, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:

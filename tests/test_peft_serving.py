@@ -11,7 +11,14 @@ from torch import Tensor, nn
 import fadapt
 from fadapt import CheckpointError, ConfigError, LoRA
 from fadapt.peft import peft_dict, save_peft, served_by
-from tests.models import gpt2, perturb, qwen3, seeded, tokens
+from tests.models import (
+    gpt2,
+    perturb,
+    qwen3,
+    seeded,
+    tokens,
+    trained,
+)
 from tests.peft_table import against_peft, logits, moe
 
 SERVERS = {"vLLM", "SGLang", "LoRAX"}
@@ -25,10 +32,6 @@ LORA_LIKE = {
     "SSVD": fadapt.SSVD(k=4),
     "Chain": fadapt.Chain((LoRA(r=2), fadapt.HRA(r=2))),
 }
-
-
-def trained(model: nn.Module, cfg: Any) -> fadapt.Params:
-    return perturb(fadapt.init(model, cfg))
 
 
 @pytest.mark.parametrize("name", LORA_LIKE)

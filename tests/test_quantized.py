@@ -225,6 +225,7 @@ def test_torch_func_transforms(row: str, kind: str) -> None:
             close(a[i], b)
 
 
+@pytest.mark.filterwarnings("ignore:.* is new:fadapt.FadaptWarning")  # BitFit
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("row", METHODS)
 def test_merge_is_dense_in_the_stated_dtype(row: str, kind: str) -> None:

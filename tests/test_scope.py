@@ -243,7 +243,7 @@ def test_own_checkpointing_recomputed_after_its_block_is_an_error(reentrant: boo
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("how", ["run", "bound", "bound, backward after it"])
 def test_gradient_checkpointing_of_transformers(reentrant: bool, how: str) -> None:
-    from .test_run import make, make_batch
+    from tests.helpers import make, make_batch
 
     model, batch = make("qwen3").train(), make_batch("qwen3", padded=False)
     params = filled(fadapt.init(model, fadapt.LoRA(r=2)))

@@ -7,8 +7,7 @@ import torch
 from torch import nn
 
 import fadapt
-
-from .test_run import make, make_batch, trained
+from tests.helpers import make, make_batch, trained
 
 MIX = (
     fadapt.LoRA(r=2),
