@@ -84,6 +84,25 @@ def folded(
     return training_step(lambda: losses(params), leaves), leaves
 
 
+@torch.no_grad()
+def proof_cost(
+    model: torch.nn.Module, methods: list[fadapt.Method], batch: dict, args: argparse.Namespace
+) -> tuple[float, float, float]:
+    """Milliseconds of the proof on the first batch, of asking for it again, and of a forward."""
+    params, parts = start(model, methods, batch, args)
+
+    def ms(verify: bool) -> float:
+        begin = time.perf_counter()
+        fadapt.run(model, params, parts, per_adapter=True, verify=verify).tolist()
+        return 1e3 * (time.perf_counter() - begin)
+
+    ms(False)
+    first = ms(True)
+    without = sorted(ms(False) for _ in range(args.rounds))[args.rounds // 2]
+    again = sorted(ms(True) for _ in range(args.rounds))[args.rounds // 2]
+    return first - without, again - without, without
+
+
 def fitted(
     model: torch.nn.Module,
     methods: list[fadapt.Method],
@@ -203,6 +222,14 @@ def main() -> None:
         "mixed": (f"x {n} mixed", mixed(n)),
     }
     asked = dict(known[k] for k in args.stacks.split(","))
+    for name, methods in asked.items():
+        if len(methods) > 1:
+            once, again, forward = proof_cost(model, methods, batch, args)
+            print(
+                f"proof of {name}: {once:.1f} ms once, {again:.2f} ms at every later call "
+                f"(the forward: {forward:.1f} ms)",
+                flush=True,
+            )
     runs: dict[str, tuple[int, Callable, list]] = {}
     if args.peers:
         runs["B0 PEFT"] = (1, *peft_step(args, batch, best=False))

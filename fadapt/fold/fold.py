@@ -221,7 +221,7 @@ def check_rows_apart(model: nn.Module) -> None:
 
 
 def _mixes_rows(module: nn.Module) -> str:
-    if getattr(module, "batch_first", True) is False:
+    if vars(module).get("batch_first", True) is False:
         return "has batch_first=False; a stack needs the batch axis first. Build it with True"
     if isinstance(module, _BATCH_NORMS) and (module.training or module.running_mean is None):
         return (

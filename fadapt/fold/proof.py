@@ -65,7 +65,8 @@ def possible() -> bool:
 def difference(
     model: nn.Module,
     whole: Stack,
-    parts: Sequence[Any],
+    batch: Any,
+    per_adapter: bool,
     kind: Hashable,
     folded: Callable[[Stack, int, Any], list[Named]],
     single: Callable[[Params, Any], Named],
@@ -76,7 +77,7 @@ def difference(
     Args:
         model: the base.
         whole: the stack.
-        parts: the batch of each member.
+        batch, per_adapter: as for :func:`fadapt.run`.
         kind: of the call.
         folded: what each member of a small stack gives in one pass over (stack, rows, batch); or
             an empty list, if there is nothing to compare.
@@ -85,7 +86,7 @@ def difference(
     """
     if not whole.groups:  # rows of the base
         return ""
-    key = (kind, _structure(whole), _batch_kind(parts[0]), _modes(model))
+    key = (kind, per_adapter, _structure(whole), _batch_kind(batch), _modes(model))
     known = _verdicts.setdefault(model, {})
     if key not in known:
         devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
@@ -93,6 +94,7 @@ def difference(
         # want the turnstile.
         with evaluating(model), turnstile(model), torch.random.fork_rng(list(devices)):
             try:
+                parts = fold.parts(batch, whole, per_adapter)
                 known[key] = _Proof(model, whole, parts, folded, single).verdict(gradients)
             except FadaptError:
                 raise
@@ -287,15 +289,14 @@ def _structure(whole: Stack) -> Hashable:
 
 
 def _batch_kind(batch: Any) -> Hashable:
-    """What the batches of one kind have in common: their names, types and numbers of axes."""
-    leaves, _ = pytree.tree_flatten_with_path(batch)
-    rows = fold.rows_of(batch)
-    return tuple(
-        (pytree.keystr(path), t.dtype, t.dim(), t.dim() > 0 and t.shape[0] == rows)
+    """What the batches of one kind have in common: names, types, numbers of axes, axes of one."""
+    leaves, spec = pytree.tree_flatten(batch)
+    return spec, tuple(
+        (t.dtype, t.dim(), tuple(size == 1 for size in t.shape[:2]))
         if isinstance(t, Tensor)
-        else (pytree.keystr(path), type(t))
-        for path, t in leaves
-    ), rows == 1
+        else type(t)
+        for t in leaves
+    )
 
 
 def _modes(model: nn.Module) -> int:

@@ -137,9 +137,7 @@ def difference(
         return {"loss": run_one(model, params, part, loss_fn, params)}
 
     kind = ("run", getattr(loss_fn, "__code__", type(loss_fn)), gradients)
-    return proof.difference(
-        model, stack, fold.parts(batch, stack, per_adapter), kind, folded, single, gradients
-    )
+    return proof.difference(model, stack, batch, per_adapter, kind, folded, single, gradients)
 
 
 def apply_stack(
@@ -160,14 +158,14 @@ def apply_stack(
     sites = stack_sites(model, stack, known)
     folds = stack.size > 1 and method == "forward"
     if verify and folds and not is_bound_to(model, stack) and proof.possible():
-        why = _outputs_differ(model, stack, fold.parts(given, stack, per_adapter))
+        why = _outputs_differ(model, stack, given, per_adapter)
         if why:
             raise FadaptError(f"{why} {proof.WAYS_OUT}")
     output = call(model, sites, method, args, kwargs, owner=stack)
     return fold.unfold(output, stack, rows)
 
 
-def _outputs_differ(model: nn.Module, stack: Stack, parts: Sequence[Any]) -> str:
+def _outputs_differ(model: nn.Module, stack: Stack, given: Any, per_adapter: bool) -> str:
     def folded(two: Stack, rows: int, joined: Any) -> list[proof.Named]:
         args, kwargs = joined
         sites = stack_sites(model, two, rows)
@@ -183,7 +181,9 @@ def _outputs_differ(model: nn.Module, stack: Stack, parts: Sequence[Any]) -> str
         args, kwargs = part
         return proof.named(call(model, params, "forward", args, kwargs))
 
-    return proof.difference(model, stack, parts, ("apply",), folded, single, gradients=False)
+    return proof.difference(
+        model, stack, given, per_adapter, "apply", folded, single, gradients=False
+    )
 
 
 def stack_sites(model: nn.Module, stack: Stack, rows: int | None) -> Mapping[str, Adapted]:
