@@ -164,8 +164,11 @@ def test_a_capacity_in_training_mode_is_refused() -> None:
     model.train()
     with pytest.raises(fadapt.FadaptError, match="capacity"):
         fadapt.apply(model, stack, x)
+    traced = torch.compile(lambda x: fadapt.apply(model, stack, x), backend="eager")
+    with pytest.raises(fadapt.FadaptError, match="capacity"):
+        traced(x)
     model.eval()
-    assert fadapt.apply(model, stack, x).shape == (3, 4, 4)
+    assert fadapt.apply(model, stack, x).shape == traced(x).shape == (3, 4, 4)
 
 
 def test_an_output_without_rows_is_refused_where_it_is_handed_out() -> None:

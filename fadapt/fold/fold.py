@@ -228,12 +228,20 @@ def _mixes_rows(module: nn.Module) -> str:
             "normalises by statistics of the whole batch, so the rows of different adapters would "
             "meet in a stack. Call .eval() on this module, if it keeps running statistics"
         )
-    if module.training and any("capacity" in key for key in vars(module)):
+    if module.training and _has_capacity(module):
         return (
             "is in training mode and has a capacity, for which the rows of different adapters "
             "would compete in a stack. Call model.eval()"
         )
     return ""
+
+
+def _has_capacity(module: nn.Module) -> bool:
+    attributes = vars(module)
+    if torch.compiler.is_compiling():
+        # Up to torch 2.11 Dynamo looks names up in a module's attributes, but cannot list them.
+        return attributes.get("expert_capacity") is not None
+    return any("capacity" in key for key in attributes)
 
 
 def parts(batch: Any, stack: Stack, per_adapter: bool) -> Sequence[Any]:
