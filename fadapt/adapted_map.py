@@ -143,6 +143,11 @@ def check_site(method: Method, site: Site) -> None:
     if isinstance(method, Composed):
         for inner in method.methods:
             check_site(inner, site)
+    require(
+        site.kind is not Kind.VECTOR or method.adapts_vectors,
+        f"{type(method).__name__} is of matrices, and this is a vector of {site.out_features} "
+        "values; write fadapt.IA3(), which scales it, or a method with adapts_vectors = True",
+    )
     if isinstance(method, InputDropout) and method.dropout:
         require(
             site.kind in (*LINEAR_KINDS, Kind.MATRIX) and has_delta(method),

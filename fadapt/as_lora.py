@@ -13,7 +13,7 @@ from .adapted_map import adapt, dense, increment_factors
 from .base.bound import refuse_adapted
 from .base.checks import check_model
 from .base.linear_map import DenseMap, LinearMap
-from .base.weights import BaseWeight, weights_by_name
+from .base.weights import BaseWeight, Kind, weights_by_name
 from .errors import ConfigError, TargetError, require
 from .method import STRENGTH, Factors
 from .methods.lora import LoRA
@@ -129,6 +129,11 @@ def _weight(weights: dict[str, BaseWeight], name: str, adapter: Adapter) -> Base
 
 def _convert(adapter: Adapter, weight: BaseWeight, r: int | None, drop_bias: bool) -> Adapter:
     site = adapter.site
+    if site.kind is Kind.VECTOR:
+        raise ConfigError(
+            f"{site.name} is a vector, and a LoRA has matrices only; convert the others, "
+            f"params.without({re.escape(site.name)!r}), and merge this one"
+        )
     if adapter.acts_on_bias and not drop_bias:
         _refuse_bias(adapter, weight)
     parts = [_factors(one, base, r) for one, base in _matrices(adapter, weight)]

@@ -81,6 +81,16 @@ class Method:
         return False
 
     @property
+    def adapts_vectors(self) -> bool:
+        """True where the method also makes sense for a parameter of one axis: a norm's, a bias.
+
+        A vector of n values is the weight (n, 1) of a map from one number, which is always 1, to
+        ``y`` (1, n), the vector: ``delta`` returns the vector's increment, (1, n). It must be zero
+        where x is, as there is no bias.
+        """
+        return False
+
+    @property
     def starts_at_identity(self) -> bool:
         """False where fresh leaves already change the model (SSteer): init then does not object."""
         return True

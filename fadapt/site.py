@@ -60,15 +60,21 @@ class Site:
         rows, columns = self.matrix_shape[::-1] if self.transposed else self.matrix_shape
         if self.kernel:
             return rows, *self.kernel
+        if self.kind is Kind.VECTOR:
+            return (rows,)
         return (self.experts, rows, columns) if self.experts else (rows, columns)
 
     def matrix(self, parameter: Tensor) -> Tensor:
         """The stored parameter as (out_features, in_features), or (experts, out, in): a view."""
+        if self.kind is Kind.VECTOR:
+            return parameter.unsqueeze(1)
         flat = parameter.flatten(1) if self.kernel else parameter
         return flat.mT if self.transposed else flat
 
     def parameter(self, matrix: Tensor) -> Tensor:
         """The inverse of :meth:`matrix`: the matrix in the shape in which it is stored."""
+        if self.kind is Kind.VECTOR:
+            return matrix.squeeze(1)
         stored = matrix.mT if self.transposed else matrix
         return stored.reshape(self.stored_shape) if self.kernel else stored
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from .adapted_map import check_site
 from .base.checks import check_model
+from .base.quantized import quantized_map
 from .base.roles import find_roles
 from .base.towers import layers_of, split_name
 from .base.weights import LINEAR_KINDS, BaseWeight, Kind, find_weights
@@ -175,12 +176,15 @@ class _Search:
     config: Config
     every: list[BaseWeight] = field(init=False)
     weights: list[BaseWeight] = field(init=False)
+    vectors: list[BaseWeight] = field(init=False)
     reasons: dict[str, tuple[str, bool]] = field(default_factory=dict)
     taken: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.every = find_weights(self.model)
+        # Vectors are meant only by a rule that matches nothing else.
         self.weights = [w for w in self.every if w.kind is not Kind.VECTOR]
+        self.vectors = [w for w in self.every if w.kind is Kind.VECTOR]
         names = [n for w in self.every for n in w.names]
         for pattern, _ in self.config.rule_list:
             check_speed(pattern, "rule", names)
@@ -195,7 +199,7 @@ class _Search:
         names = [n for w in self.weights for n in w.names]
         excluded = set()
         for pattern in self.config.exclude:
-            hits = {w.name for w in self.weights if any(re.search(pattern, n) for n in w.names)}
+            hits = {w.name for w in self.every if any(re.search(pattern, n) for n in w.names)}
             if pattern not in DEFAULT_EXCLUDE and not hits:
                 raise TargetError(
                     f"exclude {pattern!r} matches no parameter; {_near(pattern, names)}"
@@ -222,7 +226,7 @@ class _Search:
     def chosen(self) -> Chosen:
         """The weights that the rules mean, before layers and roles."""
         for i, (pattern, _) in enumerate(self.config.rule_list):
-            for weight in self.weights:
+            for weight in self.every:
                 hits = [n for n in weight.names if re.search(pattern, n)]
                 if hits and len(hits) < len(weight.names):
                     raise TargetError(
@@ -237,6 +241,16 @@ class _Search:
         for i, (pattern, method) in enumerate(self.config.rule_list):
             mine = [w for w in self.weights if self.taken.get(w.name) == i]
             mine = [w for w in mine if w.name not in self.excluded]
+            if not mine and not self._matches(pattern, self.weights):
+                mine = [w for w in self.vectors if self.taken.get(w.name) == i]
+                mine = [w for w in mine if w.name not in self.excluded]
+                if mine and method is not None and not method.adapts_vectors:
+                    raise TargetError(
+                        f"rule {pattern!r} matches only vectors, such as {mine[0].name} of shape "
+                        f"{mine[0].stored_shape}, and {type(method).__name__} adapts matrices; "
+                        f"write {{{pattern!r}: fadapt.IA3()}}, which scales a vector, or a method "
+                        "with adapts_vectors = True"
+                    )
             if not mine:
                 raise TargetError(self._nothing(pattern, i))
             if method is None:
@@ -256,21 +270,34 @@ class _Search:
                 if all(weight is not w for w in meant):
                     self._leave_out(weight.name, f"{_what(weight, self.heads)}; a rule may name it")
             chosen += [(w, pattern, method) for w in meant]
-        order = {w.name: k for k, w in enumerate(self.weights)}
+        order = {w.name: k for k, w in enumerate(self.every)}
         return sorted(chosen, key=lambda c: order[c[0].name])
+
+    def _matches(self, pattern: str, weights: list[BaseWeight]) -> list[str]:
+        return [w.name for w in weights if any(re.search(pattern, n) for n in w.names)]
 
     def _is_meant(self, pattern: str, weight: BaseWeight) -> bool:
         """Whether a rule that matches a weight means it.
 
         A broad one means the linear maps, but not the head; others are adapted when they are named.
         """
-        if pattern and _is_named(pattern, weight):
+        if weight.kind is Kind.VECTOR or (pattern and _is_named(pattern, weight)):
             return True
         if weight.kind is Kind.PARAMETRIZED:
             return weight.parameter.dim() == 2  # a linear map; refused rather than left out
         return weight.kind in LINEAR_KINDS and weight.name not in self.heads
 
     def _check_kind(self, pattern: str, weight: BaseWeight) -> None:
+        if weight.kind is Kind.VECTOR and quantized_map(weight.module) is not None:
+            raise TargetError(
+                f"{weight.name} is the bias of a quantized layer, whose kernel takes no other; "
+                "adapt the layer by fadapt.BitFit() instead, or put {pattern: None} for it first"
+            )
+        if weight.kind is Kind.VECTOR and weight.parameter.dim() == 0:
+            raise TargetError(
+                f"rule {pattern!r} matches {weight.name}, a single number; adapters need an axis. "
+                "Put {pattern: None} for it before this rule"
+            )
         if weight.kind is Kind.PARAMETRIZED:
             raise TargetError(
                 f"{weight.name} belongs to a parametrized layer, whose weight is computed from "
@@ -341,7 +368,7 @@ class _Search:
         patterns = [pattern for pattern, _ in self.config.rule_list]
         out = self.excluded | self.heads
         for weight, pattern, method in chosen:
-            uses = [w for w in self.weights if w.parameter is weight.parameter]
+            uses = [w for w in self.every if w.parameter is weight.parameter]
             uses = [w for w in uses if w is weight or w.name not in out]
             named = [w.name for w in uses if self.taken.get(w.name) == patterns.index(pattern)]
             if len(named) > 1:
@@ -358,9 +385,9 @@ class _Search:
         narrow: dict[str, list[BaseWeight]] = {}
         first: dict[str, str] = {}
         for weight, pattern, method in chosen:
-            site = site_of(weight, self.weights, self.roles)
+            site = site_of(weight, self.every, self.roles)
             weight.check()
-            unseen = weight.kind in (Kind.EXPERTS, Kind.EMBEDDING, Kind.CONVOLUTION)
+            unseen = weight.kind in (Kind.EXPERTS, Kind.EMBEDDING, Kind.CONVOLUTION, Kind.VECTOR)
             if unseen and _is_calibrated(method):
                 raise TargetError(
                     f"{site.name} ({weight.kind}): no statistics are collected there, and "
@@ -380,6 +407,13 @@ class _Search:
                 self._leave_out(site.name, f"too narrow for {method!r}: {error}", notable=True)
                 continue
             found.append((weight, site, method))
+        sites = {site.name for _, site, _ in found}
+        for _, site, method in found:
+            if site.bias in sites and method.acts_on_bias:
+                raise ConfigError(
+                    f"{site.bias} has an adapter of its own, and {method!r} at {site.name} changes "
+                    "that bias, too; leave one of them out: {pattern: None} before its rule"
+                )
         for pattern, few in narrow.items():
             mine = [w for w, p, _ in chosen if p == pattern]
             if sum(w.size for w in few) > FEW * sum(w.size for w in mine):
@@ -390,15 +424,8 @@ class _Search:
 
     def _nothing(self, pattern: str, i: int) -> str:
         names = [n for w in self.weights for n in w.names]
-        hits = [w.name for w in self.weights if any(re.search(pattern, n) for n in w.names)]
+        hits = self._matches(pattern, self.weights) or self._matches(pattern, self.vectors)
         if not hits:
-            vectors = [w for w in self.every if w.kind is Kind.VECTOR]
-            vectors = [w for w in vectors if any(re.search(pattern, n) for n in w.names)]
-            if pattern and vectors:
-                return (
-                    f"rule {pattern!r} matches only vectors, such as {vectors[0].name} of shape "
-                    f"{vectors[0].stored_shape}; adapters need a matrix (2-D) or more"
-                )
             return f"rule {pattern!r} matches no weight; {_near(pattern, names)}"
         if earlier := [n for n in hits if self.taken[n] < i]:
             by = self.config.rule_list[self.taken[earlier[0]]][0]

@@ -87,9 +87,14 @@ class BaseWeight:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(out_features, in_features) of the matrix, or of each in a stack."""
+        """(out_features, in_features) of the matrix, or of each in a stack.
+
+        A vector of n values is the matrix (n, 1) of a map from one number, which is always 1.
+        """
         if self.kind is Kind.CONVOLUTION:
             rows, columns = self.parameter.shape[0], self.parameter[:1].numel()
+        elif self.kind is Kind.VECTOR:
+            rows, columns = self.parameter.numel(), 1
         else:
             rows, columns = self.stored_shape[-2:]
         return (columns, rows) if self.transposed else (rows, columns)
@@ -131,6 +136,8 @@ class BaseWeight:
             return self.quantized
         bias = getattr(self.module, self.bias.rsplit(".", 1)[-1]) if self.bias else None
         weight = full(self.parameter.detach())
+        if self.kind is Kind.VECTOR:
+            return DenseMap(weight.reshape(-1, 1))
         bias = None if bias is None else full(bias)
         return DenseMap(weight.flatten(1) if self.kernel else weight, bias, self.transposed)
 

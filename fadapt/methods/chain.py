@@ -59,6 +59,10 @@ class Chain(Composed):
         return any(m.acts_on_bias for m in self.methods)
 
     @property
+    def adapts_vectors(self) -> bool:
+        return all(m.adapts_vectors for m in self.methods)
+
+    @property
     def starts_at_identity(self) -> bool:
         return all(m.starts_at_identity for m in self.methods)
 

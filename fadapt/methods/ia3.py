@@ -44,6 +44,10 @@ class IA3(Method):
     def supports_batch_dims(self) -> bool:
         return True
 
+    @property
+    def adapts_vectors(self) -> bool:
+        return True
+
     def init(self, site: SiteView, rng: torch.Generator) -> tuple[Leaves, Leaves]:
         return {"d": site.zeros(site.out_features)}, {}
 

@@ -16,6 +16,7 @@ import torch.utils.checkpoint
 from torch import Tensor
 
 from ..base.torch_private import pytree
+from ..base.weights import Kind
 from ..errors import DenseFallbackWarning, FadaptError, TargetError
 from ..linalg import inverse_permutation
 from ..params.adapter import Adapted
@@ -53,6 +54,8 @@ class Overlay(Tensor):
         cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func not in METADATA and any(map(_is_vector, (*args, *kwargs.values()))):
+            return _with_vectors(func, args, kwargs)
         if func in RULES:
             result = RULES[func](*args, **kwargs)
             if result is not NotImplemented:
@@ -80,6 +83,27 @@ def overlay(
     result.frozen, result.adapter, result.flipped = weight, adapter, flipped
     result.required_grad = required_grad
     return result
+
+
+def _is_vector(value: Any) -> bool:
+    return isinstance(value, Overlay) and value.adapter.site.kind is Kind.VECTOR
+
+
+def _with_vectors(func: Callable, args: tuple, kwargs: dict) -> Any:
+    """The function of the adapted vectors themselves, which cost next to nothing to compute."""
+    if not torch.compiler.is_compiling():  # which cannot trace the name of every function
+        name = getattr(func, "__name__", str(func))
+        if name.endswith("_") and not name.endswith("__") and _is_vector(args[0]):
+            what = args[0].adapter.site.name
+            raise FadaptError(f"the model's forward writes to {what} ({name}); it is frozen")
+
+    def adapted(value: Any) -> Any:
+        if not _is_vector(value):
+            return value
+        refuse_checkpoint(value.adapter)
+        return materialise(value)
+
+    return func(*map(adapted, args), **{k: adapted(v) for k, v in kwargs.items()})
 
 
 def _dense_fallback(func: Callable, args: tuple, kwargs: dict) -> Any:
