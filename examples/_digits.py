@@ -21,7 +21,7 @@ BATCH = 64
 
 # A few numbers a site, which start at zero, take larger steps than the factors of a matrix.
 FEW = ("AntiPaSTO", "AntiPaSTOASVD", "AntiPaSTOAblate", "AntiPaSTOCorDA", "AntiPaSTORotation",
-       "IA3", "IA3FF", "RoAd")  # fmt: skip
+       "IA3", "IA3FF", "LNTuning", "RoAd")  # fmt: skip
 LEARNING_RATE = dict.fromkeys(FEW, 0.1)
 DEFAULT_LEARNING_RATE = 0.01
 

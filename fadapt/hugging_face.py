@@ -112,6 +112,16 @@ def output_heads(model: nn.Module) -> list[nn.Module]:
     return [head for part in model.modules() if (head := output_head(part)) is not None]
 
 
+def input_embeddings(model: nn.Module) -> nn.Module | None:
+    """The module that embeds a model's tokens, or None."""
+    getter = getattr(model, "get_input_embeddings", None)
+    try:
+        found = getter() if callable(getter) else None
+    except (AttributeError, NotImplementedError):  # models without tokens
+        return None
+    return found if isinstance(found, nn.Module) else None
+
+
 def loss_of(model: nn.Module) -> Any:
     """``model.loss_function``, which the model's forward calls with its logits, or None."""
     return getattr(model, "loss_function", None)

@@ -107,6 +107,18 @@ def cayley_minus_identity(q: Tensor) -> Tensor:
         return (torch.linalg.inv_ex(eye - wide).inverse @ (2 * wide)).to(q.dtype)
 
 
+def orthonormal_rows(matrix: Tensor) -> Tensor:
+    """Orthonormal rows that span those of a matrix (..., r, n), r <= n, of full rank.
+
+    L⁻¹ K with L Lᵀ = K Kᵀ, in float32 or better; returned in the dtype of ``matrix``.
+    """
+    wide = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+    with full_precision(matrix):
+        # cholesky_ex does not make the host wait for the device.
+        lower = torch.linalg.cholesky_ex(wide @ wide.mT).L
+        return torch.linalg.solve_triangular(lower, wide, upper=False).to(matrix.dtype)
+
+
 def lengths_after_step(
     start_square: Tensor, end_square: Tensor, difference: Tensor, floor: float, short: float
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -73,6 +73,12 @@ class Method:
     needs_plain_base: ClassVar[bool] = False
     """True where constants of the frozen weight enter, so that a Chain may hold it only first."""
 
+    usual_kind: ClassVar[str] = "linear"
+    """What a rule that names no parameter means: "linear", "norm" (the vectors of norms) or
+    "embedding" (the input embedding)."""
+    follows_ties: ClassVar[bool] = False
+    """True where all uses of a tied tensor are adapted together; :meth:`shared` may join them."""
+
     # Flags that may depend on the fields. A class may also set them as plain attributes.
 
     @property

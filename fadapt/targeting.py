@@ -17,7 +17,7 @@ from .base.towers import layers_of, split_name
 from .base.weights import LINEAR_KINDS, BaseWeight, Kind, find_weights
 from .config import DEFAULT_EXCLUDE, Config
 from .errors import ConfigError, FadaptError, TargetError
-from .hugging_face import output_heads
+from .hugging_face import input_embeddings, output_heads
 from .method import Method
 from .patterns import check_speed
 from .site import Site
@@ -192,6 +192,11 @@ class _Search:
             check_speed(pattern, "exclude", names)
         self.roles = find_roles(self.weights)
         self.excluded = self._excluded()
+        # What is kept from linear maps by default is what a method for embeddings is for.
+        named = [p for p in self.config.exclude if p not in DEFAULT_EXCLUDE]
+        self.excluded_by_name = {
+            w.name for w in self.every for p in named if any(re.search(p, n) for n in w.names)
+        }
         # A model that does not exclude "lm_head" asks for its head, whatever that is called.
         self.heads = self._heads() if HEAD in self.config.exclude else set()
 
@@ -239,6 +244,13 @@ class _Search:
                     self.taken.setdefault(weight.name, i)
         chosen: Chosen = []
         for i, (pattern, method) in enumerate(self.config.rule_list):
+            if method is not None and method.usual_kind != "linear":
+                special = self._special(pattern, i, method)
+                for weight in special:
+                    self._check_kind(pattern, weight)
+                if special:
+                    chosen += [(w, pattern, method) for w in special]
+                    continue
             mine = [w for w in self.weights if self.taken.get(w.name) == i]
             mine = [w for w in mine if w.name not in self.excluded]
             if not mine and not self._matches(pattern, self.weights):
@@ -272,6 +284,32 @@ class _Search:
             chosen += [(w, pattern, method) for w in meant]
         order = {w.name: k for k, w in enumerate(self.every)}
         return sorted(chosen, key=lambda c: order[c[0].name])
+
+    def _special(self, pattern: str, i: int, method: Method) -> list[BaseWeight]:
+        """What a rule means by a method for norms or embeddings; none where it names others."""
+        norms = method.usual_kind == "norm"
+        out = self.excluded if norms else self.excluded_by_name
+        mine = [w for w in self.every if self.taken.get(w.name) == i and w.name not in out]
+        if norms:
+            mine = [w for w in mine if w.kind is Kind.VECTOR]
+            found = [w for w in mine if _is_of_norm(w)] or (mine if pattern else [])
+        else:
+            found = [w for w in mine if w.kind is Kind.EMBEDDING]
+            inputs = input_embeddings(self.model)
+            if not any(_is_named(pattern, w) for w in found) and inputs is not None:
+                found = [w for w in found if w.module is inputs] or found
+        if not pattern and not found:
+            raise TargetError(
+                f"{type(method).__name__} for {method.usual_kind}s, but the model has none; name "
+                "a parameter in a rule"
+            )
+        for weight in self.every:
+            if self.taken.get(weight.name) == i and all(weight is not w for w in found):
+                self._leave_out(weight.name, f"not what {type(method).__name__} means")
+        if method.follows_ties:
+            tensors = {id(w.parameter) for w in found}
+            found = [w for w in self.every if id(w.parameter) in tensors]
+        return found
 
     def _matches(self, pattern: str, weights: list[BaseWeight]) -> list[str]:
         return [w.name for w in weights if any(re.search(pattern, n) for n in w.names)]
@@ -371,7 +409,7 @@ class _Search:
             uses = [w for w in self.every if w.parameter is weight.parameter]
             uses = [w for w in uses if w is weight or w.name not in out]
             named = [w.name for w in uses if self.taken.get(w.name) == patterns.index(pattern)]
-            if len(named) > 1:
+            if len(named) > 1 and not method.follows_ties:
                 one, other = (re.escape(n) for n in named[:2])
                 raise TargetError(
                     f"{' and '.join(named)} are one tied tensor, and rule {pattern!r} means both. "
@@ -462,6 +500,10 @@ def _way_out(weights: list[BaseWeight], chosen: Chosen, pattern: str, method: Me
     if any(re.search(alone, name) for name in others):  # a number tells them apart
         alone = "|".join(names)
     return f". Or leave it alone: {{{alone!r}: None, {pattern!r}: {method!r}}}"
+
+
+def _is_of_norm(weight: BaseWeight) -> bool:
+    return "norm" in type(weight.module).__name__.lower()
 
 
 def _what(weight: BaseWeight, heads: set[str]) -> str:

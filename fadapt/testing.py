@@ -45,6 +45,7 @@ class Case:
         dtype: of the base weights and, through Config's default, of the arithmetic.
         seed: of weights, data, initial and trained-like values.
         calib: passed to ``fadapt.init``.
+        rule: the parameters that the method adapts; "" for what it usually means.
     """
 
     widths: tuple[int, int, int] = (12, 16, 8)
@@ -52,6 +53,7 @@ class Case:
     dtype: torch.dtype = torch.float64
     seed: int = 0
     calib: Callable[[Case], Any] | None = None
+    rule: str = ""
 
     @property
     def rng(self) -> torch.Generator:
@@ -73,7 +75,8 @@ class Case:
 
     def fresh(self, model: nn.Module, method: Method, **config: Any) -> Params:
         calib = self.calib(self) if self.calib else None
-        return init(model, Config(method, seed=self.seed, **config), calib)
+        rules = {self.rule: method} if self.rule else method
+        return init(model, Config(rules, seed=self.seed, **config), calib)
 
     def trained(self, model: nn.Module, method: Method, offset: int = 0) -> Params:
         """Params as training leaves them: every trainable entry moved at random."""
@@ -139,6 +142,8 @@ def bias_as_declared(method: Method, case: Case) -> None:
     """The bias changes exactly where ``acts_on_bias`` says so."""
     model = replace(case, bias=True).model()
     for adapter in case.trained(model, method).at_sites().values():
+        if adapter.site.bias is None:
+            continue
         layer: Any = model.get_submodule(adapter.site.name.removesuffix(".weight"))
         _, bias = adapter.dense(layer.weight, layer.bias)
         assert bias is not None
@@ -163,11 +168,11 @@ def gradients_equal_dense(method: Method, case: Case) -> None:
     grads = torch.autograd.grad(_loss(apply(model, params, x)), trainable(params))
     weights: dict[str, Tensor] = {}
     for name, adapter in params.at_sites().items():
-        layer: Any = model.get_submodule(name.removesuffix(".weight"))
-        bias = None if layer.bias is None else layer.bias.detach()
-        weights[name], new_bias = adapter.dense(layer.weight.detach(), bias)
-        if new_bias is not None:
-            weights[name.removesuffix("weight") + "bias"] = new_bias
+        own = adapter.site.bias
+        bias = None if own is None else model.get_parameter(own).detach()
+        weights[name], new_bias = adapter.dense(model.get_parameter(name).detach(), bias)
+        if own is not None and new_bias is not None:
+            weights[own] = new_bias
     refs = torch.autograd.grad(_loss(functional_call(model, weights, (x,))), trainable(params))
     for grad, ref in zip(grads, refs, strict=True):
         _close(grad, ref, "gradient against the dense weights")
@@ -367,7 +372,7 @@ def finite_on_degenerate_weights(method: Method, case: Case) -> None:
     """A zero row, a zero column and a repeated row give finite outputs and gradients."""
     model, x = case.model(), case.x(4)
     with torch.no_grad():
-        for layer in (model[0], model[2]):  # type: ignore[index]
+        for layer in (m for m in model.modules() if isinstance(m, nn.Linear)):
             layer.weight[0] = 0
             layer.weight[:, 0] = 0
             layer.weight[-1] = layer.weight[1]
@@ -422,15 +427,17 @@ def low_rank_is_the_increment(method: Method, case: Case) -> None:
     params = case.trained(model, method)
     for c in (1.0, -0.5):
         for adapter in scale(params, c).at_sites().values():
-            layer: Any = model.get_submodule(adapter.site.name.removesuffix(".weight"))
-            weight = layer.weight.detach()
+            site = adapter.site
+            own = model.get_parameter(site.name).detach()
+            weight = site.matrix(own)
+            bias = None if site.bias is None else model.get_parameter(site.bias).detach()
             p = {
                 k: t.detach().to(weight.dtype) if t.is_floating_point() else t
                 for k, t in adapter.leaves.items()
             }
-            factors = increment_factors(method, p, DenseMap(weight, layer.bias))
+            factors = increment_factors(method, p, DenseMap(weight, bias))
             if factors is not None:
-                change = adapter.dense(weight, layer.bias)[0] - weight
+                change = site.matrix(adapter.dense(own, bias)[0]) - weight
                 _close(factors[1] @ factors[0], change, f"low_rank at strength {c}")
 
 

@@ -12,16 +12,17 @@ from torch import nn
 
 import fadapt
 
-from .test_laws import CALIB, ROWS
+from .test_laws import CALIB, NAMED, NORMS, ROWS
 
 STEPS, LR = 200, 1e-3
 TOLERANCE = 0.15  # of the float32 improvement
 
 
-def improvement(method: fadapt.Method, dtype: torch.dtype, calib) -> float:
+def improvement(row: str, dtype: torch.dtype, calib) -> float:
     """How far 200 AdamW steps lower the loss, as a part of the loss at the start."""
     rng = torch.Generator().manual_seed(0)
-    model = nn.Sequential(nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 16))
+    act = nn.Sequential(nn.LayerNorm(24), nn.Tanh()) if row in NORMS else nn.Tanh()
+    model = nn.Sequential(nn.Linear(16, 24), act, nn.Linear(24, 16))
     for p in model.parameters():
         nn.init.normal_(p, std=0.4, generator=rng)
     x = torch.randn(64, 16, generator=rng)
@@ -29,7 +30,7 @@ def improvement(method: fadapt.Method, dtype: torch.dtype, calib) -> float:
         # A teacher that every method can approach: turned and rescaled hidden units.
         gain = 1 + 0.5 * torch.randn(24, generator=rng)
         target = model[2](gain * model[1](model[0](x * 1.5))) * 0.7
-    params = fadapt.init(model, fadapt.Config(method, dtype=dtype), calib)
+    params = fadapt.init(model, fadapt.Config({NAMED.get(row, ""): ROWS[row]}, dtype=dtype), calib)
     assert all(t.dtype == dtype for t in fadapt.trainable(params))
     optimiser = torch.optim.AdamW(fadapt.trainable(params), lr=LR)
     losses = []
@@ -48,7 +49,7 @@ def test_bf16_adapters_learn_like_fp32(row) -> None:
     torch.manual_seed(0)
     calib = CALIB.get(row)
     calib = [torch.randn(64, 16)] if calib else None
-    wide = improvement(ROWS[row], torch.float32, calib)
-    narrow = improvement(ROWS[row], torch.bfloat16, calib)
+    wide = improvement(row, torch.float32, calib)
+    narrow = improvement(row, torch.bfloat16, calib)
     assert wide > 1e-4, f"{row} does not learn in float32: {wide}"
     assert abs(narrow - wide) <= TOLERANCE * wide, f"bf16 {narrow:.4f} against fp32 {wide:.4f}"

@@ -35,6 +35,9 @@ ROWS: list[tuple[str, Method, int]] = [
     (QV, RoAd(variant=2), 172_032),
     (QV, RoAd(variant=4), 344_064),
     (QV, OFT(block_size=32), 888_832),
+    (QV, fadapt.Full(), 28 * 1024 * (2048 + 1024)),
+    (QV, fadapt.ReFT(r=4), 28 * (2 * 4 * (2048 + 1024) + 2 * 4)),
+    ("input_layernorm|q_norm", fadapt.LNTuning(), 28 * (1024 + 128)),
     (QV, OFT(block_size=32, exact=False), 888_832),
 ]
 
@@ -62,3 +65,9 @@ def test_trainable_count(qwen: nn.Module, pattern: str, method: Method, count: i
     leaves = fadapt.trainable(params)
     assert all(leaf.is_meta for leaf in leaves)
     assert sum(leaf.numel() for leaf in leaves) == count
+
+
+def test_tied_tokens_are_counted_once(qwen: nn.Module) -> None:
+    params = fadapt.init(qwen, fadapt.TrainableTokens((5, 9, 11)))
+    assert list(params.at_sites()) == ["lm_head.weight", "model.embed_tokens.weight"]
+    assert sum(leaf.numel() for leaf in fadapt.trainable(params)) == 3 * 1024

@@ -5,10 +5,13 @@ A new method is one new row. Widths are multiples of 4, so that block methods fi
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 import fadapt
 from fadapt import testing
@@ -18,6 +21,11 @@ ROWS = {
     "LoRA": fadapt.LoRA(r=3, alpha=5.0),
     "RsLoRA": fadapt.RsLoRA(r=4),
     "BitFit": fadapt.BitFit(),
+    "Full": fadapt.Full(),
+    "LNTuning": fadapt.LNTuning(),
+    "TrainableTokens": fadapt.TrainableTokens((6, 2)),
+    "TrainableTokens all": fadapt.TrainableTokens(),
+    "ReFT": fadapt.ReFT(r=3),
     "IA3": fadapt.IA3(),
     "IA3FF": fadapt.IA3FF(),
     "DoRA": fadapt.DoRA(r=2, alpha=4.0),
@@ -57,6 +65,32 @@ ROWS = {
 }
 
 
+@dataclass(frozen=True)
+class Normed(Case):
+    """A case whose model has norms."""
+
+    def model(self) -> nn.Module:
+        d_in, hidden, d_out = self.widths
+        first, last = nn.Linear(d_in, hidden), nn.Linear(hidden, d_out, self.bias)
+        model = nn.Sequential(nn.LayerNorm(d_in), first, nn.RMSNorm(hidden), nn.Tanh(), last)
+        rng = torch.Generator().manual_seed(self.seed)
+        for parameter in model.parameters():
+            nn.init.normal_(parameter, std=0.5, generator=rng)
+        return model.to(self.dtype).eval()
+
+
+# Methods for embeddings and norms, which the cases of linear layers have not.
+NAMED = {"TrainableTokens": r"^\d", "TrainableTokens all": r"^\d"}
+NORMS = {"LNTuning"}
+
+
+def case_of(row: str, case: Case) -> Case:
+    if row in NORMS:
+        case = Normed(case.widths, case.bias, case.dtype, case.seed)
+    bias = case.bias or row in BIASED
+    return testing.replace(case, bias=bias, calib=CALIB.get(row), rule=NAMED.get(row, ""))
+
+
 def batches(case: Case) -> list[torch.Tensor]:
     return [case.x(64)]
 
@@ -81,9 +115,10 @@ CALIB = {
     "SSteer": pairs,
 }
 # SSteer trains nothing, so it starts where it ends; at strength 0 it is the base like all others.
-EXEMPT = {("SSteer", "exact_identity")}
+# All rows of a batch share a norm's vectors, so a stack of them is run one by one.
+EXEMPT = {("SSteer", "exact_identity"), ("LNTuning", "fold_equals_loop")}
 # A new bias of a layer without one is merge's to give; the dense weights of the laws have none.
-BIASED = {"BitFit"}
+BIASED = {"BitFit", "ReFT"}
 # A compilation takes a second; the drawn widths matter little to it.
 EXAMPLES = {"compiled_equals_eager": 1, "derivatives_equal_finite_differences": 3}
 
@@ -112,8 +147,7 @@ def test_law(row: str, law) -> None:
     )
     @given(case=cases)
     def check(case: Case) -> None:
-        bias = case.bias or row in BIASED
-        law(ROWS[row], testing.replace(case, bias=bias, calib=CALIB.get(row)))
+        law(ROWS[row], case_of(row, case))
 
     check()
 
@@ -125,5 +159,5 @@ def test_every_public_method_is_a_row() -> None:
         if isinstance(cls, type) and issubclass(cls, fadapt.Method) and cls is not fadapt.Method
     }
     rows = {type(m).__name__ for m in ROWS.values()}
-    rows.add("TruncatedLoRA")  # a LoRA with a note, made by as_lora
+    rows |= {"TruncatedLoRA", "Sum"}  # what as_lora and combine make
     assert public == rows, f"no row for {public - rows}"

@@ -56,6 +56,13 @@ class OneHot:
             return self.dense("reshape").reshape(*rows, width)
         return OneHot(self.ids.reshape(rows), self.width, self.dtype, self.owner)
 
+    def __getitem__(self, index: Any) -> Tensor:
+        """Some columns, ``x[..., ids]``; else of the dense rows."""
+        rest, columns = index if isinstance(index, tuple) and len(index) == 2 else (index, None)
+        if rest is ... and isinstance(columns, Tensor) and columns.dtype == torch.int64:
+            return (self.ids.unsqueeze(-1) == columns).to(self.dtype)
+        return self.dense("[]")[index]
+
     def __matmul__(self, matrix: Tensor) -> Tensor:
         return F.embedding(self.ids, matrix)
 

@@ -73,8 +73,8 @@ def summary(params: Params, model: nn.Module | None = None) -> str:
         where = _pattern([a.site.name for a in members])
         if site.note:
             notes[f"* {where}: {site.role} ({site.note})"] = ""
-        if site.tied:
-            notes[f"! {where} is tied to {', '.join(site.tied)}, which is not adapted by it"] = ""
+        if apart := [name for name in site.tied if name not in params]:
+            notes[f"! {where} is tied to {', '.join(apart)}, which is not adapted by it"] = ""
     covered = params.coverage
     if model is not None:
         covered = coverage_of(model, params.at_sites(), params.config)
