@@ -67,6 +67,7 @@ from .methods import RsLoRA as RsLoRA
 from .methods import SSteer as SSteer
 from .methods import Sum as Sum
 from .methods import TrainableTokens as TrainableTokens
+from .module import as_module as as_module
 from .params.adapter import Adapter as Adapter
 from .params.params import Params as Params
 from .params.params import join as join

@@ -24,3 +24,23 @@ def arguments(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
         "batch must be a dict of keyword arguments, a tuple of positional ones or a tensor; "
         f"got {type(batch).__name__}"
     )
+
+
+def call_arguments(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call whose only positional one may be a whole batch, a dict or a tuple.
+
+    A model whose forward takes one dict or one tuple gets it in another tuple: ``(it,)``.
+    """
+    if len(args) != 1 or not isinstance(args[0], (Mapping, tuple)):
+        return args, dict(kwargs)
+    positional, named = arguments(args[0])
+    if odd := [k for k in named if not isinstance(k, str)]:
+        raise ConfigError(
+            f"a dict as the only positional argument holds keyword arguments, and this one has "
+            f"the key {odd[0]!r:.80}; a model that takes one dict gets it in a tuple: (it,)"
+        )
+    if twice := sorted(named.keys() & kwargs.keys()):
+        raise ConfigError(f"{twice} are given in the batch and as keyword arguments; leave one out")
+    return positional, {**named, **kwargs}

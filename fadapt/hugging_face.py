@@ -151,12 +151,38 @@ def calls_loss_function(model: nn.Module) -> bool:
 
 def checkpoints(module: nn.Module) -> bool:
     """Whether a layer recomputes its activations in backward when it trains."""
-    return bool(module.__dict__.get("gradient_checkpointing")) and module.training
+    return may_checkpoint(module) and module.training
+
+
+def may_checkpoint(module: nn.Module) -> bool:
+    """Whether a layer would do so in training mode."""
+    return bool(module.__dict__.get("gradient_checkpointing"))
 
 
 def checkpoint_function(module: nn.Module) -> Any:
     """The function that does so, or None; replace it under ``CHECKPOINT_FUNCTION``."""
     return module.__dict__.get(CHECKPOINT_FUNCTION)
+
+
+MODEL_FACTS = frozenset(
+    "config generation_config main_input_name input_modalities loss_type accepts_loss_kwargs "
+    "name_or_path hf_device_map model_tags can_generate is_gradient_checkpointing "
+    "is_activation_checkpointing".split()
+)
+"""What transformers' Trainer, and trainers built on it, ask of a model besides its forward.
+
+``loss_type`` and ``accepts_loss_kwargs`` decide how it counts the tokens of accumulated batches,
+``main_input_name`` what it counts, ``hf_device_map`` whether it moves the model.
+"""
+
+CHECKPOINTING_SWITCHES = frozenset(
+    "gradient_checkpointing_enable gradient_checkpointing_disable activation_checkpointing_enable "
+    "activation_checkpointing_disable".split()
+)
+"""What its ``gradient_checkpointing`` option calls on a model."""
+
+CALLS_FORWARD = frozenset(("generate",))
+"""Methods beside forward that it calls to run a model."""
 
 
 def is_conv1d(module: nn.Module) -> bool:

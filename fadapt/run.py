@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .base.checks import check_model
-from .batch import Batch
+from .batch import Batch, call_arguments
 from .errors import ConfigError
 from .fold.losses import LossFn as LossFn
 from .fold.run import apply_stack, run_one, run_stack, stack_sites
@@ -88,14 +88,15 @@ def apply(
         model: the frozen base; it is not changed.
         params: from :func:`fadapt.init`, or a stack: every output tensor then becomes (N, B, ...);
             after :func:`fadapt.select` the output is an ordinary batch.
-        *args: positional arguments, as the model takes them.
+        *args: positional arguments, as the model takes them; or one batch, as :func:`run` takes it:
+            a dict stands for keyword arguments, a tuple for positional ones.
         method: "forward", or the name of any method that calls it, such as "generate".
         per_adapter: for a stack, whether the arguments are (N, B, ...), one part per adapter.
         verify: for a stack, as for :func:`run`, of the outputs of "forward".
         **kwargs: keyword arguments, as the model takes them.
 
     Raises:
-        ConfigError: the model has no such method.
+        ConfigError: the model has no such method, or an argument is given twice.
         TargetError: params made for another model.
         FadaptError: a stack whose members are not independent in this model.
 
@@ -103,7 +104,10 @@ def apply(
         >>> params = fadapt.init(model, fadapt.LoRA(r=2))
         >>> fadapt.apply(model, params, x).shape
         torch.Size([6, 4])
+        >>> torch.equal(fadapt.apply(model, params, {"input": x}), model(x))
+        True
     """
+    args, kwargs = call_arguments(args, kwargs)
     if isinstance(params, Stack):
         check_model(model)
         return apply_stack(model, params, method, args, kwargs, per_adapter, verify)

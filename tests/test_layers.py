@@ -31,6 +31,7 @@ FLOORS = (
     ("fold",),
     ("run", "merge", "combine", "as_lora"),
     ("merge_many",),
+    ("module",),
     ("peft",),
     ("calibration",),
     ("init",),

@@ -142,3 +142,48 @@ class TestInputs:
             shape=(3, 4), dtype=torch.float32, device=torch.device("cpu"), ndim=2, size=3,
             stride=(4, 1), numel=12, grad=False, n=3,
         )  # fmt: skip
+
+
+def test_run_and_apply_take_the_same_batches() -> None:
+    model = MODELS["qwen3"]().eval()
+    params = fadapt.init(model, fadapt.LoRA(r=2))
+    ids = torch.randint(VOCAB, (2, 5))
+    mask = torch.ones_like(ids)
+    wanted = fadapt.apply(model, params, input_ids=ids, attention_mask=mask).logits
+
+    def loss_fn(output, batch):
+        return output.logits.square().mean()
+
+    loss = fadapt.run(model, params, (ids, mask), loss_fn)
+    for batch in ({"input_ids": ids, "attention_mask": mask}, (ids, mask), ids):
+        assert torch.equal(fadapt.apply(model, params, batch).logits, wanted)
+        assert torch.equal(fadapt.run(model, params, batch, loss_fn), loss)
+        stacked = fadapt.apply(model, fadapt.stack([params] * 2), batch).logits
+        assert stacked.shape == (2, *wanted.shape)
+        torch.testing.assert_close(stacked[1], wanted)
+    more = fadapt.apply(model, params, {"input_ids": ids}, output_hidden_states=True)
+    assert len(more.hidden_states) == 3
+    made = fadapt.apply(model, params, {"input_ids": ids}, method="generate", max_new_tokens=2)
+    assert made.shape == (2, 7)
+    with pytest.raises(fadapt.ConfigError, match="given in the batch and"):
+        fadapt.apply(model, params, {"input_ids": ids}, input_ids=ids)
+    with pytest.raises(fadapt.ConfigError, match="the key 0"):
+        fadapt.apply(model, params, {0: ids})
+
+
+def test_a_model_of_one_dict_or_tuple_gets_it_in_a_tuple() -> None:
+    class Takes(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = torch.nn.Linear(4, 3)
+
+        def forward(self, inputs):
+            return self.linear(inputs["x"] if isinstance(inputs, dict) else inputs[0])
+
+    model, x = Takes(), torch.randn(2, 4)
+    params = fadapt.init(model, fadapt.LoRA(r=2))
+    for inputs in ({"x": x}, (x,)):
+        wanted = model(inputs)
+        assert torch.equal(fadapt.apply(model, params, (inputs,)), wanted)
+        loss = fadapt.run(model, params, (inputs,), lambda out, _: out.sum())
+        assert torch.equal(loss, wanted.sum())

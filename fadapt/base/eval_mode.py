@@ -17,8 +17,6 @@ from .leaving import Block
 # Held by ``with`` alone, whose enter and exit are then single C calls: no interrupt keeps it.
 _lock = threading.RLock()
 _turns: list[_Turn] = []
-_own_flags: dict[int, tuple[dict[str, Any], bool]] = {}
-"""{id of a module in eval mode: (its attributes, its own flag)}."""
 
 
 class _Turn(Block):
@@ -59,24 +57,41 @@ class _Turn(Block):
             self.end()
 
 
-class training_pass(_Turn):  # noqa: N801
-    """A forward and backward pass of a sweep or a fit: never in another thread's evaluation."""
+class _Flagged(_Turn):
+    """All flags set to one value; every module's own flag is restored."""
 
-
-class evaluating(_Turn):  # noqa: N801
-    """The model in eval mode; every module's own flag is restored."""
+    flag: bool
+    own: dict[int, tuple[dict[str, Any], bool]]
+    """{id of a module whose flag is set: (its attributes, its own flag)}, of all such blocks."""
 
     def begin(self) -> None:
         # Not model.eval(), which a model may override.
         for key, module in self.modules.items():
             attributes = module.__dict__
-            _own_flags.setdefault(key, (attributes, attributes["training"]))
-            attributes["training"] = False
+            self.own.setdefault(key, (attributes, attributes["training"]))
+            attributes["training"] = self.flag
 
     def end(self) -> None:
-        still = [t.modules.keys() for t in _turns if t.has and isinstance(t, evaluating)]
+        kind = type(self)
+        still = [t.modules.keys() for t in _turns if t.has and type(t) is kind]
         for key in self.modules:
-            if key in _own_flags and not any(key in keys for keys in still):
-                attributes, flag = _own_flags[key]
+            if key in self.own and not any(key in keys for keys in still):
+                attributes, flag = self.own[key]
                 attributes["training"] = flag
-                del _own_flags[key]
+                del self.own[key]
+
+
+class training_pass(_Turn):  # noqa: N801
+    """A forward and backward pass of a sweep or a fit: never in another thread's evaluation."""
+
+
+class evaluating(_Flagged):  # noqa: N801
+    """The model in eval mode."""
+
+    flag, own = False, {}
+
+
+class training(_Flagged):  # noqa: N801
+    """The model in training mode."""
+
+    flag, own = True, {}
