@@ -8,6 +8,7 @@ import functools
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ class AdapterModule(nn.Module):
         super().__init__()
         # In a tuple, since nn.Module would make a module of its own attributes a submodule.
         self._holder = (model,)
-        self._bare = params.map(lambda a: a.replace({}, {}))
+        self._bare = params.map(lambda a: replace(a, train={}, fixed={}, bank={}))
         self._keys: dict[str, tuple[dict[str, str], dict[str, str]]] = {}
         self._whole: Params | None = None
         self._register(params)
@@ -68,7 +69,7 @@ class AdapterModule(nn.Module):
             )
         ):
             adapters = {name: a.replace(*found[name]) for name, a in self._bare.items()}
-            whole = Params(adapters, self._bare.config)
+            whole = Params(adapters, self._bare.config, self._bare.coverage)
             if torch.compiler.is_compiling():
                 return whole
             self._whole = whole

@@ -15,12 +15,14 @@ from torch import nn
 import fadapt
 
 from . import models
+from .test_shared import Bank
 
 METHODS: dict[str, fadapt.Method] = {
     "LoRA": fadapt.LoRA(r=2),
     "DoRA": fadapt.DoRA(r=2),  # with a fixed leaf
     "Chain": fadapt.Chain((fadapt.LoRA(r=2), fadapt.IA3())),  # leaves with dots in their names
     "AntiPaSTO": fadapt.AntiPaSTO(r=4),
+    "Bank": Bank(r=4),  # leaves that its sites share
 }
 
 
