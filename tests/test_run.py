@@ -11,7 +11,7 @@ from torch import nn
 from torch.func import functional_call
 
 import fadapt
-from tests.helpers import METHODS, MODELS, make, make_batch, trained
+from tests.helpers import METHODS, MODELS, VOCAB, make, make_batch, trained
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m).__name__)
