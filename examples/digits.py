@@ -50,7 +50,7 @@ MODEST = ("BitFit",)
 # Methods that are not named here run with their defaults.
 SETTINGS: dict[str, dict[str, Any]] = {
     **{name: {"r": 4} for name in ("LoRA", "RsLoRA", "PiSSA", "DoRA", "DeLoRA", "EVA", "CorDA")},
-    **{name: {"r": 4} for name in ("OLoRA", "MiCA", "KaSA", "ReFT")},
+    **{name: {"r": 4} for name in ("OLoRA", "MiCA", "KaSA", "ReFT", "AdaLoRA", "PSOFT")},
     "OFT": {"block_size": 8},
     "RoAd": {"group_size": 8},
 }

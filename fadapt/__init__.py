@@ -36,12 +36,15 @@ from .method import LinearMap as LinearMap
 from .method import Method as Method
 from .method import SiteView as SiteView
 from .method import Statistic as Statistic
+from .methods import BOFT as BOFT
 from .methods import EVA as EVA
 from .methods import HRA as HRA
 from .methods import IA3 as IA3
 from .methods import IA3FF as IA3FF
 from .methods import OFT as OFT
+from .methods import PSOFT as PSOFT
 from .methods import SSVD as SSVD
+from .methods import AdaLoRA as AdaLoRA
 from .methods import AntiPaSTO as AntiPaSTO
 from .methods import AntiPaSTOAblate as AntiPaSTOAblate
 from .methods import AntiPaSTOArrow as AntiPaSTOArrow
@@ -85,6 +88,7 @@ from .run import bound as bound
 from .run import run as run
 from .training import Checkpoints as Checkpoints
 from .training import Halving as Halving
+from .training import RankBudget as RankBudget
 from .training import Report as Report
 from .training import Trial as Trial
 from .training import fit as fit

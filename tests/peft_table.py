@@ -102,6 +102,7 @@ class In:
         before: saves the untrained adapter, for ``initial=``.
         convert: lets PEFT convert the file to a LoRA of twice the rank.
         start: what PEFT does to the model before or after it is wrapped.
+        after: what PEFT does to the trained model.
     """
 
     config: Callable[[], peft.PeftConfig]
@@ -109,6 +110,7 @@ class In:
     before: bool = False
     convert: bool = False
     start: Callable[..., Any] | None = None
+    after: Callable[..., Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -156,6 +158,36 @@ def corda(model: nn.Module, config: Any) -> None:
             u, s, vh = torch.linalg.svd(weight @ moment)
             v = torch.linalg.inv(moment).mT @ vh[: config.r].mT
             layer.eigens = SimpleNamespace(U_WC=u[:, : config.r], S_WC=s[: config.r], V_WC=v)
+
+
+class BlockDiagonal:
+    """What PEFT's CUDA extension for BOFT computes; without it PEFT falls back to one factor."""
+
+    @staticmethod
+    def forward(blocks: Tensor) -> list[Tensor]:
+        return [torch.stack([torch.block_diag(*factor) for factor in blocks])]
+
+    @staticmethod
+    def backward(grad: Tensor, blocks: Tensor) -> list[Tensor]:
+        n, size = blocks.shape[1:3]
+        parts = grad.unflatten(-1, (n, size)).unflatten(-3, (n, size))
+        return [parts.diagonal(dim1=-4, dim2=-2).movedim(-1, 1).contiguous()]
+
+
+vars(peft.tuners.boft.layer)["_FBD_CUDA"] = BlockDiagonal
+
+
+def ranks_cut(model: Any) -> None:
+    """As AdaLoRA's budget leaves a model: some triplets are masked, and the file has the rest."""
+    config = model.peft_config["default"]
+    config.rank_pattern = {
+        name: [True, i % 2 == 0, i % 3 == 0]
+        for i, (name, _) in enumerate(model.base_model.model.named_parameters())
+        if name.endswith("lora_E.default")
+    }
+    model.base_model.rankallocator.mask_using_rank_pattern(
+        model.base_model.model, config.rank_pattern
+    )
 
 
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
@@ -215,6 +247,25 @@ IN: dict[str, In] = {
     "OFT, r blocks": In(other(peft.OFTConfig, r=2, oft_block_size=0)),
     "OFT, block_share": In(other(peft.OFTConfig, r=0, oft_block_size=4, block_share=True)),
     "OFT, coft": In(other(peft.OFTConfig, r=0, oft_block_size=4, coft=True, eps=0.3)),
+    "BOFT": In(other(peft.BOFTConfig, boft_block_size=4)),
+    "BOFT, butterfly": In(other(peft.BOFTConfig, boft_block_size=2, boft_n_butterfly_factor=2)),
+    "BOFT, number of blocks, bias=boft_only": In(
+        other(peft.BOFTConfig, boft_block_size=0, boft_block_num=4, bias="boft_only")
+    ),
+    "PSOFT": In(other(peft.PsoftConfig, r=4, psoft_alpha=7)),
+    "PSOFT, series, pissa_init": In(
+        other(peft.PsoftConfig, r=4, ab_svd_init="pissa_init", use_cayley_neumann=True)
+    ),
+    "PSOFT, free, no magnitudes": In(
+        other(peft.PsoftConfig, r=3, psoft_orth=False, psoft_mag_a=False, psoft_mag_b=False)
+    ),
+    "AdaLoRA": In(other(peft.AdaLoraConfig, init_r=3, lora_alpha=5, total_step=9)),
+    "AdaLoRA, ranks cut": In(
+        other(peft.AdaLoraConfig, init_r=3, lora_alpha=5, total_step=9), after=ranks_cut
+    ),
+    "AdaLoRA, Conv1D": In(
+        lambda: peft.AdaLoraConfig(target_modules=["c_attn"], init_r=3, total_step=9), "Conv1D"
+    ),
     "LoRA, Conv1D": In(lora(target_modules=["c_attn", "c_fc"]), "Conv1D"),
     "DoRA, Conv1D": In(lora(target_modules=["c_attn"], use_dora=True), "Conv1D"),
     "PiSSA, Conv1D": In(
@@ -283,6 +334,21 @@ OUT: dict[str, Out] = {
     "RoAd 4": Out(fadapt.RoAd(4, 4)),
     "OFT, series": Out(fadapt.OFT(4, exact=False)),
     "OFT, exact": Out(fadapt.OFT(4)),
+    "BOFT": Out(fadapt.BOFT(block_size=4)),
+    "BOFT, butterfly": Out(fadapt.BOFT(block_size=2, n_butterfly_factor=2)),
+    "BOFT, number of blocks": Out(
+        {"up": fadapt.BOFT(block_size=3), "down": fadapt.BOFT(block_size=4)}
+    ),
+    "PSOFT": Out(fadapt.PSOFT(r=4)),
+    "PSOFT, series, pissa_init": Out(
+        fadapt.PSOFT(r=4, exact=False, ab_svd_init="pissa_init", mag_a=False)
+    ),
+    "PSOFT, free": Out(fadapt.PSOFT(r=3, orth=False)),
+    "PSOFT, r=1": Out(fadapt.PSOFT(r=1)),
+    "AdaLoRA": Out(fadapt.AdaLoRA(r=3, alpha=5)),
+    "AdaLoRA, ranks, strength": Out(
+        {"up": fadapt.AdaLoRA(r=2), "down": fadapt.AdaLoRA(r=3, alpha=5)}, strength=0.5
+    ),
     "LoRA, Conv1D": Out({"c_attn|c_fc": LoRA(r=3)}, "Conv1D"),
     "DoRA, Conv1D": Out({"c_attn": fadapt.DoRA(r=3)}, "Conv1D"),
     "IA3, Conv1D": Out({"c_attn": fadapt.IA3(), "c_fc": fadapt.IA3FF()}, "Conv1D"),
@@ -348,6 +414,8 @@ def read_in(row: In, folder: Path) -> tuple[float, nn.Module, fadapt.Params]:
         if row.before or row.convert:
             model.save_pretrained(folder / "before")
         move(model)
+        if row.after:
+            row.after(model)
         options = {}
         if row.convert:
             # PEFT asks for a start that it does not start again when it is loaded.

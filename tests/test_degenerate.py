@@ -174,6 +174,9 @@ DECOMPOSED = {
     "OLoRA": fadapt.OLoRA(r=4, alpha=8),
     "MiCA": fadapt.MiCA(r=4),
     "KaSA": fadapt.KaSA(r=4, alpha=8),
+    "PSOFT": fadapt.PSOFT(r=4, ab_svd_init="pissa_init"),
+    "AdaLoRA": fadapt.AdaLoRA(r=4),
+    "BOFT": fadapt.BOFT(block_size=2, n_butterfly_factor=2),
 }
 
 
@@ -231,6 +234,13 @@ REFUSALS = [
     (lambda: fadapt.MiCA(r=9), "write r=8"),
     (lambda: fadapt.KaSA(r=9), "write r=8"),
     (lambda: fadapt.KaSA(r=2, alpha=0.0), "alpha"),
+    (lambda: fadapt.PSOFT(r=9), "write r=8"),
+    (lambda: fadapt.PSOFT(r=1, mag_a=False, mag_b=False), "nothing would train"),
+    (lambda: fadapt.AdaLoRA(r=0), "at least 1"),
+    (lambda: fadapt.BOFT(block_size=1), "cannot rotate"),
+    (lambda: fadapt.BOFT(block_size=5), "does not divide the 12 inputs"),
+    (lambda: fadapt.BOFT(block_size=3, n_butterfly_factor=2), "is odd"),
+    (lambda: fadapt.BOFT(block_size=4, n_butterfly_factor=3), "times 2\\^2"),
     (lambda: LoRA(r=0), "at least 1"),
     (lambda: DoRA(r=-1), "at least 1"),
     (lambda: DeLoRA(r=0), "at least 1"),

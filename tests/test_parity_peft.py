@@ -26,6 +26,9 @@ from fadapt.methods.oft import OFT
 from fadapt.methods.pissa import PiSSA
 from fadapt.methods.road import RoAd
 
+from .peft_table import BlockDiagonal
+
+vars(peft.tuners.boft.layer)["_FBD_CUDA"] = BlockDiagonal
 Tensors = dict[str, Tensor]
 LAYERS = ("first", "second")
 
@@ -65,6 +68,29 @@ def kasa_leaves(p: Tensors, weight: Tensor, fresh: Tensors) -> Tensors:
     # PEFT cuts the smallest triplets off the base weight; which signs they have drops out.
     factors = {"dA": p["lora_A"] - fresh["A0"], "dB": p["lora_B"] - fresh["B0"]}
     return {**factors, "dd": p["lora_diag"] - fresh["d0"]}
+
+
+def adalora_leaves(p: Tensors, weight: Tensor, fresh: Tensors) -> Tensors:
+    return {"A": p["lora_A"], "B": p["lora_B"], "E": p["lora_E"].flatten()}
+
+
+def boft_leaves(p: Tensors, weight: Tensor, fresh: Tensors) -> Tensors:
+    # Of PEFT's generator the skew part acts alone.
+    full = p["boft_R"]
+    i, j = torch.triu_indices(full.shape[-1], full.shape[-1], 1)
+    return {"q": (full - full.mT)[..., i, j] / 2, "d": p["boft_s"].flatten() - 1}
+
+
+def psoft_leaves(p: Tensors, weight: Tensor, fresh: Tensors) -> Tensors:
+    # PEFT's singular vectors have other signs, which the map between them takes on.
+    r = len(fresh["A"])
+    vectors = torch.linalg.svd(weight, full_matrices=False).Vh[:r]
+    sign = (vectors * fresh["A"]).sum(1).sign()
+    scales = {k: p[f"psoft_R.vector_{k}"] - 1 for k in "ab" if f"psoft_R.vector_{k}" in p}
+    if p["psoft_R"].dim() == 2:
+        return {"dR": (p["psoft_R"] - torch.eye(r)) * sign * sign.unsqueeze(1), **scales}
+    i, j = torch.triu_indices(r, r, 1)
+    return {"q": p["psoft_R"] * sign[i] * sign[j], **scales}
 
 
 def delora_leaves(p: Tensors, weight: Tensor, fresh: Tensors) -> Tensors:
@@ -118,6 +144,21 @@ def oft_row(method: OFT, **options: Any) -> Row:
     )
 
 
+def boft_row(size: int, factors: int, shapes: Any) -> Row:
+    return Row(
+        fadapt.BOFT(block_size=size, n_butterfly_factor=factors),
+        peft.BOFTConfig,
+        {"boft_block_size": size, "boft_n_butterfly_factor": factors},
+        boft_leaves,
+        shapes,
+    )
+
+
+def psoft_row(method: fadapt.PSOFT, **options: Any) -> Row:
+    options = {"r": method.r, "psoft_alpha": 5, **options}
+    return Row(method, peft.PsoftConfig, options, psoft_leaves, ODD)
+
+
 ROWS = {
     "LoRA": lora_row(LoRA(r=3, alpha=5)),
     "RsLoRA": lora_row(RsLoRA(r=3, alpha=5), use_rslora=True),
@@ -155,6 +196,24 @@ ROWS = {
     "RoAd2": road_row(2),
     "RoAd4": road_row(4),
     "OFT exact": oft_row(OFT(3), use_cayley_neumann=False),
+    "BOFT": boft_row(3, 1, IN_BLOCKS),
+    "BOFT butterfly": boft_row(2, 3, ((16, 24, 5), (8, 40, 7))),
+    "PSOFT": psoft_row(fadapt.PSOFT(r=4)),
+    "PSOFT series": psoft_row(
+        fadapt.PSOFT(r=3, exact=False, ab_svd_init="pissa_init"),
+        use_cayley_neumann=True,
+        ab_svd_init="pissa_init",
+    ),
+    "PSOFT free": psoft_row(
+        fadapt.PSOFT(r=4, orth=False, mag_b=False), psoft_orth=False, psoft_mag_b=False
+    ),
+    "AdaLoRA": Row(
+        fadapt.AdaLoRA(r=3, alpha=5),
+        peft.AdaLoraConfig,
+        {"init_r": 3, "lora_alpha": 5, "total_step": 9},
+        adalora_leaves,
+        ODD,
+    ),
     "OFT series": oft_row(OFT(3, exact=False), use_cayley_neumann=True),
 }
 
@@ -165,7 +224,9 @@ def peft_tensors(model: nn.Module, layer: str) -> Tensors:
     for name, parameter in model.named_parameters():
         path = name.split(".")
         if layer in path and "default" in path:
-            found[path[path.index("default") - 1]] = parameter
+            at = path.index("default")
+            rest = [part for part in path[at + 1 :] if part != "weight"]
+            found[".".join([path[at - 1], *rest])] = parameter
     assert found, f"no adapter parameters at {layer}"
     return found
 

@@ -1,5 +1,6 @@
 """The adapter methods, one file each; a module's docstring is the method's card."""
 
+from .adalora import AdaLoRA as AdaLoRA
 from .antipasto import AntiPaSTO as AntiPaSTO
 from .antipasto_ablate import AntiPaSTOAblate as AntiPaSTOAblate
 from .antipasto_arrow import AntiPaSTOArrow as AntiPaSTOArrow
@@ -8,6 +9,7 @@ from .antipasto_corda import AntiPaSTOCorDA as AntiPaSTOCorDA
 from .antipasto_dplr import AntiPaSTODPLR as AntiPaSTODPLR
 from .antipasto_rotation import AntiPaSTORotation as AntiPaSTORotation
 from .bitfit import BitFit as BitFit
+from .boft import BOFT as BOFT
 from .chain import Chain as Chain
 from .corda import CorDA as CorDA
 from .delora import DeLoRA as DeLoRA
@@ -25,6 +27,7 @@ from .mica import MiCA as MiCA
 from .oft import OFT as OFT
 from .olora import OLoRA as OLoRA
 from .pissa import PiSSA as PiSSA
+from .psoft import PSOFT as PSOFT
 from .reft import ReFT as ReFT
 from .road import RoAd as RoAd
 from .ssteer import SSteer as SSteer

@@ -4,6 +4,7 @@ from .data import Order as Order
 from .directory import Checkpoints as Checkpoints
 from .grid import grid as grid
 from .param_groups import param_groups as param_groups
+from .rank_budget import RankBudget as RankBudget
 from .report import Goal as Goal
 from .report import Report as Report
 from .report import Result as Result

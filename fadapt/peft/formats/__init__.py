@@ -5,20 +5,27 @@ from __future__ import annotations
 from ...errors import CheckpointError
 from ...params.adapter import Adapter
 from ..format import Format
+from .adalora import AdaLoRAFormat
+from .boft import BOFTFormat
 from .delora import DeLoRAFormat
 from .hra import HRAFormat
 from .ia3 import IA3Format
 from .lora import LoRAFormat
 from .oft import OFTFormat
+from .psoft import PSOFTFormat
 from .road import RoAdFormat
 
 FORMATS: tuple[Format, ...] = (
+    # Before LoRA, of which it is a subclass.
+    AdaLoRAFormat(),
     LoRAFormat(),
     DeLoRAFormat(),
     IA3Format(),
     HRAFormat(),
     RoAdFormat(),
     OFTFormat(),
+    BOFTFormat(),
+    PSOFTFormat(),
 )
 
 
