@@ -221,13 +221,30 @@ def experts_transposed(module: nn.Module) -> bool | None:
     return getattr(module, "is_transposed", None)
 
 
-def is_experts(module: nn.Module, name: str, weight: Tensor) -> bool:
-    """Whether a layer's 3-D parameter is a stack of matrices, one for each expert.
+def speaks_of_experts(module: nn.Module, path: str) -> bool:
+    """Whether a module holds experts, by its class, its path or a count that it has.
 
-    Its class, its path or a number of experts equal to the first axis says so. Other 3-D parameters
-    are a matrix in disguise (XLNet's heads) or blocks of one (RecurrentGemma's gates).
+    Other 3-D parameters are a matrix in disguise (XLNet's heads) or blocks of one (RecurrentGemma's
+    gates).
     """
-    if "expert" in type(module).__name__.lower() or "expert" in name.lower():
-        return True
-    counts = (v for k, v in vars(module).items() if "expert" in k.lower())
-    return any(type(count) is int and count == len(weight) for count in counts)
+    said = f"{type(module).__name__} {path}"
+    return bool(re.search(r"(?i)expert|moe\b|moe[A-Z_.]", said)) or any(
+        "expert" in key.lower() and type(value) is int for key, value in vars(module).items()
+    )
+
+
+def heads_side(module: nn.Module, key: str, weight: Tensor) -> str | None:
+    """The side of a linear map that a 3-D parameter (d, heads, head width) splits, or None.
+
+    XLNet's q, k, v, r and o and Funnel's r_kernel; the sizes stand in the module or its config. The
+    output projection reads heads ("in"), the others write them ("out").
+    """
+    sizes = {**vars(getattr(module, "config", module)), **vars(module)}
+
+    def are(size: int, *words: str) -> bool:
+        return any(v == size and any(w in k for w in words) for k, v in sizes.items())
+
+    d, heads, width = weight.shape
+    if not (are(d, "d_model", "hidden_size") and are(heads, "head") and are(width, "head")):
+        return None
+    return "in" if re.fullmatch(r"o|out|output|(o|out)_(proj|kernel)", key) else "out"

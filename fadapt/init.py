@@ -174,7 +174,9 @@ def _views(model: nn.Module, found: Found) -> dict[str, list[SiteView]]:
         views[site.name] = [
             # Each matrix of a stack under its own name, from which its random values follow.
             SiteView(
-                replace(site, name=f"{site.name}[{i}]", experts=0) if site.experts else site,
+                replace(site, name=f"{site.name}[{i}]", experts=0, flat=False)
+                if site.experts
+                else site,
                 base,
                 weight.device,
                 at_least,
@@ -345,6 +347,10 @@ def _adapter(
 def _cast(leaf: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Integers and booleans stay what they are."""
     return leaf.to(dtype) if leaf.is_floating_point() else leaf
+
+
+def _expert(site: Site, i: int) -> Site:
+    return replace(site, name=f"{site.name}[{i}]", experts=0, flat=False)
 
 
 def _stacked(leaves: tuple[Leaves, ...]) -> Leaves:

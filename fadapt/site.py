@@ -28,7 +28,9 @@ class Site:
         fingerprint: of the frozen weight that the adapter was made for.
         experts: the number of matrices in a stack (the first axis of the parameter and of the
             leaves), or 0 for a single matrix.
-        kernel: of a convolution, the axes of the parameter after the first, which are flattened.
+        kernel: of a convolution or of heads, the axes of the parameter after the first, which are
+            flattened.
+        flat: whether a stack is stored as one matrix, the rows of one expert after the other's.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Site:
     fingerprint: str = ""
     experts: int = 0
     kernel: tuple[int, ...] = ()
+    flat: bool = False
 
     @property
     def is_shared(self) -> bool:
@@ -62,21 +65,26 @@ class Site:
             return rows, *self.kernel
         if self.kind is Kind.VECTOR:
             return (rows,)
+        if self.flat:
+            return self.experts * rows, columns
         return (self.experts, rows, columns) if self.experts else (rows, columns)
 
     def matrix(self, parameter: Tensor) -> Tensor:
         """The stored parameter as (out_features, in_features), or (experts, out, in): a view."""
         if self.kind is Kind.VECTOR:
             return parameter.unsqueeze(1)
-        flat = parameter.flatten(1) if self.kernel else parameter
-        return flat.mT if self.transposed else flat
+        if self.kernel:
+            parameter = parameter.flatten(1)
+        if self.flat:
+            parameter = parameter.unflatten(0, (self.experts, -1))
+        return parameter.mT if self.transposed else parameter
 
     def parameter(self, matrix: Tensor) -> Tensor:
         """The inverse of :meth:`matrix`: the matrix in the shape in which it is stored."""
         if self.kind is Kind.VECTOR:
             return matrix.squeeze(1)
         stored = matrix.mT if self.transposed else matrix
-        return stored.reshape(self.stored_shape) if self.kernel else stored
+        return stored.reshape(self.stored_shape) if self.kernel or self.flat else stored
 
     def mismatch(self, weight: BaseWeight) -> str | None:
         """In what the model's weight is unlike the one that the adapter was made for, or None.

@@ -162,6 +162,7 @@ def site_of(
         tied=tied,
         experts=weight.experts,
         kernel=weight.kernel,
+        flat=weight.flat,
     )
 
 
@@ -425,7 +426,7 @@ class _Search:
         for weight, pattern, method in chosen:
             site = site_of(weight, self.every, self.roles)
             weight.check()
-            unseen = weight.kind in (Kind.EXPERTS, Kind.EMBEDDING, Kind.CONVOLUTION, Kind.VECTOR)
+            unseen = weight.kind in UNSEEN
             if unseen and _is_calibrated(method):
                 raise TargetError(
                     f"{site.name} ({weight.kind}): no statistics are collected there, and "
@@ -476,6 +477,9 @@ class _Search:
             f"exclude is {self.config.exclude}: pass exclude=() or a narrower one"
         )
 
+
+UNSEEN = (Kind.EXPERTS, Kind.EMBEDDING, Kind.CONVOLUTION, Kind.HEADS, Kind.VECTOR)
+"""What no statistics are collected of."""
 
 FEW = 0.1
 """The share of a rule's weights up to which narrow ones are left out, and not an error."""

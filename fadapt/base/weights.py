@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from ..hugging_face import experts_transposed, is_conv1d
+from ..hugging_face import experts_transposed, heads_side, is_conv1d, speaks_of_experts
 from .checks import check_module, check_weight
+from .experts import Layout, layouts
 from .fingerprint import fingerprint
 from .linear_map import DenseMap, LinearMap
 from .quantized import QuantizedMap, quantized_map
@@ -31,6 +33,8 @@ class Kind(StrEnum):
     MATRIX = "matrix"
     """A bare 2-D parameter."""
     CONVOLUTION = "convolution"
+    HEADS = "heads"
+    """A linear map with one side split into heads: (d, heads, head width)."""
     TENSOR = "tensor"
     """Three or more axes that are none of the above: a class token, say."""
     PARAMETRIZED = "parametrized"
@@ -41,7 +45,7 @@ class Kind(StrEnum):
     """No parameter: the place of leaves that several sites share."""
 
 
-LINEAR_KINDS = (Kind.LINEAR, Kind.QUANTIZED, Kind.EXPERTS)
+LINEAR_KINDS = (Kind.LINEAR, Kind.QUANTIZED, Kind.EXPERTS, Kind.HEADS)
 """What a broad rule means."""
 
 CONVOLUTIONS = (
@@ -64,6 +68,7 @@ class BaseWeight:
         transposed: whether it is stored (in, out).
         bias: the name of the layer's bias parameter, or None.
         names: all names of this place (a module used twice has several).
+        experts: the number of matrices in a stack; 0 for a single one.
     """
 
     name: str
@@ -74,6 +79,7 @@ class BaseWeight:
     transposed: bool
     bias: str | None
     names: list[str] = field(default_factory=list)
+    experts: int = 0
 
     @property
     def quantized(self) -> QuantizedMap | None:
@@ -91,23 +97,25 @@ class BaseWeight:
 
         A vector of n values is the matrix (n, 1) of a map from one number, which is always 1.
         """
-        if self.kind is Kind.CONVOLUTION:
+        if self.kernel:
             rows, columns = self.parameter.shape[0], self.parameter[:1].numel()
         elif self.kind is Kind.VECTOR:
             rows, columns = self.parameter.numel(), 1
         else:
             rows, columns = self.stored_shape[-2:]
+            rows //= self.experts if self.flat else 1
         return (columns, rows) if self.transposed else (rows, columns)
 
     @property
-    def experts(self) -> int:
-        """The number of matrices in a stack; 0 for a single one."""
-        return len(self.parameter) if self.kind is Kind.EXPERTS else 0
+    def flat(self) -> bool:
+        """Whether a stack is stored as one matrix, the rows of one expert after the other's."""
+        return bool(self.experts) and self.parameter.dim() == 2
 
     @property
     def kernel(self) -> tuple[int, ...]:
-        """Of a convolution, the axes of the parameter after the first; else ()."""
-        return tuple(self.parameter.shape[1:]) if self.kind is Kind.CONVOLUTION else ()
+        """Of a convolution or of heads, the axes of the parameter after the first; else ()."""
+        flattened = self.kind in (Kind.CONVOLUTION, Kind.HEADS)
+        return tuple(self.parameter.shape[1:]) if flattened else ()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -146,7 +154,9 @@ class BaseWeight:
         """The frozen maps of a stack of experts; of a single matrix, that one."""
         if not self.experts:
             return [self.map]
-        return [DenseMap(weight, None, self.transposed) for weight in self.dense()]
+        stack = self.dense()
+        stack = stack.unflatten(0, (self.experts, -1)) if self.flat else stack
+        return [DenseMap(weight, None, self.transposed) for weight in stack]
 
     def dense(self) -> Tensor:
         """The values in the stored shape: the parameter itself, or a new dequantised matrix."""
@@ -190,7 +200,63 @@ def find_weights(model: nn.Module) -> list[BaseWeight]:
             weight = BaseWeight(name, module, key, parameter, kind, transposed, bias)
             found[id(module), key] = weight
         weight.names.append(name)
+    _find_experts(model, list(found.values()))
     return list(found.values())
+
+
+def _is_reparametrized(module: nn.Module, key: str) -> bool:
+    """Whether torch.nn.utils.weight_norm or spectral_norm computes a weight from this parameter."""
+    name, _, part = key.rpartition("_")
+    computed = vars(module).get(name)
+    return part in ("g", "v", "orig") and isinstance(computed, Tensor)
+
+
+def _find_experts(model: nn.Module, weights: list[BaseWeight]) -> None:
+    """Tells the stacks of expert matrices among bare parameters, and how they are stored."""
+    modules: dict[str, nn.Module] | None = None
+    known: dict[Any, dict[str, Layout]] = {}
+    for weight in weights:
+        bare = weight.kind is Kind.TENSOR and weight.parameter.dim() == 3
+        if not (bare or weight.kind is Kind.MATRIX) or hasattr(weight.module, "kernel_size"):
+            continue
+        path = weight.name.rpartition(".")[0]
+        if not speaks_of_experts(weight.module, path):
+            continue
+        modules = modules or dict(model.named_modules(remove_duplicate=False))
+        layout = _layout(weight, path, modules, known)
+        if layout is not None:
+            weight.kind, weight.experts = Kind.EXPERTS, layout.experts
+            weight.transposed = layout.transposed
+
+
+def _layout(
+    weight: BaseWeight,
+    path: str,
+    modules: Mapping[str, nn.Module],
+    known: dict[Any, dict[str, Layout]],
+) -> Layout | None:
+    """How a bare parameter is used: by the forward of its module, or of one around it."""
+    key, shape, root = weight.key, weight.parameter.shape, path
+    while root in modules and speaks_of_experts(modules[root], root.rpartition(".")[2]):
+        module = modules[root]
+        shapes = ((n, p.shape) for n, p in module.named_parameters(remove_duplicate=False))
+        which = type(module), module.training, tuple(shapes)
+        if which not in known:
+            known[which] = layouts(module)
+        if key in known[which]:
+            return known[which][key]
+        if not root:
+            break
+        root, _, last = root.rpartition(".")
+        key = f"{last}.{key}"
+    if len(shape) == 2 or min(shape) < 2:
+        return None  # some other matrix of the layer
+    declared = experts_transposed(weight.module)
+    if declared is None:
+        bias = getattr(weight.module, f"{weight.key}_bias", None)
+        outs = bias.shape[-1] if isinstance(bias, Tensor) and bias.dim() == 2 else None
+        declared = outs == shape[2] and outs != shape[1]
+    return Layout(len(weight.parameter), declared)
 
 
 def weights_by_name(model: nn.Module) -> dict[str, BaseWeight]:
@@ -214,15 +280,14 @@ def _classify(module: nn.Module, key: str, weight: Tensor) -> tuple[Kind, bool, 
         return Kind.QUANTIZED, False, has("bias")
     if weight.dim() < 2:
         return Kind.VECTOR, False, None
-    if weight.dim() == 2 and isinstance(module, ParametrizationList):
+    if isinstance(module, ParametrizationList) or _is_reparametrized(module, key):
         return Kind.PARAMETRIZED, False, None
     if isinstance(module, CONVOLUTIONS) and key == "weight":
         flipped = getattr(module, "transposed", False)
         return Kind.CONVOLUTION, flipped, None if flipped else has("bias")
     if weight.dim() > 2:
-        stack = weight.dim() == 3 and min(weight.shape) > 1 and not hasattr(module, "kernel_size")
-        kind = Kind.EXPERTS if stack else Kind.TENSOR
-        return kind, bool(experts_transposed(module)), None
+        side = heads_side(module, key, weight) if weight.dim() == 3 else None
+        return (Kind.HEADS if side else Kind.TENSOR), side == "out", None
     if isinstance(module, nn.Linear) and key == "weight":
         return Kind.LINEAR, False, has("bias")
     if is_conv1d(module) and key == "weight":

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from torch import Tensor
 from ..base.linear_map import DenseMap
 from ..base.torch_private import GROUPED_MM, grouped_mm, known_values
 from ..errors import TargetError
+from ..params.adapter import Adapter
 from . import experts
 from .checkpointing import refuse_checkpoint
 from .embedding import adapt_embedding
@@ -61,7 +63,7 @@ def _weight_first(weight: Overlay, x: Tensor) -> Any:
 def _is_product(weight: Overlay, bias: Tensor | None, rows_out: bool) -> bool:
     """Whether the weight is used as the adapter's own matrix; or an error."""
     site = weight.adapter.site
-    if weight.dim() != 2 or (site.transposed == weight.flipped) != rows_out:
+    if weight.dim() != 2 or site.flat or (site.transposed == weight.flipped) != rows_out:
         return False  # the transposed map, as in a tied decoder
     if weight.adapter.acts_on_bias and bias is None and site.bias is not None:
         raise TargetError(
@@ -114,6 +116,8 @@ def _getitem(weight: Tensor, index: Any) -> Any:
     """One expert's matrix, or those of some experts, gathered."""
     if not isinstance(weight, Overlay) or weight.flipped or not weight.adapter.site.experts:
         return NotImplemented
+    if weight.adapter.site.flat:  # its rows, not its experts
+        return NotImplemented
     if not isinstance(index, (int, Tensor)) or isinstance(index, bool):
         return NotImplemented
     if isinstance(index, Tensor) and (index.dim() > 1 or index.is_floating_point()):
@@ -123,6 +127,18 @@ def _getitem(weight: Tensor, index: Any) -> Any:
     count = len(index) if isinstance(index, Tensor) and index.dim() else 0
     adapter = experts.at(weight.adapter, index, count)
     return overlay(weight.frozen[index], adapter)
+
+
+@implements(Tensor.view, Tensor.reshape, torch.reshape)
+def _reshape(weight: Tensor, *shape: Any) -> Any:
+    """A stack that is stored as one matrix, seen as a stack."""
+    if not isinstance(weight, Overlay) or weight.flipped or not weight.adapter.site.flat:
+        return NotImplemented
+    stack = weight.frozen.reshape(*shape)
+    site = replace(weight.adapter.site, flat=False)
+    if tuple(stack.shape) != site.stored_shape:
+        return NotImplemented
+    return overlay(stack, replace(cast("Adapter", weight.adapter), site=site))
 
 
 @implements(torch.bmm, Tensor.bmm)

@@ -141,7 +141,7 @@ class Adapter:
         def take(leaves: Leaves) -> Leaves:
             return {k: t if k == STRENGTH else t[index] for k, t in leaves.items()}
 
-        site = replace(self.site, experts=count)
+        site = replace(self.site, experts=count, flat=False)
         return replace(self, site=site, train=take(self.train), fixed=take(self.fixed))
 
     def dense(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
