@@ -174,9 +174,7 @@ def _views(model: nn.Module, found: Found) -> dict[str, list[SiteView]]:
         views[site.name] = [
             # Each matrix of a stack under its own name, from which its random values follow.
             SiteView(
-                replace(site, name=f"{site.name}[{i}]", experts=0, flat=False)
-                if site.experts
-                else site,
+                _expert(site, i) if site.experts else site,
                 base,
                 weight.device,
                 at_least,

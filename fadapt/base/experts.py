@@ -1,13 +1,14 @@
 """How a layer uses its fused experts: as a stack of (out, in) or of (in, out) matrices.
 
-Neither a shape nor a flag tells it surely, the layer's own forward does. So it is run once on a few
-rows of zeros, with stand-ins for its weights that have their shapes and no values: a stand-in notes
-how it is multiplied, and what it returns is zeros of the product's shape. Nothing is computed with
-the weights, and neither they nor the module are touched.
+Neither a shape nor a flag tells it surely, the layer's own forward does. So it is run on a few rows
+of zeros, in a copy of the layer that has stand-ins for its weights, with their shapes and no values:
+a stand-in notes how it is multiplied, and what it returns is zeros of the product's shape. The layer
+itself is not run, and not touched.
 """
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 import re
@@ -18,7 +19,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from .torch_private import GROUPED_MM, pytree
 
@@ -99,35 +99,23 @@ def _arguments(root: nn.Module, width: int, rows: int) -> Iterator[tuple[Any, ..
 
 def _watch(root: nn.Module, args: tuple[Any, ...]) -> dict[str, Layout]:
     uses: dict[str, set[Layout]] = {}
-    tensors: dict[str, Tensor] = {}
+    stands: dict[int, Any] = {}
     for name, parameter in root.named_parameters(remove_duplicate=False):
         if parameter.dim() > 1:
             meta = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
-            tensors[name] = _spy(meta, _Uses(name, tuple(parameter.shape), uses))
+            stands[id(parameter)] = _spy(meta, _Uses(name, tuple(parameter.shape), uses))
         else:
-            tensors[name] = torch.zeros(parameter.shape, dtype=parameter.dtype)
-    for name, buffer in root.named_buffers(remove_duplicate=False):
-        tensors[name] = torch.zeros(buffer.shape, dtype=buffer.dtype)
-    wrapped = {f"root.{name}": tensor for name, tensor in tensors.items()}
+            stands[id(parameter)] = torch.zeros(parameter.shape, dtype=parameter.dtype)
+    for buffer in root.buffers():
+        stands[id(buffer)] = torch.zeros(buffer.shape, dtype=buffer.dtype)
     try:
+        layer = copy.deepcopy(root, stands)  # what it sets on itself is set on the copy
         with torch.no_grad(), torch.random.fork_rng(devices=[]), torch.device("cpu"):
-            functional_call(_Forward(root), wrapped, args, tie_weights=False)
+            type(root).forward(layer, *args)
     except Exception:
         # Not arguments of this forward, or a use that has no shape without values.
         return {}
     return {name: next(iter(found)) for name, found in uses.items() if len(found) == 1}
-
-
-class _Forward(nn.Module):
-    """The forward of a module, without the hooks of a call."""
-
-    def __init__(self, root: nn.Module):
-        super().__init__()
-        self.root = root
-        self.training = root.training
-
-    def forward(self, *args: Any) -> Any:
-        return self.root.forward(*args)
 
 
 @dataclass(frozen=True)

@@ -204,13 +204,6 @@ def find_weights(model: nn.Module) -> list[BaseWeight]:
     return list(found.values())
 
 
-def _is_reparametrized(module: nn.Module, key: str) -> bool:
-    """Whether torch.nn.utils.weight_norm or spectral_norm computes a weight from this parameter."""
-    name, _, part = key.rpartition("_")
-    computed = vars(module).get(name)
-    return part in ("g", "v", "orig") and isinstance(computed, Tensor)
-
-
 def _find_experts(model: nn.Module, weights: list[BaseWeight]) -> None:
     """Tells the stacks of expert matrices among bare parameters, and how they are stored."""
     modules: dict[str, nn.Module] | None = None
@@ -280,7 +273,7 @@ def _classify(module: nn.Module, key: str, weight: Tensor) -> tuple[Kind, bool, 
         return Kind.QUANTIZED, False, has("bias")
     if weight.dim() < 2:
         return Kind.VECTOR, False, None
-    if isinstance(module, ParametrizationList) or _is_reparametrized(module, key):
+    if isinstance(module, ParametrizationList):
         return Kind.PARAMETRIZED, False, None
     if isinstance(module, CONVOLUTIONS) and key == "weight":
         flipped = getattr(module, "transposed", False)

@@ -205,7 +205,9 @@ def cannot_fold(site: Site) -> str:
     if site.experts:
         return "holds expert weights, and routing mixes the rows of a batch"
     if site.kernel:
-        what = "the kernel of a convolution" if site.kind is Kind.CONVOLUTION else "split into heads"
+        what = (
+            "the kernel of a convolution" if site.kind is Kind.CONVOLUTION else "split into heads"
+        )
         return f"is {what}, which takes one weight for all rows"
     if site.kind is Kind.VECTOR:
         return "is a vector that all rows of a batch share"
