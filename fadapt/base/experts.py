@@ -1,9 +1,9 @@
 """How a layer uses its fused experts: as a stack of (out, in) or of (in, out) matrices.
 
 Neither a shape nor a flag tells it surely, the layer's own forward does. So it is run on a few rows
-of zeros, in a copy of the layer that has stand-ins for its weights, with their shapes and no values:
-a stand-in notes how it is multiplied, and what it returns is zeros of the product's shape. The layer
-itself is not run, and not touched.
+of zeros, in a copy of the layer with stand-ins for its weights, which have their shapes and no
+values: a stand-in notes how it is multiplied, and gives zeros of the product's shape. The layer
+itself is neither run nor touched.
 """
 
 from __future__ import annotations
