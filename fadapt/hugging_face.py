@@ -242,7 +242,9 @@ def heads_side(module: nn.Module, key: str, weight: Tensor) -> str | None:
     sizes = {**vars(getattr(module, "config", module)), **vars(module)}
 
     def are(size: int, *words: str) -> bool:
-        return any(v == size and any(w in k for w in words) for k, v in sizes.items())
+        return any(
+            type(v) is int and v == size and any(w in k for w in words) for k, v in sizes.items()
+        )
 
     d, heads, width = weight.shape
     if not (are(d, "d_model", "hidden_size") and are(heads, "head") and are(width, "head")):
