@@ -49,3 +49,14 @@ def test_runs(script: str, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
 def test_each_is_in_the_readme() -> None:
     text = (EXAMPLES / "README.md").read_text(encoding="utf-8")
     assert [s for s in SCRIPTS if f"[{s}]({s})" not in text] == []
+
+
+@pytest.mark.filterwarnings("default")
+def test_the_switching_benchmark_runs(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    pytest.importorskip("peft")
+    folder = EXAMPLES / "benchmarks"
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.setattr(sys, "argv", ["switching.py", "--smoke"])
+    runpy.run_path(str(folder / "switching.py"), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert "fadapt - PEFT 0, base - PEFT 0.0" in printed  # the same outputs, which are adapted
