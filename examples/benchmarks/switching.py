@@ -16,6 +16,7 @@ PEFT's ``adapter_names``, whose adapters have the same values. All by turns in o
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -56,47 +57,47 @@ def host_us(function: Callable[[int], Any], repeats: int) -> float:
 
 
 def switching(model: nn.Module, args: argparse.Namespace) -> None:
-    device = args.device
-    ids = tokens(1, args.decode_tokens, args.vocab, device)["input_ids"]
     print("| resident | write of the index, us | same index, ms | another index, ms | ", end="")
     print("eager select, us |\n|---|---|---|---|---|")
     for count in args.resident:
-        torch.compiler.reset()
-        stack = resident(model, count, args.r, args.adapter_dtype)
-
-        def forward(index: Tensor, stack: fadapt.Stack = stack) -> Tensor:
-            return fadapt.apply(
-                model, fadapt.select(stack, index), input_ids=ids, logits_to_keep=1
-            ).logits
-
-        step = compiled(forward, args)
-        index = torch.zeros(1, dtype=torch.long, device=device)
-        order = [(7 * i + 1) % count for i in range(max(count, 64))]
-
-        def write(i: int, index: Tensor = index, order: list[int] = order) -> None:
-            index.fill_(order[i % len(order)])
-
-        with torch.no_grad():
-            for i in range(4):
-                write(i)
-                step(index)
-            with torch.compiler.set_stance("fail_on_recompile" if args.compile else "default"):
-                wrote = host_us(write, 200)
-                turn = iter(range(10**9))
-
-                def another() -> None:
-                    write(next(turn))
-                    step(index)
-
-                ms = alternate({"same": lambda: step(index), "another": another}, args.rounds)
-            selected = host_us(lambda _: fadapt.select(stack, index), 10)
+        wrote, ms, selected = switches(model, count, args)
         print(
             f"| {count} | {wrote:.1f} | {ms['same']:.2f} | {ms['another']:.2f} | {selected:.0f} |",
             flush=True,
         )
-        del stack, step
-        if device == "cuda":
+        if args.device == "cuda":
             torch.cuda.empty_cache()
+
+
+def switches(
+    model: nn.Module, count: int, args: argparse.Namespace
+) -> tuple[float, dict[str, float], float]:
+    ids = tokens(1, args.decode_tokens, args.vocab, args.device)["input_ids"]
+    torch.compiler.reset()
+    stack = resident(model, count, args.r, args.adapter_dtype)
+    index = torch.zeros(1, dtype=torch.long, device=args.device)
+    numbers = itertools.count()
+
+    def forward(index: Tensor) -> Tensor:
+        chosen = fadapt.select(stack, index)
+        return fadapt.apply(model, chosen, input_ids=ids, logits_to_keep=1).logits
+
+    step = compiled(forward, args)
+
+    def write(_: int = 0) -> None:
+        index.fill_((7 * next(numbers) + 1) % count)
+
+    def another() -> None:
+        write()
+        step(index)
+
+    with torch.no_grad():
+        for _ in range(4):
+            another()
+        with torch.compiler.set_stance("fail_on_recompile" if args.compile else "default"):
+            wrote = host_us(write, 200)
+            ms = alternate({"same": lambda: step(index), "another": another}, args.rounds)
+        return wrote, ms, host_us(lambda _: fadapt.select(stack, index), 10)
 
 
 def mixed(model: nn.Module, args: argparse.Namespace) -> None:
