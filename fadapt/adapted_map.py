@@ -13,9 +13,19 @@ from torch import Tensor
 
 from .base.linear_map import LinearMap
 from .base.weights import LINEAR_KINDS, Kind
+from .dropout import drop, fresh_draw
 from .errors import ConfigError, TargetError, require
 from .fields import check_fields
-from .method import STRENGTH, Factors, InputDropout, Leaves, Method, Site, SiteView
+from .method import (
+    DROPOUT_KEY,
+    RUNTIME_LEAVES,
+    STRENGTH,
+    Factors,
+    Leaves,
+    Method,
+    Site,
+    SiteView,
+)
 
 
 @dataclass(frozen=True)
@@ -30,6 +40,8 @@ class Composed(Method):
         part = {k[len(prefix) :]: t for k, t in p.items() if k.startswith(prefix)}
         if STRENGTH in p:
             part[STRENGTH] = p[STRENGTH]
+        if DROPOUT_KEY in p:
+            part.setdefault(DROPOUT_KEY, p[DROPOUT_KEY] + i)
         return part
 
 
@@ -56,12 +68,23 @@ def has_delta(method: Method) -> bool:
     return type(method).delta is not Method.delta
 
 
+def drops_input(method: Method) -> bool:
+    """Whether a method drops parts of its input while it trains."""
+    if isinstance(method, Composed):
+        return any(drops_input(m) for m in method.methods)
+    return method.dropout > 0 and _is_own_dropout(method)
+
+
+def _is_own_dropout(method: Method) -> bool:
+    """Whether ``dropout`` is the field of all methods, and not another of a class's own."""
+    return type(method).__dataclass_fields__["dropout"] is Method.__dataclass_fields__["dropout"]
+
+
 def acts_in_training(method: Method) -> bool:
     """Whether a method acts otherwise in its layer's training mode."""
     if isinstance(method, Composed):
         return any(acts_in_training(m) for m in method.methods)
-    dropped = isinstance(method, InputDropout) and method.dropout > 0
-    return dropped or type(method).delta_takes_training
+    return drops_input(method) or type(method).delta_takes_training
 
 
 @dataclass(frozen=True)
@@ -148,9 +171,19 @@ def check_site(method: Method, site: Site) -> None:
         f"{type(method).__name__} is of matrices, and this is a vector of {site.out_features} "
         "values; write fadapt.IA3(), which scales it, or a method with adapts_vectors = True",
     )
-    if isinstance(method, InputDropout) and method.dropout:
+    if method.dropout and _is_own_dropout(method):
+        name = type(method).__name__
         require(
-            site.kind in (*LINEAR_KINDS, Kind.MATRIX) and has_delta(method),
+            not isinstance(method, Composed),
+            f"{name} drops nothing itself; give dropout to the methods in it",
+        )
+        require(
+            has_delta(method) and method.reads_input,
+            f"the increment of {name} is not made of its input, of which dropout={method.dropout} "
+            "would drop entries; write dropout=0.0",
+        )
+        require(
+            site.kind in (*LINEAR_KINDS, Kind.MATRIX),
             f"dropout={method.dropout} drops entries of a linear map's input, and this is "
             f"{site.kind}; write dropout=0.0 here",
         )
@@ -186,9 +219,11 @@ def _checked_leaves(who: str, made: Any) -> tuple[Leaves, Leaves]:
             "dicts, the trainable leaves and the fixed ones: return {...}, {}"
         )
     train, fixed = made
-    if taken := (train.keys() & fixed.keys()) | ({STRENGTH} & (train.keys() | fixed.keys())):
+    both = train.keys() | fixed.keys()
+    if taken := (train.keys() & fixed.keys()) | ({*RUNTIME_LEAVES} & both):
         raise ContractError(
-            f"{who}: leaf names must be distinct and not {STRENGTH!r}; rename {sorted(taken)}"
+            f"{who}: leaf names must be distinct and not of {RUNTIME_LEAVES}; rename "
+            f"{sorted(taken)}"
         )
     for name, leaf in {**train, **fixed}.items():
         if not isinstance(name, str) or not isinstance(leaf, Tensor):
@@ -284,6 +319,7 @@ def adapt_output(
     base: LinearMap,
     where: str = "",
     training: bool = False,
+    draw: Tensor | None = None,
 ) -> Tensor:
     """The adapted output, from the base's output y = base(x').
 
@@ -292,6 +328,7 @@ def adapt_output(
     Args:
         where: the site's name, for errors.
         training: whether the layer is in training mode.
+        draw: the number of the pass, from which masks of dropout follow; None takes a new one.
 
     Raises:
         ConfigError: an increment of another shape than what it is added to.
@@ -299,7 +336,7 @@ def adapt_output(
     if isinstance(method, Composed):
         for i, inner in enumerate(method.methods):
             part = method.part(p, i)
-            y = adapt_output(inner, part, saved[i], y, base, where, training)
+            y = adapt_output(inner, part, saved[i], y, base, where, training, draw)
             base = AdaptedMap(inner, part, base)
         return y
     if not has_delta(method):
@@ -307,8 +344,9 @@ def adapt_output(
     dtype = compute_dtype(method, p)
     rows = y.reshape(*saved.shape[:-1], y.shape[-1]).to(dtype) if method.reads_output else y
     x = saved.to(dtype)
-    if training and isinstance(method, InputDropout) and method.dropout:
-        x = F.dropout(x, method.dropout)
+    if training and method.dropout and drops_input(method):
+        draw = fresh_draw(x.device) if draw is None else draw
+        x = drop(x, method.dropout, p.get(DROPOUT_KEY), draw)
     if type(method).delta_takes_training:
         delta = method.delta(p, x, rows, base, training=training)  # type: ignore[call-arg]
     else:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .adapted_map import SharedLeaves, check_start, has_shared, start, start_shared
+from .adapted_map import SharedLeaves, check_start, drops_input, has_shared, start, start_shared
 from .base.bound import refuse_adapted
 from .base.checks import check_model
 from .base.sharded import full
@@ -19,8 +19,9 @@ from .base.torch_private import StorageWeakRef
 from .base.weights import BaseWeight, Kind
 from .calibration.stats import Stats
 from .config import Config, Rules, as_config
+from .dropout import dropout_key
 from .errors import CalibrationError, ConfigError, FadaptWarning, TargetError
-from .method import Leaves, Method, Planned
+from .method import DROPOUT_KEY, Leaves, Method, Planned
 from .params.adapter import Adapter
 from .params.params import Params, trainable_leaves
 from .seeds import generator
@@ -316,6 +317,9 @@ def _init_one(
     for view in views:
         parts.append(start(method, view, generator(config.seed, view.name), stat))
         owners.add(method, view.name, parts[-1])
+        if drops_input(method):
+            key = dropout_key("dropout", config.seed, view.name).to(view.device)
+            parts[-1] = parts[-1][0], {**parts[-1][1], DROPOUT_KEY: key}
     made = parts[0] if not site.experts else tuple(map(_stacked, zip(*parts, strict=True)))
     site = replace(site, fingerprint=weight.fingerprint())
     return _adapter(site, method, made, config, views[0].dtype)

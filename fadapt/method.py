@@ -2,9 +2,8 @@
 
     from fadapt.method import Leaves, LinearMap, Method, SiteView, Statistic
 
-:class:`Method` is the whole of it for most methods. :class:`RankPadded`, :class:`InputDropout` and
-:class:`Planned` are for those whose ranks mix in a stack, that drop parts of their input, or that
-choose ranks over all sites at once.
+:class:`Method` is the whole of it for most methods. :class:`RankPadded` and :class:`Planned` are
+for those whose ranks mix in a stack, or that choose ranks over all sites at once.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import functools
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -29,6 +28,9 @@ from .statistics.reduction import Statistic as Statistic
 Leaves = dict[str, Tensor]
 Factors = tuple[Tensor, Tensor]
 STRENGTH = "strength"
+DROPOUT_KEY = "dropout_key"
+RUNTIME_LEAVES = (STRENGTH, DROPOUT_KEY)
+"""The names of the fixed leaves that the runtime adds to a method's own."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,12 @@ class Method:
     Fields may be None, bool, int, float, str, Literal, methods and tuples of them. They are checked
     by their annotations before ``__post_init__`` runs, in which a subclass checks their ranges.
 
+    Args:
+        dropout: the share of the entries of ``delta``'s input that are zeroed in the layer's
+            training mode, the others being scaled by 1 / (1 - dropout); every method has it, by
+            keyword. The masks follow from the adapter's seed and from a draw of torch's generator,
+            in ``fit`` and ``sweep`` from the number of the batch instead.
+
     Example:
         >>> from dataclasses import dataclass
         >>> @dataclass(frozen=True)
@@ -66,8 +74,13 @@ class Method:
         Params(Gate() x 1; 3 trainable)
     """
 
+    dropout: float = field(default=0.0, kw_only=True)
+
     reads_output: ClassVar[bool] = True
     """False where ``delta`` ignores ``y``: spares the cast of ``y`` to the adapter dtype."""
+    reads_input: ClassVar[bool] = True
+    """False where ``delta`` ignores ``x``, or may read ``y`` in its place: ``dropout`` is then
+    refused, as it would drop nothing."""
     owns_strength: ClassVar[bool] = False
     """True where the method reads the strength c itself, through :meth:`strength`."""
     needs_plain_base: ClassVar[bool] = False
@@ -198,10 +211,12 @@ class Method:
     delta_takes_training: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        _check(self)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        if "__repr__" not in vars(cls):
+            cls.__repr__ = _repr
         if "__post_init__" in vars(cls):
             cls.__post_init__ = _after_check(vars(cls)["__post_init__"])
         if "delta" in vars(cls):
@@ -213,10 +228,27 @@ def _after_check(own: Any) -> Any:
 
     @functools.wraps(own)
     def checked(self: Method, *args: Any) -> None:
-        check_fields(self)
+        _check(self)
         own(self, *args)
 
     return checked
+
+
+def _check(self: Method) -> None:
+    check_fields(self)
+    require(
+        0 <= self.dropout < 1,
+        f"dropout must be at least 0 and less than 1, got {self.dropout}",
+    )
+
+
+def _repr(self: Method) -> str:
+    """As a dataclass's own, with ``dropout`` last, and only where there is some."""
+    fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.repr}
+    dropout = fields.pop("dropout", 0.0)
+    if dropout:
+        fields["dropout"] = dropout
+    return f"{type(self).__qualname__}({', '.join(f'{k}={v!r}' for k, v in fields.items())})"
 
 
 @dataclass(frozen=True)
@@ -244,27 +276,6 @@ class RankPadded(Method):
     def hyper_leaves(self) -> dict[str, float]:
         """Fixed scalar leaves that stand for hyper-parameters in a stack of mixed ones."""
         return {}
-
-
-@dataclass(frozen=True)
-class InputDropout(Method):
-    """A method whose ``delta`` sees an input of which a part is dropped while the model trains.
-
-    A subclass declares the field ``dropout``: the share of the entries of ``delta``'s input that
-    are zeroed in the layer's training mode, the others being scaled by 1 / (1 - dropout). They are
-    drawn for every adapter of a stack apart, from torch's generator.
-    """
-
-    if TYPE_CHECKING:
-        # A subclass declares it itself, so that it comes after the fields that it is known by.
-        dropout: float = field(default=0.0, kw_only=True)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(
-            0 <= self.dropout < 1,
-            f"dropout must be at least 0 and less than 1, got {self.dropout}",
-        )
 
 
 @dataclass(frozen=True)

@@ -493,7 +493,7 @@ def check_method(
     Example:
         >>> from fadapt.testing import Case, check_method
         >>> check_method(fadapt.LoRA(r=2), [Case()], count=lambda out, size: 2 * (out + size))
-        LoRA(r=2, alpha=16.0, dropout=0.0): 17 laws hold in 1 of 1 cases
+        LoRA(r=2, alpha=16.0): 17 laws hold in 1 of 1 cases
     """
     try:
         check_contract(method)

@@ -15,7 +15,7 @@ ROOT = Path(fadapt.__file__).parent
 # may import each other, without a circle.
 FLOORS = (
     ("errors", "seeds", "fusion", "linalg"),
-    ("hugging_face", "batch", "fields", "patterns"),
+    ("hugging_face", "batch", "fields", "patterns", "dropout"),
     ("base",),
     ("statistics",),
     ("site",),

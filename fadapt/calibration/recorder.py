@@ -41,8 +41,12 @@ class Probe:
     def __call__(self, x: Tensor, base: LinearMap) -> Tensor:
         return self.see(self.site.name, x, base)
 
-    def within(self, module: nn.Module) -> Self:
+    def within(self, module: nn.Module, draw: Tensor | None = None) -> Self:
         return self
+
+    @property
+    def drops(self) -> bool:
+        return False
 
     def over_mesh(self, mesh: Any) -> NoReturn:
         raise CalibrationError(

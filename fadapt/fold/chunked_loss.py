@@ -155,8 +155,12 @@ class FrozenHead:
     def dense(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return weight, bias
 
-    def within(self, module: nn.Module) -> Self:
+    def within(self, module: nn.Module, draw: Tensor | None = None) -> Self:
         return self
+
+    @property
+    def drops(self) -> bool:
+        return False
 
     def over_mesh(self, mesh: Any) -> Self:
         return self

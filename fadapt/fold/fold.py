@@ -15,10 +15,17 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..adapted_map import acts_in_training, adapt_input, adapt_output, has_shift
+from ..adapted_map import (
+    acts_in_training,
+    adapt_input,
+    adapt_output,
+    drops_input,
+    has_shift,
+)
 from ..base.linear_map import LinearMap
 from ..base.torch_private import pytree
 from ..base.weights import Kind
+from ..dropout import fresh_draw
 from ..errors import ConfigError, FadaptError
 from ..linalg import inverse_permutation
 from ..method import Leaves, Method
@@ -53,6 +60,7 @@ class FoldedSite:
         have = {i for index, _ in self.pieces for i in index}
         self.rest = tuple(i for i in range(stack.size) if i not in have)
         self.owner: nn.Module | None = None
+        self.draw: Tensor | None = None
         self.site: Site = self.pieces[0][1].site
 
     @property
@@ -83,8 +91,13 @@ class FoldedSite:
         # the base's product as a matrix, twice.
         split = y.unflatten(0, (n, -1))
         left = [
-            adapter.over(functools.partial(self._adapt_output, adapter.method, base), saved, part)
-            for (_, adapter), (_, saved), part in zip(
+            adapter.over(
+                functools.partial(self._adapt_output, adapter.method, base),
+                saved,
+                part,
+                *self._apart(index, adapter, x.device),
+            )
+            for (index, adapter), (_, saved), part in zip(
                 self.pieces, entered, self._parts(split), strict=True
             )
         ]
@@ -126,16 +139,42 @@ class FoldedSite:
         )
 
     def _adapt_output(
-        self, method: Method, base: LinearMap, p: Any, saved: Any, y: Tensor
+        self,
+        method: Method,
+        base: LinearMap,
+        p: Any,
+        saved: Any,
+        y: Tensor,
+        draw: Tensor | None = None,
     ) -> Tensor:
         training = self.owner is not None and self.owner.training
-        return adapt_output(method, p, saved, y, base, self.site.name, training)
+        return adapt_output(method, p, saved, y, base, self.site.name, training, draw)
 
-    def within(self, module: nn.Module) -> FoldedSite:
+    def _apart(
+        self, index: tuple[int, ...], adapter: StackedAdapter, device: torch.device
+    ) -> tuple[Tensor, ...]:
+        """A draw for each adapter of a piece, (n, 1, 1), where its method drops inputs.
+
+        That of a loop which counts its passes is the same for all: there the adapters' keys, which
+        follow from their seeds, tell them apart, in a stack as alone.
+        """
+        if self.owner is None or not self.owner.training or not drops_input(adapter.method):
+            return ()
+        if adapter.draw is not None:
+            return (adapter.draw.expand(len(index), 1, 1),)
+        draw = fresh_draw(device) if self.draw is None else self.draw
+        places = take(torch.arange(self.stack_size, device=device), index)
+        return (draw + (places.view(-1, 1, 1) << 32),)
+
+    def within(self, module: nn.Module, draw: Tensor | None = None) -> FoldedSite:
         """The same in the layer that holds the weight, where a method follows its training mode."""
         if any(acts_in_training(adapter.method) for _, adapter in self.pieces):
-            self.owner = module
+            self.owner, self.draw = module, draw
         return self
+
+    @property
+    def drops(self) -> bool:
+        return any(adapter.drops for _, adapter in self.pieces)
 
     def over_mesh(self, mesh: Any) -> FoldedSite:
         """The same for a weight that is a DTensor; see :meth:`Adapter.over_mesh`."""

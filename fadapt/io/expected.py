@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from ..adapted_map import SharedLeaves, adapt, check_site, start
 from ..base.linear_map import DenseMap
 from ..errors import CheckpointError
-from ..method import STRENGTH, Leaves, Method, RankPadded
+from ..method import DROPOUT_KEY, RUNTIME_LEAVES, STRENGTH, Leaves, Method, RankPadded
 from ..seeds import generator
 from ..site import Site, SiteView
 from .tensors import TensorSpec
@@ -41,8 +41,15 @@ def check_specs(
     strength = fixed.get(STRENGTH)
     if STRENGTH in train or (strength is not None and strength.shape):
         raise CheckpointError(f"{who}: the strength must be one fixed number, got {strength}")
+    key, wanted = fixed.get(DROPOUT_KEY), (site.experts,) if site.experts else ()
+    if DROPOUT_KEY in train or (key and (key.shape, key.dtype) != (wanted, torch.int64)):
+        raise CheckpointError(f"{who}: the key of dropout must be one fixed integer, got {key}")
     own = [
-        {k: spec for k, spec in part.items() if k != STRENGTH and _per_expert(who, site, k, spec)}
+        {
+            k: spec
+            for k, spec in part.items()
+            if k not in RUNTIME_LEAVES and _per_expert(who, site, k, spec)
+        }
         for part in (train, fixed)
     ]
     shapes = [{k: s.shape[1:] if site.experts else s.shape for k, s in p.items()} for p in own]

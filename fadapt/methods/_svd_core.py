@@ -71,6 +71,8 @@ class SpectralGain(SpectralMethod):
 
     suppress_only: bool = field(default=False, kw_only=True)
 
+    reads_input: ClassVar[bool] = False
+
     @property
     def supports_batch_dims(self) -> bool:
         return True

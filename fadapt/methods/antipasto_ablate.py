@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -55,6 +55,8 @@ class AntiPaSTOAblate(SpectralMethod):
 
     k: int = 1
     floor: float = 1e-3
+
+    reads_input: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

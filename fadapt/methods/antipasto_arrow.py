@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +47,8 @@ class AntiPaSTOArrow(SpectralMethod):
     """
 
     b: int = 8
+
+    reads_input: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

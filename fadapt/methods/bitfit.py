@@ -34,6 +34,7 @@ class BitFit(Method):
         ['d']
     """
 
+    reads_input: ClassVar[bool] = False
     reads_output: ClassVar[bool] = False
 
     @property

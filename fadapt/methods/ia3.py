@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -35,6 +35,8 @@ class IA3(Method):
         >>> sorted(params["0.weight"].train)
         ['d']
     """
+
+    reads_input: ClassVar[bool] = False
 
     @property
     def acts_on_bias(self) -> bool:

@@ -11,13 +11,13 @@ arXiv 2312.03732.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
-from ..method import Factors, InputDropout, Leaves, RankPadded
+from ..method import Factors, Leaves, RankPadded
 from ._ranks import check_rank_range
 
 if TYPE_CHECKING:
@@ -26,13 +26,12 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class LoRA(RankPadded, InputDropout):
+class LoRA(RankPadded):
     """Low-rank additive update.
 
     Args:
         r: rank, at least 1.
         alpha: numerator of the scale alpha / r.
-        dropout: the share of the input's entries that A does not see in training mode.
 
     Example:
         >>> params = fadapt.init(model, fadapt.LoRA(r=4, alpha=8))
@@ -42,7 +41,6 @@ class LoRA(RankPadded, InputDropout):
 
     r: int = 8
     alpha: float = 16.0
-    dropout: float = field(default=0.0, kw_only=True)
 
     reads_output: ClassVar[bool] = False
 

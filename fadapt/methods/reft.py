@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -47,6 +47,8 @@ class ReFT(Method):
     """
 
     r: int = 8
+
+    reads_input: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         require(self.r >= 1, f"r must be at least 1, got {self.r}")

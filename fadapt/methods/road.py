@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -48,6 +48,8 @@ class RoAd(Method):
 
     variant: Literal[1, 2, 4] = 1
     group_size: int = 64
+
+    reads_input: ClassVar[bool] = False
 
     @property
     def acts_on_bias(self) -> bool:

@@ -60,6 +60,7 @@ class SSteer(Method):
 
     r: int | None = None
 
+    reads_input: ClassVar[bool] = False
     owns_strength: ClassVar[bool] = True
     needs_plain_base: ClassVar[bool] = True
 

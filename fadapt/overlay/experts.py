@@ -36,7 +36,7 @@ def batched(adapter: Adapter, x: Tensor, weight: Tensor, product: Any) -> Tensor
     p = adapter.leaves
     whole = {STRENGTH, *adapter.bank}
     axes = {name: None if name in whole else 0 for name in p}
-    where, training = adapter.site.name, adapter.training
+    where, training, draw = adapter.site.name, adapter.training, adapter.draw
 
     def enter(p: Any, x: Tensor) -> tuple[Tensor, Any]:
         return adapt_input(method, p, x, where)
@@ -46,7 +46,7 @@ def batched(adapter: Adapter, x: Tensor, weight: Tensor, product: Any) -> Tensor
 
     def leave(p: Any, saved: Any, y: Tensor, weight: Tensor) -> Tensor:
         base = DenseMap(weight, None, transposed)
-        return adapt_output(method, p, saved, y, base, where, training)
+        return adapt_output(method, p, saved, y, base, where, training, draw)
 
     mapped = torch.func.vmap(leave, in_dims=(axes, 0, 0, 0), randomness="different")
     return mapped(p, saved, y, weight)
@@ -69,12 +69,14 @@ def grouped(adapter: Adapter, x: Tensor, weight: Tensor, ends: list[int], produc
         for e, (start, end) in enumerate(zip(starts, ends, strict=True))
         if end > start
     ]
-    where, training = adapter.site.name, adapter.training
+    where, training, draw = adapter.site.name, adapter.training, adapter.draw
     entered = [adapt_input(method, p, x[rows], where) for p, rows, _ in groups]
     rest = slice(ends[-1], None)
     y = product(torch.cat([*(x for x, _ in entered), x[rest]]) if has_shift(method) else x)
     left = [
-        adapt_output(method, p, saved, y[rows], DenseMap(w, None, transposed), where, training)
+        adapt_output(
+            method, p, saved, y[rows], DenseMap(w, None, transposed), where, training, draw
+        )
         for (p, rows, w), (_, saved) in zip(groups, entered, strict=True)
     ]
     return torch.cat([*left, y[rest]])

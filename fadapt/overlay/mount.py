@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..base.checks import check_module, check_one_way, check_weight
@@ -14,6 +15,7 @@ from ..base.quantized import QuantizedMap, quantized_map
 from ..base.scope import BUFFERS, PARAMETERS, OnRead, Place, ScopedFunction, View, own_tensors
 from ..base.sharded import Units, compute_device, is_dtensor
 from ..base.torch_private import buffers_of, is_persistent, parameters_of
+from ..dropout import fresh_draw
 from ..errors import ConfigError, TargetError
 from ..hugging_face import CHECKPOINT_FUNCTION, checkpoint_function, forward_key
 from ..params.adapter import Adapted
@@ -97,6 +99,7 @@ def prepare(model: nn.Module, sites: Mapping[str, Adapted], any_mode: bool = Fal
     mount = Mount([], [], [], [], [])
     found: set[str] = set()
     units = Units()
+    draws = _Draws(any_mode)
     for prefix, module in model.named_modules():
         mount.modules.append(module)
         in_unit = units.hold(prefix, module)
@@ -122,14 +125,14 @@ def prepare(model: nn.Module, sites: Mapping[str, Adapted], any_mode: bool = Fal
                         "loses its quantisation state (bitsandbytes issue 1945); leave the model "
                         "whole in each process, or shard one that is not quantised"
                     )
-                mount.forwards.append(_swap(name, module, base, sites.get(name)))
+                mount.forwards.append(_swap(name, module, base, sites.get(name), draws))
                 continue
             if in_unit or is_dtensor(weight):
                 adapter = sites.get(name)
                 if adapter is not None:
                     check_weight(name, module, weight)
                     _check_site(name, tuple(weight.shape), weight, adapter)
-                    adapter = adapter.within(module)
+                    adapter = adapter.within(module, draws.of(adapter, module))
                 elif not weight.requires_grad:
                     continue
                 if in_unit:
@@ -138,7 +141,8 @@ def prepare(model: nn.Module, sites: Mapping[str, Adapted], any_mode: bool = Fal
                 mount.sharded.append((name, module, PARAMETERS, key, seen))
                 continue
             if name in sites:
-                new = _overlay_site(name, module, weight, sites[name].within(module))
+                adapter = sites[name].within(module, draws.of(sites[name], module))
+                new = _overlay_site(name, module, weight, adapter)
             elif weight.requires_grad:
                 new = marked_like(weight.detach(), True)
             else:
@@ -155,6 +159,28 @@ def prepare(model: nn.Module, sites: Mapping[str, Adapted], any_mode: bool = Fal
             f"{type(model).__name__} does not have; they were made for another model"
         )
     return mount
+
+
+class _Draws:
+    """The number from which all masks of dropout in one call follow.
+
+    It is drawn before the call, so that a recomputation has the same.
+
+    Args:
+        any_mode: whether there are many calls, which draw their own.
+    """
+
+    def __init__(self, any_mode: bool):
+        self.any_mode = any_mode
+        self.drawn: Tensor | None = None
+
+    def of(self, adapter: Adapted, module: nn.Module) -> Tensor | None:
+        """For an adapter in its layer; None where it needs none, or a new one each time."""
+        if self.any_mode or not module.training or not adapter.drops:
+            return None
+        if self.drawn is None:
+            self.drawn = fresh_draw(adapter.device or torch.device("cpu"))
+        return self.drawn
 
 
 class Gathered:
@@ -191,13 +217,13 @@ def _may_be_updated(module: nn.Module, key: str, buffer: Tensor) -> bool:
 
 
 def _swap(
-    name: str, module: nn.Module, base: QuantizedMap, adapter: Adapted | None
+    name: str, module: nn.Module, base: QuantizedMap, adapter: Adapted | None, draws: _Draws
 ) -> tuple[nn.Module, str, SwappedForward]:
     key = forward_key(module)
     if adapter is not None:
         base.check(name)
         _check_site(name, base.shape, base.module.weight, adapter, adapter.site.matrix_shape)
-        adapter = adapter.within(module)
+        adapter = adapter.within(module, draws.of(adapter, module))
     return module, key, SwappedForward(base, adapter)
 
 

@@ -9,7 +9,14 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor, nn
 
-from ..adapted_map import acts_in_training, adapt_input, adapt_output, check_tensor_parallel, dense
+from ..adapted_map import (
+    acts_in_training,
+    adapt_input,
+    adapt_output,
+    check_tensor_parallel,
+    dense,
+    drops_input,
+)
 from ..base.linear_map import DenseMap, LinearMap
 from ..base.sharded import replicated
 from ..errors import FadaptError
@@ -42,8 +49,17 @@ class Adapted(Protocol):
         """The adapted parameter, in its stored shape, and bias; or an error."""
         ...
 
-    def within(self, module: nn.Module) -> Adapted:
-        """The same in the layer that holds the weight, whose training mode it may follow."""
+    def within(self, module: nn.Module, draw: Tensor | None) -> Adapted:
+        """The same in the layer that holds the weight, whose training mode it may follow.
+
+        Args:
+            draw: the number from which masks of dropout follow; None where none has been drawn.
+        """
+        ...
+
+    @property
+    def drops(self) -> bool:
+        """Whether it drops parts of its input while its layer trains, and has no draw yet."""
         ...
 
     def over_mesh(self, mesh: Any) -> Adapted:
@@ -62,6 +78,8 @@ class Adapter:
         fixed: constants the method needs (row norms, SVD factors) and the runtime strength.
         bank: the leaves that the method's sites share, from the Params that holds them.
         owner: the layer whose training mode the adapter follows, during a call; not kept.
+        draw: the number from which masks of dropout follow, during a call, or of a training loop
+            that counts its passes; not kept.
 
     Example:
         >>> adapter = fadapt.init(model, fadapt.LoRA(r=2))["0.weight"]
@@ -75,15 +93,22 @@ class Adapter:
     fixed: Leaves
     owner: nn.Module | None = field(default=None, kw_only=True)
     bank: Leaves = field(default_factory=dict, kw_only=True)
+    draw: Tensor | None = field(default=None, kw_only=True)
 
     @property
     def training(self) -> bool:
         """Whether the layer trains and the method acts otherwise then."""
         return self.owner is not None and self.owner.training
 
-    def within(self, module: nn.Module) -> Adapted:
+    def within(self, module: nn.Module, draw: Tensor | None = None) -> Adapted:
         """The adapter in its layer, for one call; a method that need not know it is as it was."""
-        return replace(self, owner=module) if acts_in_training(self.method) else self
+        if not acts_in_training(self.method):
+            return self
+        return replace(self, owner=module, draw=draw if self.draw is None else self.draw)
+
+    @property
+    def drops(self) -> bool:
+        return self.draw is None and drops_input(self.method)
 
     def over_mesh(self, mesh: Any) -> Self:
         """The adapter with its leaves as DTensors, for a weight that is split over processes.
@@ -125,11 +150,11 @@ class Adapter:
         p, method, where = self.leaves, self.method, self.site.name
         if method.supports_batch_dims:
             x, saved = adapt_input(method, p, x, where)
-            return adapt_output(method, p, saved, base(x), base, where, self.training)
+            return adapt_output(method, p, saved, base(x), base, where, self.training, self.draw)
         rows = x.reshape(-1, x.shape[-1])
         shifted, saved = adapt_input(method, p, rows, where)
         y = base(x if shifted is rows else shifted.reshape(x.shape))
-        return adapt_output(method, p, saved, y, base, where, self.training)
+        return adapt_output(method, p, saved, y, base, where, self.training, self.draw)
 
     def embed(self, one_hot: Any, base: LinearMap) -> Tensor:
         """The adapted map on the one-hot rows of an embedding."""

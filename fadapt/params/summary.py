@@ -37,9 +37,9 @@ def summary(params: Params, model: nn.Module | None = None) -> str:
         >>> import fadapt
         >>> model = torch.nn.Sequential(torch.nn.Embedding(50, 8), torch.nn.Linear(8, 4))
         >>> print(fadapt.summary(fadapt.init(model, fadapt.LoRA(r=2))))
-        site      method                              out x in  role    trainable
-        -------------------------------------------------------------------------
-        1.weight  LoRA(r=2, alpha=16.0, dropout=0.0)  4 x 8     reader         24
+        site      method                 out x in  role    trainable
+        ------------------------------------------------------------
+        1.weight  LoRA(r=2, alpha=16.0)  4 x 8     reader         24
         1 sites, 24 trainable and 0 fixed values
         adapted: 7.3% of the base's 436 values; trainable: 5.5% of that number
         left out: 0.weight, 50 x 8 (91.7%): an embedding; a rule may name it

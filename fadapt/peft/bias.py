@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..method import STRENGTH
+from ..method import DROPOUT_KEY, RUNTIME_LEAVES
 from ..methods.bitfit import BitFit
 from ..methods.chain import Chain
 from ..params.adapter import Adapter
@@ -25,7 +25,8 @@ def with_bias(read: Read, d: Tensor) -> Read:
     order = (first, second) if read.method.acts_on_bias else (second, first)
     place = order.index(first)
     train, fixed = (
-        {f"{1 - place}.{k}": t for k, t in part.items()} for part in (read.train, read.fixed)
+        {k if k == DROPOUT_KEY else f"{1 - place}.{k}": t for k, t in part.items()}
+        for part in (read.train, read.fixed)
     )
     return Read(Chain(order), {**train, f"{place}.d": d}, fixed)
 
@@ -44,8 +45,7 @@ def split_bias(adapter: Adapter) -> tuple[Adapter | None, Tensor | None]:
         {k.removeprefix(prefix): t for k, t in part.items() if k.startswith(prefix)}
         for part in (adapter.train, adapter.fixed)
     )
-    if STRENGTH in adapter.fixed:
-        fixed[STRENGTH] = adapter.fixed[STRENGTH]
+    fixed.update({k: adapter.fixed[k] for k in RUNTIME_LEAVES if k in adapter.fixed})
     plain = replace(adapter, method=methods[own], train=train, fixed=fixed)
     return plain, strength(adapter) * adapter.leaves[f"{1 - own}.d"]
 

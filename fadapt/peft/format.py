@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,14 +11,17 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..dropout import dropout_key
 from ..errors import CheckpointError, ConfigError
-from ..method import STRENGTH, Leaves, Method
+from ..method import DROPOUT_KEY, STRENGTH, Leaves, Method
 from ..params.adapter import Adapter
 from .files import is_number
 from .matching import exact_pattern, pattern_value, targets_for
-from .places import LINEAR, PARAMETER, Place
+from .places import CONV1D, LINEAR, PARAMETER, QUANTIZED, Place
 
 Tensors = dict[str, Tensor]
+PRODUCTS = (LINEAR, CONV1D, QUANTIZED)
+"""The layers whose input PEFT drops parts of."""
 
 
 @dataclass(frozen=True)
@@ -154,6 +158,8 @@ class Format:
     """{field: why a file that sets it cannot be read}."""
     patterns: ClassVar[tuple[str, ...]] = ()
     """The fields that map patterns of names to values."""
+    dropout: ClassVar[str] = ""
+    """The field that holds the dropout of the adapter's input."""
     bias_only: ClassVar[str] = ""
     """The value of ``bias`` that saves the biases of the adapted modules."""
 
@@ -176,6 +182,26 @@ class Format:
     def write(self, place: Place, adapter: Adapter, settings: Mapping[str, Any]) -> Tensors:
         """{suffix: tensor} of one place."""
         raise NotImplementedError
+
+    def with_dropout(self, settings: Settings, place: Place, read: Read) -> Read:
+        """What was read, with the dropout of its input, which PEFT knows of products alone."""
+        share = settings.number(self.dropout, 0.0) if self.dropout else 0.0
+        if not share or place.layer not in PRODUCTS:
+            return read
+        key = dropout_key("dropout", 0, place.site.name).to(place.weight.device)
+        method = dataclasses.replace(read.method, dropout=share)
+        return Read(method, read.train, {**read.fixed, DROPOUT_KEY: key})
+
+    def written_dropout(self, adapters: Mapping[Place, Adapter]) -> dict[str, float]:
+        """The field of the dropout that all adapters have."""
+        shares = [(p, a.method.dropout) for p, a in adapters.items() if p.layer in PRODUCTS]
+        share = common(shares, "dropout") if shares else 0.0
+        if share and not self.dropout:
+            raise CheckpointError(
+                f"PEFT's {self.peft_type} has no dropout of the input, and {shares[0][0].site.name}"
+                f" has {share}; it acts in training alone, so dropout=0.0 is the same map"
+            )
+        return {self.dropout: share} if self.dropout else {}
 
     def targets(self, adapters: Mapping[Place, Adapter], modules: Sequence[str]) -> list[str] | str:
         """``target_modules`` for these places, of all modules of the model."""

@@ -47,8 +47,9 @@ def load_peft(
     """Reads a directory that PEFT wrote, as params whose outputs are PEFT's.
 
     Strict: every tensor has its place in the model and every module that the config means has its
-    tensors, in the shapes that the weights need. Dropout, which acts in training alone, is left
-    out. Leaves are float32 or better, as PEFT has them.
+    tensors, in the shapes that the weights need. Dropout of a linear layer's input is a method's
+    field; of embeddings and kernels, where it acts in training alone, it is left out. Leaves are
+    float32 or better, as PEFT has them.
 
     Args:
         path: a directory with adapter_config.json and adapter_model.safetensors.
@@ -136,7 +137,10 @@ def _read(
             if start is not None:
                 before = Taken(start.own.get(key, {}), place, f"{where}: the initial adapter")
             taken = Taken(found.own[key], place, where, before)
-            one = build(lambda: form.read(settings, place, taken), where)  # noqa: B023
+            one = build(
+                lambda: form.with_dropout(settings, place, form.read(settings, place, taken)),  # noqa: B023
+                where,
+            )
             parts = biases.pop(place.site.bias or "", None), form.read_bias(settings, place, taken)
             if found_biases := [d for d in parts if d is not None]:
                 one = with_bias(one, sum(found_biases[1:], found_biases[0]))
@@ -303,8 +307,9 @@ def _adapter(place: Place, read: Read, where: str) -> Adapter:
     least = torch.promote_types(base, torch.float32)
 
     def placed(leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        wide = {k: torch.promote_types(t.dtype, least) for k, t in leaves.items()}
         return {
-            k: t.detach().to(weight.device, torch.promote_types(t.dtype, least)).contiguous()
+            k: t.detach().to(weight.device, wide[k] if t.is_floating_point() else None).contiguous()
             for k, t in leaves.items()
         }
 

@@ -109,7 +109,7 @@ def peft_dict(
         adapters, biases = _split(at, params)
         form = _one_format(adapters)
         _check_places(form, adapters)
-        settings = form.settings(adapters)
+        settings = {**form.settings(adapters), **form.written_dropout(adapters)}
         tensors: dict[str, Tensor] = {}
         for place, adapter in adapters.items():
             for suffix, tensor in form.write(place, adapter, settings).items():

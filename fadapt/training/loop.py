@@ -181,7 +181,7 @@ class Loop:
                         self._separate()
                 order = self.flat.order
                 weights = [1 / self.trials[t].accumulate for t in order]
-                losses = self.runner.gradients(batch, weights)
+                losses = self.runner.gradients(batch, weights, self.step)
         except Exception:
             self.whole = not self.runner.partial
             self.data.go_back(before[0])

@@ -25,6 +25,7 @@ class DeLoRAFormat(Format):
     suffixes = ("delora_A", "delora_B", "delora_lambda", "delora_w_norm")
     fields = frozenset("r delora_lambda rank_pattern lambda_pattern module_dropout".split())
     patterns = ("rank_pattern", "lambda_pattern")
+    dropout = "module_dropout"
     bias_only = "delora_only"
 
     def read(self, settings: Settings, place: Place, tensors: Taken) -> Read:

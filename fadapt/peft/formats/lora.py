@@ -83,6 +83,7 @@ class LoRAFormat(Format):
         "trainable_token_indices": "it replaces rows of the embedding",
     }
     patterns = ("rank_pattern", "alpha_pattern")
+    dropout = "lora_dropout"
     bias_only = "lora_only"
 
     def read(self, settings: Settings, place: Place, tensors: Taken) -> Read:
@@ -163,7 +164,6 @@ class LoRAFormat(Format):
             "alpha_pattern": alpha_pattern,
             "use_rslora": rs,
             "use_dora": all(dora),
-            "lora_dropout": 0.0,
             "init_lora_weights": "mica" if _all_mica(parts) else True,
             "lora_bias": False,
             "fan_in_fan_out": all(place.layer == CONV1D for place in parts),

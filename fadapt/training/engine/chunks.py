@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from ...adapted_map import drops_input
 from ...base.torch_private import pytree
 from ...batch import arguments
 from ...errors import ConfigError
 from ...fold.run import one_by_one, run_in_turn
+from ...params.adapter import Adapter
 from ...params.params import Params, trainable_leaves
 from ...params.stack import Stack, alone
 from ...run import LossFn, apply, run
@@ -87,6 +89,8 @@ class ChunkRunner:
         self.accumulates = accumulates
         self.halves = max_adapters is not None
         self._names, self._trials = list(trials), list(trials.values())
+        # Filled anew for each step, at one address, which a CUDA graph reads.
+        self.draw = torch.zeros((), dtype=torch.int64, device=compiler.device)
         most = min(max_adapters, len(flat)) if isinstance(max_adapters, int) else len(flat)
         self.chosen = None if max_adapters == "auto" else most
         if chosen is not None and (self.halves or chosen == 1):
@@ -100,9 +104,16 @@ class ChunkRunner:
         """The largest chunk at present."""
         return max(c.high - c.low for c in self.chunks)
 
-    def gradients(self, batch: Any, weights: Sequence[float]) -> Tensor:
-        """Puts each trial's gradient, times its weight, into the flat; returns the (N,) losses."""
+    def gradients(self, batch: Any, weights: Sequence[float], step: int) -> Tensor:
+        """Puts each trial's gradient, times its weight, into the flat; returns the (N,) losses.
+
+        Args:
+            batch: of this step.
+            weights: one for each trial.
+            step: the number of the batch, from which masks of dropout follow.
+        """
         device = self.compiler.device
+        self.draw.fill_(step)
         wide = torch.float32 if device.type == "mps" else torch.float64
 
         def work(chunk: Chunk) -> Tensor:
@@ -241,8 +252,16 @@ class ChunkRunner:
         stack = self.flat.part(low, high)
         params = trainable_leaves(alone(stack)) if high - low == 1 else stack
         self._freeze(params, self.flat.order[low:high])
+        if isinstance(params, Stack):
+            params = params.map(lambda own: own.map(self._counted))
+        else:
+            params = params.map(self._counted)
         step = self._step(params, low, high)
         return Chunk(low, high, self.flat.order[low:high], stack, params, step)
+
+    def _counted(self, adapter: Adapter) -> Adapter:
+        """The adapter with masks of dropout that follow from the step, and not from a generator."""
+        return replace(adapter, draw=self.draw) if drops_input(adapter.method) else adapter
 
     def _freeze(self, params: Stack | Params, trials: Sequence[int]) -> None:
         """Leaves that none of these trials trains get no gradient, which costs memory and time."""
