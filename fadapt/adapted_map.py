@@ -21,6 +21,7 @@ from .method import (
     RUNTIME_LEAVES,
     STRENGTH,
     Factors,
+    InputDropout,
     Leaves,
     Method,
     Site,
@@ -77,7 +78,8 @@ def drops_input(method: Method) -> bool:
 
 def _is_own_dropout(method: Method) -> bool:
     """Whether ``dropout`` is the field of all methods, and not another of a class's own."""
-    return type(method).__dataclass_fields__["dropout"] is Method.__dataclass_fields__["dropout"]
+    declared = type(method).__dataclass_fields__["dropout"]
+    return declared is Method.__dataclass_fields__["dropout"] or isinstance(method, InputDropout)
 
 
 def acts_in_training(method: Method) -> bool:
