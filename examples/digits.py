@@ -51,6 +51,11 @@ MODEST = ("BitFit",)
 SETTINGS: dict[str, dict[str, Any]] = {
     **{name: {"r": 4} for name in ("LoRA", "RsLoRA", "PiSSA", "DoRA", "DeLoRA", "EVA", "CorDA")},
     **{name: {"r": 4} for name in ("OLoRA", "MiCA", "KaSA", "ReFT", "AdaLoRA", "PSOFT")},
+    **{name: {"r": 4} for name in ("LoHa", "LoKr", "HiRA", "GraLoRA")},
+    "MiSS": {"r": 8},
+    "TinyLoRA": {"r": 16},
+    "C3A": {"block_size": 8},
+    "FourierFT": {"n_frequency": 200},
     "OFT": {"block_size": 8},
     "RoAd": {"group_size": 8},
 }

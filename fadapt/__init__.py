@@ -37,6 +37,7 @@ from .method import Method as Method
 from .method import SiteView as SiteView
 from .method import Statistic as Statistic
 from .methods import BOFT as BOFT
+from .methods import C3A as C3A
 from .methods import EVA as EVA
 from .methods import HRA as HRA
 from .methods import IA3 as IA3
@@ -57,11 +58,18 @@ from .methods import Chain as Chain
 from .methods import CorDA as CorDA
 from .methods import DeLoRA as DeLoRA
 from .methods import DoRA as DoRA
+from .methods import FourierFT as FourierFT
 from .methods import Full as Full
+from .methods import GraLoRA as GraLoRA
+from .methods import HiRA as HiRA
 from .methods import KaSA as KaSA
 from .methods import LNTuning as LNTuning
+from .methods import LoHa as LoHa
+from .methods import LoKr as LoKr
 from .methods import LoRA as LoRA
+from .methods import LoRAXS as LoRAXS
 from .methods import MiCA as MiCA
+from .methods import MiSS as MiSS
 from .methods import OLoRA as OLoRA
 from .methods import PiSSA as PiSSA
 from .methods import ReFT as ReFT
@@ -69,6 +77,7 @@ from .methods import RoAd as RoAd
 from .methods import RsLoRA as RsLoRA
 from .methods import SSteer as SSteer
 from .methods import Sum as Sum
+from .methods import TinyLoRA as TinyLoRA
 from .methods import TrainableTokens as TrainableTokens
 from .module import as_module as as_module
 from .params.adapter import Adapter as Adapter

@@ -33,6 +33,15 @@ EXACT: dict[str, tuple[Method, int]] = {
     "AntiPaSTOAblate": (fadapt.AntiPaSTOAblate(r=4, k=2), 2),
     "AntiPaSTOArrow": (fadapt.AntiPaSTOArrow(r=4, b=2), 4),
     "AntiPaSTODPLR": (fadapt.AntiPaSTODPLR(r=4, k=2), 4),
+    "LoKr": (fadapt.LoKr(r=1, alpha=2, decompose_factor=2), 2),
+    "LoHa": (fadapt.LoHa(r=2, alpha=3), 4),
+    "GraLoRA": (fadapt.GraLoRA(r=2, alpha=3), 4),
+    "GraLoRA hybrid": (fadapt.GraLoRA(r=2, hybrid_r=1), 5),
+    "MiSS": (fadapt.MiSS(r=3), 3),
+    "MiSS mini": (fadapt.MiSS(r=4, mode="mini", mini_r=2), 2),
+    "FourierFT": (fadapt.FourierFT(n_frequency=2), 4),
+    "LoRAXS": (fadapt.LoRAXS(r=3), 3),
+    "TinyLoRA": (fadapt.TinyLoRA(r=2, u=3), 2),
     "Chain": (fadapt.Chain((fadapt.AntiPaSTO(r=2), fadapt.HRA(r=2), LoRA(r=1))), 5),
 }
 CALIBRATED: dict[str, tuple[Method, int]] = {
@@ -45,6 +54,9 @@ FULL: dict[str, Method] = {
     "DoRA": fadapt.DoRA(r=2),
     "OFT": fadapt.OFT(block_size=4),
     "IA3FF": fadapt.IA3FF(),
+    "HiRA": fadapt.HiRA(r=2),
+    "MiSS bat": fadapt.MiSS(r=4, mode="bat"),
+    "C3A": fadapt.C3A(block_size=4),
 }
 
 

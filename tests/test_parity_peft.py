@@ -10,11 +10,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import peft
 import pytest
 import torch
+from peft.tuners.c3a import layer as c3a
+from peft.tuners.c3a.utils import BlockCircularConvolution
 from peft.tuners.lora.config import KasaConfig
 from torch import Tensor, nn
 
@@ -116,6 +119,7 @@ class Row:
 ODD = ((7, 13, 5), (12, 9, 17))
 IN_BLOCKS = ((15, 21, 5), (6, 12, 7))
 OUT_GROUPS = ((7, 18, 30), (5, 6, 12))
+IN_OUT_BLOCKS = ((15, 21, 6), (6, 12, 9))
 
 
 def lora_row(method: Method, leaves: Any = lora_leaves, **options: Any) -> Row:
@@ -157,6 +161,37 @@ def boft_row(size: int, factors: int, shapes: Any) -> Row:
 def psoft_row(method: fadapt.PSOFT, **options: Any) -> Row:
     options = {"r": method.r, "psoft_alpha": 5, **options}
     return Row(method, peft.PsoftConfig, options, psoft_leaves, ODD)
+
+
+def lokr_row(method: fadapt.LoKr, **options: Any) -> Row:
+    return Row(
+        method,
+        peft.LoKrConfig,
+        {"r": method.r, "alpha": 3, **options},
+        lambda p, w, f: {name.removeprefix("lokr_"): t for name, t in p.items()},
+        ((12, 20, 6), (18, 8, 10)),
+    )
+
+
+def loha_row(method: fadapt.LoHa, r: int) -> Row:
+    return Row(
+        method,
+        peft.LoHaConfig,
+        {"r": r, "alpha": 3},
+        lambda p, w, f: {name.removeprefix("hada_"): t for name, t in p.items()},
+        ODD,
+    )
+
+
+def gralora_leaves(p: Tensors, weight: Tensor, fresh: Tensors) -> Tensors:
+    return {name.removeprefix("gralora_"): t for name, t in p.items()}
+
+
+def miss_row(
+    method: fadapt.MiSS, shapes: tuple[tuple[int, int, int], ...], r: int = 3, **options: Any
+) -> Row:
+    options = {"r": r, **options}
+    return Row(method, peft.MissConfig, options, lambda p, w, f: {"D": p["miss_block"]}, shapes)
 
 
 ROWS = {
@@ -215,6 +250,65 @@ ROWS = {
         ODD,
     ),
     "OFT series": oft_row(OFT(3, exact=False), use_cayley_neumann=True),
+    "LoKr": lokr_row(fadapt.LoKr(r=1, alpha=3)),
+    "LoKr both": lokr_row(fadapt.LoKr(r=1, alpha=3, decompose_both=True), decompose_both=True),
+    "LoKr factor": lokr_row(fadapt.LoKr(r=1, alpha=3, decompose_factor=3), decompose_factor=3),
+    "LoKr whole": lokr_row(fadapt.LoKr(r=8, alpha=3), r=8),
+    # The first applies its factors of rank r squared, the second the product.
+    "LoHa r=1": loha_row(fadapt.LoHa(r=1, alpha=3), r=1),
+    "LoHa r=3": loha_row(fadapt.LoHa(r=3, alpha=3), r=3),
+    "HiRA": Row(
+        fadapt.HiRA(r=3),
+        peft.HiraConfig,
+        {"r": 3},
+        lambda p, w, f: {"A": p["hira_A"], "B": p["hira_B"]},
+        ODD,
+    ),
+    "GraLoRA": Row(
+        fadapt.GraLoRA(r=6, alpha=5, gralora_k=3),
+        peft.GraloraConfig,
+        {"r": 6, "alpha": 5, "gralora_k": 3},
+        gralora_leaves,
+        IN_OUT_BLOCKS,
+    ),
+    "GraLoRA hybrid": Row(
+        fadapt.GraLoRA(r=6, alpha=5, gralora_k=3, hybrid_r=2),
+        peft.GraloraConfig,
+        {"r": 6, "alpha": 5, "gralora_k": 3, "hybrid_r": 2},
+        gralora_leaves,
+        IN_OUT_BLOCKS,
+    ),
+    # The widths of the second shape are no multiples of r: PEFT fills up with zeros, too.
+    "MiSS": miss_row(fadapt.MiSS(r=3), ODD, init_weights=True),
+    "MiSS bat": miss_row(fadapt.MiSS(r=3, mode="bat"), IN_OUT_BLOCKS, init_weights="bat"),
+    "MiSS mini": miss_row(
+        fadapt.MiSS(r=4, mode="mini", mini_r=3),
+        IN_OUT_BLOCKS,
+        r=4,
+        init_weights="mini",
+        mini_r=3,
+    ),
+    "C3A": Row(
+        fadapt.C3A(block_size=3),
+        peft.C3AConfig,
+        {"block_size": 3},
+        lambda p, w, f: {"w": p["c3a_kernel"]},
+        IN_OUT_BLOCKS,
+    ),
+    "C3A even": Row(
+        fadapt.C3A(block_size=4),
+        peft.C3AConfig,
+        {"block_size": 4, "init_weights": True},
+        lambda p, w, f: {"w": p["c3a_kernel"]},
+        ((8, 12, 4), (12, 8, 16)),
+    ),
+    "FourierFT": Row(
+        fadapt.FourierFT(n_frequency=20, scaling=60, random_loc_seed=3),
+        peft.FourierFTConfig,
+        {"n_frequency": 20, "scaling": 60, "random_loc_seed": 3},
+        lambda p, w, f: {"spectrum": p["fourierft_spectrum"]},
+        ODD,
+    ),
 }
 
 
@@ -258,14 +352,30 @@ def assert_equal_to_reference(
         assert (grad - ref).abs().max() <= 1e-4 * ref.abs().max()
 
 
+class DifferentiatedConvolution:
+    """PEFT's own forward of C3A, differentiated by autograd.
+
+    Its backward gives another gradient of the input than the derivative of its forward.
+    """
+
+    @staticmethod
+    def apply(x: Tensor, w: Tensor) -> Tensor:
+        forward = BlockCircularConvolution.forward
+        return forward(SimpleNamespace(save_for_backward=lambda *tensors: None), x, w)
+
+
 @pytest.mark.parametrize("shape_index", [0, 1])
 @pytest.mark.parametrize("row", ROWS.values(), ids=ROWS.keys())
-def test_outputs_and_gradients_equal_pefts(row: Row, shape_index: int) -> None:
+def test_outputs_and_gradients_equal_pefts(
+    row: Row, shape_index: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shape = row.shapes[shape_index]
     torch.manual_seed(0)
     model, x = Net(*shape), torch.randn(2, 4, shape[0])
     rng = torch.Generator().manual_seed(1)
 
+    if row.config is peft.C3AConfig:
+        monkeypatch.setattr(c3a, "BlockCircularConvolution", DifferentiatedConvolution)
     config = row.config(**row.options, **row.targets)
     reference = peft.get_peft_model(copy.deepcopy(model), config)
     theirs = {layer: peft_tensors(reference, layer) for layer in LAYERS}

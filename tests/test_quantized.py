@@ -93,6 +93,8 @@ def methods() -> dict[str, fadapt.Method]:
         "Sum": {"methods": (LoRA(r=2), fadapt.IA3())},
         "OFT": {"block_size": 8},
         "RoAd": {"group_size": 16},
+        "C3A": {"block_size": 8},
+        "FourierFT": {"n_frequency": 50},
         "SSVD": {"k": 4},
         "AntiPaSTORotation": {"r": 4, "block_size": 2},
         "AntiPaSTOAblate": {"r": 4, "k": 1},

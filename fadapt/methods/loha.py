@@ -1,0 +1,96 @@
+"""LoHa: y' = y + s x [(w1_a w1_b) ∘ (w2_a w2_b)]ᵀ,  s = alpha / r, with the Hadamard product ∘.
+
+Trainable: w2_a (out, r) zero; w1_a (out, r), w1_b and w2_b (r, in) uniform on ±1/sqrt(columns).
+Count: 2 r (in + out).
+Identity at the start: w2_a = 0, as in LyCORIS (PEFT starts at w2_b = 0). The bias is untouched.
+The increment has rank at most r²: it is B A with the products of all pairs of columns in
+B (out, r²) and of rows in A (r², in). Where r² (in + out) < in out it is applied so, and no matrix
+of in x out is made; for larger r the product itself is cheaper, and is made.
+Pitfall: the gradient of each factor carries the other's size, so moderate ranks want a larger
+learning rate than LoRA's.
+
+Hyeon-Woo, Ye-Bin and Oh 2021, "FedPara: Low-Rank Hadamard Product for Communication-Efficient
+Federated Learning", arXiv 2108.06098, proposition 1; for adapters, Yeh et al. 2023, "Navigating
+Text-To-Image Customization", arXiv 2309.14859.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..method import Factors, Leaves, RankPadded
+from ._ranks import check_rank_range
+
+if TYPE_CHECKING:
+    from ..base.linear_map import LinearMap
+    from ..site import SiteView
+
+
+@dataclass(frozen=True)
+class LoHa(RankPadded):
+    """The Hadamard product of two low-rank matrices.
+
+    Args:
+        r: rank of each of the two, at least 1.
+        alpha: numerator of the scale alpha / r.
+
+    Example:
+        >>> params = fadapt.init(model, fadapt.LoHa(r=2))
+        >>> sorted(params["0.weight"].train)
+        ['w1_a', 'w1_b', 'w2_a', 'w2_b']
+    """
+
+    r: int = 8
+    alpha: float = 8.0
+
+    reads_output: ClassVar[bool] = False
+    rank_axes: ClassVar[Mapping[str, int]] = {"w1_a": -1, "w1_b": -2, "w2_a": -1, "w2_b": -2}
+
+    @property
+    def supports_batch_dims(self) -> bool:
+        return True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_rank_range("r", self.r)
+
+    def init(self, site: SiteView, rng: torch.Generator) -> tuple[Leaves, Leaves]:
+        tall, wide = (site.out_features, self.r), (self.r, site.in_features)
+        return {
+            "w1_a": site.uniform(rng, tall, self.r**-0.5),
+            "w1_b": site.uniform(rng, wide, site.in_features**-0.5),
+            "w2_a": site.zeros(*tall),
+            "w2_b": site.uniform(rng, wide, site.in_features**-0.5),
+        }, {}
+
+    def delta(self, p: Mapping[str, Tensor], x: Tensor, y: Tensor, base: LinearMap) -> Tensor:
+        (d_out, r), d_in = p["w1_a"].shape[-2:], p["w1_b"].shape[-1]
+        s = p.get("s", self.alpha / self.r)
+        if r * r * (d_in + d_out) < d_in * d_out:
+            a, b = _pairs(p)
+            return s * (x @ a.mT) @ b.mT
+        return s * (x @ ((p["w1_a"] @ p["w1_b"]) * (p["w2_a"] @ p["w2_b"])).mT)
+
+    def low_rank(self, p: Mapping[str, Tensor], base: LinearMap) -> Factors | None:
+        a, b = _pairs(p)
+        if a.shape[0] >= min(a.shape[1], b.shape[0]):
+            return None
+        return a, p.get("s", self.alpha / self.r) * b
+
+    def widened(self, r: int) -> LoHa:
+        return replace(self, r=r, alpha=float(r))
+
+    def hyper_leaves(self) -> dict[str, float]:
+        return {"s": self.alpha / self.r}
+
+
+def _pairs(p: Mapping[str, Tensor]) -> Factors:
+    """A (..., r², in) and B (..., out, r²) with B A the Hadamard product."""
+    a = p["w1_b"].unsqueeze(-2) * p["w2_b"].unsqueeze(-3)
+    b = p["w1_a"].unsqueeze(-1) * p["w2_a"].unsqueeze(-2)
+    return a.flatten(-3, -2), b.flatten(-2)
