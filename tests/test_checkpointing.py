@@ -81,6 +81,26 @@ class TestCheckpointing:
         with pytest.raises(fadapt.FadaptError, match="gradient_checkpointing_disable"):
             grad(lambda t: fadapt.run(model, fadapt.join(t, rest), batch))(train)
 
+    def test_a_reentrant_checkpoint_that_loses_gradients_is_refused(self) -> None:
+        """The second layer has a gradient, so that torch does not notice."""
+
+        class Own(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+            def forward(self, x):
+                x = torch.utils.checkpoint.checkpoint(self.first, x, use_reentrant=True)
+                return self.second(x)
+
+        model = Own().requires_grad_(False)
+        params, x = trained(model, fadapt.LoRA(r=2)), torch.randn(3, 4)
+        with fadapt.bound(model, params), pytest.raises(fadapt.FadaptError, match="loses its grad"):
+            model(x)
+        with fadapt.bound(model, params):
+            model(x.requires_grad_()).square().sum().backward()
+        assert all(leaf.grad is not None for leaf in fadapt.trainable(params))
+
     @pytest.mark.parametrize("reentrant", [True, False])
     def test_own_checkpoint_is_refused_outside_bound(self, reentrant) -> None:
         class Own(nn.Module):

@@ -171,6 +171,33 @@ def test_a_capacity_in_training_mode_is_refused() -> None:
     assert fadapt.apply(model, stack, x).shape == traced(x).shape == (3, 4, 4)
 
 
+@pytest.mark.parametrize("mixes", [False, True])
+def test_what_a_model_mixes_in_training_mode_alone_is_refused(mixes: bool) -> None:
+    """Dropout is no mixing, whatever it draws."""
+
+    class Centered(nn.Module):
+        def forward(self, h: Tensor) -> Tensor:
+            h = torch.nn.functional.dropout(h, 0.3, self.training)
+            return h - h.mean(0, keepdim=True) if mixes and self.training else h
+
+    model = Mixing(Centered())
+    stack, x = fadapt.stack(members(model)), reals(4, 4)
+    state = torch.get_rng_state()
+    model.train()
+    if mixes:
+        with pytest.raises(fadapt.FadaptError, match=r"training mode.*eval"):
+            fadapt.apply(model, stack, x)
+        assert fadapt.apply(model, stack, x, verify=False).shape == (3, 4, 4)
+    else:
+        assert fadapt.apply(model, stack, x).shape == (3, 4, 4)
+        torch.set_rng_state(state)
+        once = fadapt.apply(model, stack, x)
+        torch.set_rng_state(state)
+        assert torch.equal(fadapt.apply(model, stack, x), once)
+    model.eval()
+    fadapt.apply(model, stack, x)
+
+
 def test_an_output_without_rows_is_refused_where_it_is_handed_out() -> None:
     class Contrastive(Mixing):
         def forward(self, x: Tensor) -> dict[str, Tensor]:
@@ -213,6 +240,7 @@ def passes(model: Counted, call) -> int:
 
 
 def test_it_costs_a_pass_of_two_and_two_of_one_once() -> None:
+    """And two more passes of two in training mode."""
     model = Counted()
     stack, x = fadapt.stack(members(model)), reals(5, 4)
 
@@ -220,14 +248,14 @@ def test_it_costs_a_pass_of_two_and_two_of_one_once() -> None:
         return fadapt.run(model, stack, batch, lambda o, _: o.square().mean(), **options)
 
     assert passes(model, lambda: run({"x": x}, verify=False)) == 1
-    assert passes(model, lambda: run({"x": x})) == 1 + 3
+    assert passes(model, lambda: run({"x": x})) == 1 + 5
     assert passes(model, lambda: run({"x": x})) == 1
     assert passes(model, lambda: run({"x": reals(7, 4)})) == 1  # other rows, nothing else
-    assert passes(model, lambda: run({"x": x, "more": x})) == 1 + 3  # other arguments
+    assert passes(model, lambda: run({"x": x, "more": x})) == 1 + 5  # other arguments
     assert passes(model, lambda: run({"x": x, "more": x})) == 1
     model.eval()
     assert passes(model, lambda: run({"x": x})) == 1 + 3  # another mode
-    model.body[1] = nn.ReLU()
+    model.body[1] = nn.ReLU().eval()
     assert passes(model, lambda: run({"x": x})) == 1 + 3  # another model
     again = fadapt.stack(members(model, 5))
     assert passes(model, lambda: fadapt.apply(model, again, x)) == 1 + 3

@@ -90,20 +90,26 @@ def difference(
     known = _verdicts.setdefault(model, {})
     if key not in known:
         devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-        # In this order: a training pass of another thread, whose end evaluating waits for, may
-        # want the turnstile.
-        with evaluating(model), turnstile(model), torch.random.fork_rng(list(devices)):
-            try:
-                parts = fold.parts(batch, whole, per_adapter)
-                known[key] = _Proof(model, whole, parts, folded, single).verdict(gradients)
-            except FadaptError:
-                raise
-            except Exception as error:
-                error.add_note(
-                    "fadapt: while two moved members of the stack ran together and alone, to see "
-                    "whether they are independent; verify=False leaves that out"
-                )
-                raise
+        try:
+            parts = fold.parts(batch, whole, per_adapter)
+            proof = _Proof(model, whole, parts, folded, single)
+            trains = any(module.training for module in model.modules())
+            # In this order: a training pass of another thread, whose end evaluating waits for, may
+            # want the turnstile.
+            with evaluating(model), turnstile(model), torch.random.fork_rng(list(devices)):
+                why = proof.verdict(gradients)
+            if trains and not why:
+                with turnstile(model), torch.random.fork_rng(list(devices)):
+                    why = proof.verdict_in_training()
+            known[key] = why
+        except FadaptError:
+            raise
+        except Exception as error:
+            error.add_note(
+                "fadapt: while two moved members of the stack ran together and alone, to see "
+                "whether they are independent; verify=False leaves that out"
+            )
+            raise
     return known[key]
 
 
@@ -126,6 +132,7 @@ class _Proof:
             self.parts[1::2] = [fold.rows_at(p, self.rows, one) for p in self.parts[1::2]]
         self.folded, self.single = folded, single
         self.tolerance = _tolerance([*model.parameters(), *whole.trainable()])
+        self.size = 0.0  # of the last moves at which everything was finite
 
     def verdict(self, gradients: bool) -> str:
         """The first difference found, from small moves to ones that surely tell members apart."""
@@ -153,10 +160,37 @@ class _Proof:
             if not is_finite:  # this was too far already, or the base itself is not finite
                 sizes = [size / 8] if size > 1e-3 else []
                 continue
-            finite = True
+            finite, self.size = True, size
             if agreed(self.model, self._tell_apart(*alone[:2])) or not sizes:
                 return self._compare_gradients(moved) if gradients else ""
         return ""
+
+    def verdict_in_training(self) -> str:
+        """The same of what only a model in training mode does, such as statistics of a batch.
+
+        Dropout draws other masks for a member alone. So the two run together twice, with the same
+        masks; the second time one of them is another adapter, which the first must not notice.
+        """
+        if not self.size:
+            return ""
+        moved = _moved(self.members, self.size)
+        once, other = self._in_training(moved), self._in_training(_moved_on(moved))
+        if not once:
+            return ""
+        why = self._compare(other[0], once[0], once)
+        # Or it is random beyond torch's generators, which tells nothing.
+        random = bool(why) and bool(self._compare(self._in_training(moved)[0], once[0], once))
+        if not agreed(self.model, bool(why) and not random, some=True):
+            return ""
+        return (
+            "the adapters of a stack are not independent in this model in training mode: what one "
+            "of two test adapters gives depends on the other. Call model.eval()."
+        )
+
+    def _in_training(self, moved: Stack) -> list[Named]:
+        torch.manual_seed(0)
+        with torch.no_grad():
+            return self.folded(moved, self.rows, fold.joined(self.parts, self.rows))
 
     def _tell_apart(self, one: Named, other: Named) -> bool:
         least = max(10 * self.tolerance, _APART)
@@ -264,6 +298,26 @@ def _moved(members: Stack, size: float) -> Stack:
         adapters = {name: moved(group, name, a) for name, a in group.params.items()}
         groups.append(Group(group.index, Params(adapters), group.originals))
     return Stack(groups)
+
+
+def _moved_on(members: Stack) -> Stack:
+    """A copy in which all members but the first are other adapters."""
+
+    def scaled(group: Group, adapter: Adapter) -> Adapter:
+        factors = torch.tensor([1.7 if i else 1.0 for i in group.index])
+        return adapter.replace(
+            {
+                k: t.detach() * factors.to(t).reshape(-1, *[1] * (t.dim() - 1))
+                for k, t in adapter.train.items()
+            }
+        )
+
+    return Stack(
+        [
+            Group(g.index, g.params.map(lambda a, g=g: scaled(g, a)), g.originals)
+            for g in members.groups
+        ]
+    )
 
 
 def _representatives(whole: Stack) -> list[int]:

@@ -39,6 +39,12 @@ def refuse_checkpoint(adapter: Adapted) -> None:
         if frame.f_code is Recomputed.__call__.__code__:
             return
         inside = inside or frame.f_code.co_filename == torch.utils.checkpoint.__file__
+        if frame.f_code is _REENTRANT and not _requires_grad(frame.f_locals.get("args")):
+            raise FadaptError(
+                f"{adapter.site.name} is used inside torch.utils.checkpoint with "
+                "use_reentrant=True, which loses its gradient, since no input of the section "
+                "requires grad; pass use_reentrant=False"
+            )
         frame = frame.f_back
     if not inside:
         return
@@ -50,6 +56,13 @@ def refuse_checkpoint(adapter: Adapted) -> None:
         "section again during backward. Keep the adapters in place until then: "
         "with fadapt.bound(model, params): loss = ...; loss.backward()"
     )
+
+
+_REENTRANT = torch.utils.checkpoint.CheckpointFunction.forward.__code__
+
+
+def _requires_grad(tree: Any) -> bool:
+    return any(isinstance(t, torch.Tensor) and t.requires_grad for t in pytree.tree_leaves(tree))
 
 
 class Recomputed:

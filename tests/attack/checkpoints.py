@@ -102,8 +102,9 @@ def crafted(meta: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Chang
             continue
         changes[f"lacks {key}"] = lambda m, t, key=key: m.pop(key)
         for value in VALUES:
-            # The time so far may be any number of seconds.
-            if repr(value) != repr(own) and (key != "seconds" or value != 2.5):
+            # The time so far may be any number of seconds, and any sweep may have come apart.
+            legal = (key == "seconds" and value == 2.5) or (key == "separate" and value is True)
+            if repr(value) != repr(own) and not legal:
                 changes[f"{key} = {value!r}"] = lambda m, t, k=key, v=value: m.update({k: v})
     for key, tensor in tensors.items():
         part = key.split("|")[0]
