@@ -79,6 +79,7 @@ from .methods import SSteer as SSteer
 from .methods import Sum as Sum
 from .methods import TinyLoRA as TinyLoRA
 from .methods import TrainableTokens as TrainableTokens
+from .methods import VeRA as VeRA
 from .module import as_module as as_module
 from .params.adapter import Adapter as Adapter
 from .params.params import Params as Params

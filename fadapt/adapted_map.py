@@ -21,7 +21,6 @@ from .method import (
     RUNTIME_LEAVES,
     STRENGTH,
     Factors,
-    InputDropout,
     Leaves,
     Method,
     Site,
@@ -79,7 +78,7 @@ def drops_input(method: Method) -> bool:
 def _is_own_dropout(method: Method) -> bool:
     """Whether ``dropout`` is the field of all methods, and not another of a class's own."""
     declared = type(method).__dataclass_fields__["dropout"]
-    return declared is Method.__dataclass_fields__["dropout"] or isinstance(method, InputDropout)
+    return declared is Method.__dataclass_fields__["dropout"]
 
 
 def acts_in_training(method: Method) -> bool:

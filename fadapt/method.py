@@ -279,11 +279,6 @@ class RankPadded(Method):
 
 
 @dataclass(frozen=True)
-class InputDropout(Method):
-    """A method whose class declares ``dropout`` anew, in the meaning that all methods give it."""
-
-
-@dataclass(frozen=True)
 class Planned(Method):
     """A method that looks at the statistics of all its sites before any of them starts."""
 

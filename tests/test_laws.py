@@ -48,6 +48,7 @@ ROWS = {
     "PSOFT series": fadapt.PSOFT(r=3, exact=False, mag_a=False, ab_svd_init="pissa_init"),
     "PSOFT free": fadapt.PSOFT(r=3, orth=False, mag_b=False),
     "AdaLoRA": fadapt.AdaLoRA(r=3),
+    "VeRA": fadapt.VeRA(r=3),
     "EVA": fadapt.EVA(r=3, rho=1.0),
     "CorDA": fadapt.CorDA(r=3),
     "CorDA kpm": fadapt.CorDA(r=3, mode="kpm"),

@@ -73,6 +73,11 @@ def kasa_leaves(p: Tensors, weight: Tensor, fresh: Tensors) -> Tensors:
     return {**factors, "dd": p["lora_diag"] - fresh["d0"]}
 
 
+def vera_leaves(p: Tensors, weight: Tensor, fresh: Tensors) -> Tensors:
+    # The shared factors come from the same key on both sides.
+    return {"b": p["vera_lambda_b"], "d": p["vera_lambda_d"] - 0.1}
+
+
 def adalora_leaves(p: Tensors, weight: Tensor, fresh: Tensors) -> Tensors:
     return {"A": p["lora_A"], "B": p["lora_B"], "E": p["lora_E"].flatten()}
 
@@ -241,6 +246,13 @@ ROWS = {
     ),
     "PSOFT free": psoft_row(
         fadapt.PSOFT(r=4, orth=False, mag_b=False), psoft_orth=False, psoft_mag_b=False
+    ),
+    "VeRA": Row(
+        fadapt.VeRA(r=3, projection_prng_key=5),
+        peft.VeraConfig,
+        {"r": 3, "projection_prng_key": 5},
+        vera_leaves,
+        ODD,
     ),
     "AdaLoRA": Row(
         fadapt.AdaLoRA(r=3, alpha=5),

@@ -31,6 +31,7 @@ def recipes(r: int) -> dict[str, tuple[Method, float]]:
         "EVA": (fadapt.EVA(r=r, alpha=alpha), 1e-3),
         "CorDA": (fadapt.CorDA(r=r, alpha=float(r)), 1e-3),
         "AdaLoRA": (fadapt.AdaLoRA(r=r, alpha=alpha), 5e-3),
+        "VeRA": (fadapt.VeRA(), 1e-2),
         "BOFT": (fadapt.BOFT(), 1e-3),
         "PSOFT": (fadapt.PSOFT(r=r), 2e-3),
         "IA3": (fadapt.IA3(), 1e-2),

@@ -43,3 +43,4 @@ from .ssvd import SSVD as SSVD
 from .sum import Sum as Sum
 from .tiny_lora import TinyLoRA as TinyLoRA
 from .trainable_tokens import TrainableTokens as TrainableTokens
+from .vera import VeRA as VeRA

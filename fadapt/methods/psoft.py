@@ -22,7 +22,7 @@ arXiv 2505.11235.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
@@ -30,7 +30,7 @@ from torch import Tensor
 
 from ..errors import require
 from ..linalg import cayley_minus_identity, skew, top_svd
-from ..method import Factors, InputDropout, Leaves
+from ..method import Factors, Leaves, Method
 from ._ranks import check_rank, check_rank_range
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class PSOFT(InputDropout):
+class PSOFT(Method):
     """An orthogonal map, with scales, of the weight's principal subspace.
 
     Args:
@@ -49,7 +49,6 @@ class PSOFT(InputDropout):
         mag_b: train the scales of R's outputs.
         exact: the Cayley map by an inverse; False for its five-term series.
         ab_svd_init: whether the singular values stay with B or are shared by A and B.
-        dropout: the share of the input's entries that A does not see in training mode.
 
     Example:
         >>> params = fadapt.init(model, fadapt.PSOFT(r=4))
@@ -63,7 +62,6 @@ class PSOFT(InputDropout):
     mag_b: bool = True
     exact: bool = True
     ab_svd_init: Literal["psoft_init", "pissa_init"] = "psoft_init"
-    dropout: float = field(default=0.0, kw_only=True)
 
     reads_output: ClassVar[bool] = False
 
