@@ -21,7 +21,7 @@ BATCH = 64
 
 # A few numbers a site, which start at zero, take larger steps than the factors of a matrix.
 FEW = ("AntiPaSTO", "AntiPaSTOASVD", "AntiPaSTOAblate", "AntiPaSTOCorDA", "AntiPaSTORotation",
-       "IA3", "IA3FF", "LNTuning", "LoRAXS", "RoAd", "TinyLoRA")  # fmt: skip
+       "IA3", "IA3FF", "LNTuning", "LoRAXS", "RoAd", "TinyLoRA", "VeRA")  # fmt: skip
 # An increment that is divided by the width, or relative to the weight, takes larger ones still.
 LEARNING_RATE = {**dict.fromkeys(FEW, 0.1), "C3A": 0.3, "FourierFT": 1.0, "HiRA": 0.1}
 DEFAULT_LEARNING_RATE = 0.01

@@ -42,6 +42,7 @@ EXACT: dict[str, tuple[Method, int]] = {
     "FourierFT": (fadapt.FourierFT(n_frequency=2), 4),
     "LoRAXS": (fadapt.LoRAXS(r=3), 3),
     "TinyLoRA": (fadapt.TinyLoRA(r=2, u=3), 2),
+    "VeRA": (fadapt.VeRA(r=3), 3),
     "Chain": (fadapt.Chain((fadapt.AntiPaSTO(r=2), fadapt.HRA(r=2), LoRA(r=1))), 5),
 }
 CALIBRATED: dict[str, tuple[Method, int]] = {
@@ -64,12 +65,12 @@ def increments(model: nn.Module, params: fadapt.Params) -> dict[str, Tensor]:
     """W' - W in float64, from the definition by which a merge makes it."""
     merged = fadapt.merge(model, params, dtype=torch.float64)
     named = dict(model.named_parameters(remove_duplicate=False))
-    return {name: merged[name] - named[name].detach().double() for name in params}
+    return {name: merged[name] - named[name].detach().double() for name in params.at_sites()}
 
 
 def assert_same_map(model: nn.Module, params: fadapt.Params, lora: fadapt.Params) -> None:
     expected, found = increments(model, params), increments(model, lora)
-    assert lora.keys() == params.keys()
+    assert lora.keys() == params.at_sites().keys()
     for name, change in expected.items():
         assert change.norm() > 1e-2, "an increment that vanishes compares nothing"
         assert (found[name] - change).norm() <= 2e-6 * change.norm(), name
