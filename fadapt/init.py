@@ -16,7 +16,7 @@ from .base.bound import refuse_adapted
 from .base.checks import check_model
 from .base.sharded import full
 from .base.torch_private import StorageWeakRef
-from .base.weights import BaseWeight, Kind
+from .base.weights import BaseWeight
 from .calibration.stats import Stats
 from .config import Config, Rules, as_config
 from .dropout import dropout_key
@@ -25,7 +25,7 @@ from .method import DROPOUT_KEY, Leaves, Method, Planned
 from .params.adapter import Adapter
 from .params.params import Params, trainable_leaves
 from .seeds import generator
-from .site import Site, SiteView
+from .site import Site, SiteView, shared_site
 from .statistics.reduction import statistics_of
 from .targeting import resolve_with_coverage
 
@@ -204,13 +204,11 @@ def _shared(
     for method in dict.fromkeys(m for _, _, m in found):
         names = [site.name for _, site, m in found if m == method]
         at_least = functools.reduce(torch.promote_types, (views[name][0].dtype for name in names))
-        name = f"shared:{type(method).__name__}"
-        count = sum(n.partition("#")[0] == name for n in places)
-        place = Site(f"{name}#{count}" if count else name, 0, 0, kind=Kind.SHARED)
+        place = shared_site(method, places)
         made: tuple[Leaves, Leaves] = {}, {}
         if has_shared(method):
             mine = [view for name in names for view in views[name][:1]]
-            made = start_shared(method, mine, generator(config.seed, name))
+            made = start_shared(method, mine, generator(config.seed, place.name.partition("#")[0]))
         holder = _adapter(place, SharedLeaves(method), made, config, at_least)
         for leaf in common.get(method, ()):
             first = adapters[names[0]]

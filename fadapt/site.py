@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,6 +105,13 @@ class Site:
             return f"has the kernel {weight.kernel}, not {self.kernel}"
         kinds = {Kind.LINEAR if k is Kind.QUANTIZED else k for k in (weight.kind, self.kind)}
         return None if len(kinds) == 1 else f"is {weight.kind}, not {self.kind}"
+
+
+def shared_site(method: object, taken: Container[str]) -> Site:
+    """The place of the leaves that a method's sites share, under a name that is not taken."""
+    name = f"shared:{type(method).__name__}"
+    names = (f"{name}#{i}" if i else name for i in itertools.count())
+    return Site(next(n for n in names if n not in taken), 0, 0, kind=Kind.SHARED)
 
 
 @dataclass(frozen=True)

@@ -266,6 +266,16 @@ IN: dict[str, In] = {
     "AdaLoRA, Conv1D": In(
         lambda: peft.AdaLoraConfig(target_modules=["c_attn"], init_r=3, total_step=9), "Conv1D"
     ),
+    "TinyLoRA": In(other(peft.TinyLoraConfig, u=5)),
+    "TinyLoRA, bias=tinylora_only": In(other(peft.TinyLoraConfig, u=5, bias="tinylora_only")),
+    "TinyLoRA, all tied": In(other(peft.TinyLoraConfig, r=3, u=5, weight_tying=1.0)),
+    "TinyLoRA, cores from the seed": In(
+        other(peft.TinyLoraConfig, u=5, save_projection=False, projection_seed=7)
+    ),
+    "TinyLoRA, embedding": In(
+        other(peft.TinyLoraConfig, u=5, target_modules=["embed_tokens", "k_proj"]), "Qwen3"
+    ),
+    "TinyLoRA, Conv1D": In(other(peft.TinyLoraConfig, u=5, target_modules=["c_attn"]), "Conv1D"),
     "LoRA, Conv1D": In(lora(target_modules=["c_attn", "c_fc"]), "Conv1D"),
     "DoRA, Conv1D": In(lora(target_modules=["c_attn"], use_dora=True), "Conv1D"),
     "PiSSA, Conv1D": In(
@@ -349,6 +359,13 @@ OUT: dict[str, Out] = {
     "AdaLoRA, ranks, strength": Out(
         {"up": fadapt.AdaLoRA(r=2), "down": fadapt.AdaLoRA(r=3, alpha=5)}, strength=0.5
     ),
+    "TinyLoRA": Out(fadapt.TinyLoRA(r=3, u=5)),
+    "TinyLoRA, all tied, strength 0.5": Out(fadapt.TinyLoRA(u=5, weight_tying=True), strength=0.5),
+    "TinyLoRA, embedding": Out(
+        fadapt.Config({"embed_tokens|k_proj": fadapt.TinyLoRA(u=5, weight_tying=True)}, exclude=()),
+        "Qwen3",
+    ),
+    "TinyLoRA, Conv1D": Out({"c_attn": fadapt.TinyLoRA(u=5)}, "Conv1D"),
     "LoRA, Conv1D": Out({"c_attn|c_fc": LoRA(r=3)}, "Conv1D"),
     "DoRA, Conv1D": Out({"c_attn": fadapt.DoRA(r=3)}, "Conv1D"),
     "IA3, Conv1D": Out({"c_attn": fadapt.IA3(), "c_fc": fadapt.IA3FF()}, "Conv1D"),

@@ -108,7 +108,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "unknown peft_type": (config(peft_type="SHADOW"), ("SHADOW", "LORA")),
     "r of another type": (config(r="2"), ("r is '2'",)),
     "r true": (config(r=True), ("r is True",)),
-    "r other than the tensors": (config(r=3), ("layers.0.down", "(2, 16)", "(3, 16)")),
+    "r other than the tensors": (config(r=3), ("layers.0.up", "(2, 12)", "(3, 12)")),
     "r negative": (config(r=-1), ("r is -1",)),
     "alpha NaN": (config(lora_alpha=float("nan")), ("lora_alpha",)),
     "alpha infinite": (text('{"peft_type": "LORA", "r": 2, "lora_alpha": 1e999}'), ("lora_alpha",)),

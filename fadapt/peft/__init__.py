@@ -18,10 +18,11 @@ Another method is one more file in ``formats`` and one line in its table. The fi
 - ``read(settings, place, tensors)``: the method and leaves of one place. ``settings`` and
   ``tensors.take(suffix, *shape)`` check what they give, so there is nothing else to check;
 - ``settings(adapters)``: the config fields that hold for a whole file, or an error where the
-  adapters do not agree on one; and ``write(place, adapter, settings)``: the tensors of one place.
+  adapters do not agree on one; and ``write(place, adapter, settings)``: the tensors of one place;
+- ``shared``, ``read_shared`` and ``write_shared`` where tensors belong to the file and no module.
 
 Names, targets, biases, files and errors are the same for all formats and are done around it. A row
-in ``tests/test_peft_formats.py`` tests it against PEFT in both directions.
+in ``tests/peft_table.py`` tests it against PEFT in both directions.
 """
 
 from .files import adapters_in as adapters_in

@@ -41,12 +41,12 @@ def split_bias(adapter: Adapter) -> tuple[Adapter | None, Tensor | None]:
         return adapter, None
     own = int(isinstance(methods[0], BitFit))
     prefix = f"{own}."
-    train, fixed = (
+    train, fixed, bank = (
         {k.removeprefix(prefix): t for k, t in part.items() if k.startswith(prefix)}
-        for part in (adapter.train, adapter.fixed)
+        for part in (adapter.train, adapter.fixed, adapter.bank)
     )
     fixed.update({k: adapter.fixed[k] for k in RUNTIME_LEAVES if k in adapter.fixed})
-    plain = replace(adapter, method=methods[own], train=train, fixed=fixed)
+    plain = replace(adapter, method=methods[own], train=train, fixed=fixed, bank=bank)
     return plain, strength(adapter) * adapter.leaves[f"{1 - own}.d"]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,7 +17,7 @@ from ..method import DROPOUT_KEY, STRENGTH, Leaves, Method
 from ..params.adapter import Adapter
 from .files import is_number
 from .matching import exact_pattern, pattern_value, targets_for
-from .places import CONV1D, LINEAR, PARAMETER, QUANTIZED, Place
+from .places import CONV1D, LINEAR, PARAMETER, QUANTIZED, ROOT, Place
 
 Tensors = dict[str, Tensor]
 PRODUCTS = (LINEAR, CONV1D, QUANTIZED)
@@ -130,16 +130,41 @@ class Taken:
             raise CheckpointError(
                 f"{self._where} lacks {key}; of this module it has {sorted(self._tensors)}"
             )
-        found = tuple(tensor.shape)
-        if len(found) != len(shape) or any(
-            n != m and (n != -1 or m < 1) for n, m in zip(shape, found, strict=True)
-        ):
-            site = self._place.site
-            raise CheckpointError(
-                f"{self._where}: {key} has shape {found}, and {site.name} (outputs, inputs) = "
-                f"{site.matrix_shape} needs {shape}: the file was made for another base"
-            )
-        return tensor
+        site = self._place.site
+        needed_by = f"{site.name} (outputs, inputs) = {site.matrix_shape} needs"
+        return _of_shape(tensor, shape, f"{self._where}: {key}", needed_by)
+
+
+def _of_shape(tensor: Tensor, shape: Sequence[int], what: str, needed_by: str) -> Tensor:
+    found = tuple(tensor.shape)
+    if len(found) != len(shape) or any(
+        n != m and (n != -1 or m < 1) for n, m in zip(shape, found, strict=True)
+    ):
+        raise CheckpointError(
+            f"{what} has shape {found}, and {needed_by} {tuple(shape)}: the file was made for "
+            "another base"
+        )
+    return tensor
+
+
+class Shared:
+    """The tensors of a file that belong to no module."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], where: str):
+        self._tensors, self._where = dict(tensors), where
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def take(self, name: str, *shape: int) -> Tensor:
+        """A tensor of this shape, where -1 stands for any positive size."""
+        tensor, key = self._tensors.get(name), f"{ROOT}{name}"
+        if tensor is None:
+            raise CheckpointError(f"{self._where} lacks {key}")
+        return _of_shape(tensor, shape, f"{self._where}: {key}", "the file's modules need")
 
 
 class Format:
@@ -160,12 +185,40 @@ class Format:
     """The fields that map patterns of names to values."""
     dropout: ClassVar[str] = ""
     """The field that holds the dropout of the adapter's input."""
+    shared: ClassVar[tuple[str, ...]] = ()
+    """The names of tensors that belong to the file and no module: their keys are
+    ``base_model.<name>`` or, of several, ``base_model.<name>.<index>``."""
     bias_only: ClassVar[str] = ""
     """The value of ``bias`` that saves the biases of the adapted modules."""
 
     def read(self, settings: Settings, place: Place, tensors: Taken) -> Read:
         """The method and leaves of one place."""
         raise NotImplementedError
+
+    def read_shared(
+        self, settings: Settings, reads: Mapping[Place, Read], tensors: Shared
+    ) -> tuple[Mapping[Place, Read], Sequence[Read]]:
+        """What the tensors of :attr:`shared` add, after all places have been read.
+
+        Args:
+            reads: what :meth:`read` returned, in the model's order.
+            tensors: those of the file.
+
+        Returns:
+            ``reads``, with the leaves that each place has of its own; and the leaves that the
+            places of one method share (``Method.shared``), as a Read of each such method.
+        """
+        return reads, ()
+
+    def write_shared(
+        self, adapters: Mapping[Place, Adapter], settings: Mapping[str, Any]
+    ) -> Tensors:
+        """{name, or name.index: tensor} of :attr:`shared`.
+
+        Args:
+            adapters: in the model's order; what they share is among their ``leaves``.
+        """
+        return {}
 
     def read_bias(self, settings: Settings, place: Place, tensors: Taken) -> Tensor | None:
         """The increment of the bias that is a part of the adapter, or None."""

@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import difflib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..adapted_map import SharedLeaves
 from ..base.bound import refuse_adapted
 from ..base.checks import check_model
-from ..base.weights import Kind
+from ..base.weights import BaseWeight, Kind
 from ..errors import CheckpointError, FadaptWarning
 from ..methods.bitfit import BitFit
 from ..params.adapter import Adapter
 from ..params.params import Params, trainable_leaves
+from ..site import shared_site
 from .bias import with_bias
 from .files import PathLike, check_tensors, read_directory
-from .format import Format, Read, Settings, Taken, build
+from .format import Format, Read, Settings, Shared, Taken, build
 from .formats import format_named
 from .matching import ALL_LINEAR, check_patterns, is_parameter_targeted, is_targeted
-from .places import NESTED, PARAMETER, PREFIX, UNKNOWN, Place, Places
+from .places import NESTED, PARAMETER, PREFIX, ROOT, UNKNOWN, Place, Places
 
 # Fields of every config, which say nothing of the map.
 COMMON = frozenset(
@@ -110,6 +112,7 @@ class _Sorted:
 
     places: dict[str, Place]
     own: dict[str, dict[str, Tensor]]
+    shared: dict[str, Tensor]
     rest: dict[str, Tensor]
 
 
@@ -131,23 +134,59 @@ def _read(
         start = None if initial is None else _sort(form, places, initial, config, f"{where}: start")
         _check_targets(form, places, found, settings)
         biases = _biases(places, found, where)
-        adapters = {}
-        for key, place in found.places.items():
+        taken: dict[Place, Taken] = {}
+        for place in places.in_order(found.places.values()):
             before = None
             if start is not None:
-                before = Taken(start.own.get(key, {}), place, f"{where}: the initial adapter")
-            taken = Taken(found.own[key], place, where, before)
-            one = build(
-                lambda: form.with_dropout(settings, place, form.read(settings, place, taken)),  # noqa: B023
-                where,
+                own = start.own.get(place.key, {})
+                before = Taken(own, place, f"{where}: the initial adapter")
+            taken[place] = Taken(found.own[place.key], place, where, before)
+        reads, banks = build(lambda: _read_places(form, settings, taken, found.shared), where)
+        adapters = {}
+        for place, one in reads.items():
+            parts = (
+                biases.pop(place.site.bias or "", None),
+                form.read_bias(settings, place, taken[place]),
             )
-            parts = biases.pop(place.site.bias or "", None), form.read_bias(settings, place, taken)
             if found_biases := [d for d in parts if d is not None]:
+                if any(one.method == bank.method for bank in banks):
+                    raise settings.fail(
+                        f"it trains the bias of {place.module}, beside leaves that modules share, "
+                        "which fadapt does not read together"
+                    )
                 one = with_bias(one, sum(found_biases[1:], found_biases[0]))
             adapters[place.site.name] = _adapter(place, one, where)
+        adapters.update(_holders(reads, banks))
         form.finish(settings)
         adapters.update(_bias_alone(places, biases, where))
     return trainable_leaves(Params(adapters))
+
+
+def _read_places(
+    form: Format,
+    settings: Settings,
+    taken: Mapping[Place, Taken],
+    shared: Mapping[str, Tensor],
+) -> tuple[Mapping[Place, Read], Sequence[Read]]:
+    """What a file says of every place, and what places share."""
+    reads = {
+        place: form.with_dropout(settings, place, form.read(settings, place, tensors))
+        for place, tensors in taken.items()
+    }
+    return form.read_shared(settings, reads, Shared(shared, settings.where))
+
+
+def _holders(reads: Mapping[Place, Read], banks: Sequence[Read]) -> dict[str, Adapter]:
+    """Where the leaves are held that several places share."""
+    found: dict[str, Adapter] = {}
+    for bank in banks:
+        weight = next(place.weight for place, read in reads.items() if read.method == bank.method)
+        site = shared_site(bank.method, found)
+        method = SharedLeaves(bank.method)
+        found[site.name] = Adapter(site, method, {}, {}).replace(
+            _placed(weight, bank.train), _placed(weight, bank.fixed)
+        )
+    return found
 
 
 def _check_config(form: Format, settings: Settings) -> None:
@@ -181,8 +220,12 @@ def _sort(
     config: Mapping[str, Any],
     where: str,
 ) -> _Sorted:
-    found = _Sorted({}, {}, {})
+    found = _Sorted({}, {}, {}, {})
     for full, tensor in sorted(tensors.items()):
+        name = full.removeprefix(ROOT)
+        if name.partition(".")[0] in form.shared and full.startswith(ROOT):
+            found.shared[name] = tensor
+            continue
         if not full.startswith(PREFIX):
             raise CheckpointError(f"{where}: the key {full!r} does not start with {PREFIX!r}")
         key = full.removeprefix(PREFIX)
@@ -303,15 +346,18 @@ def _adapter(place: Place, read: Read, where: str) -> Adapter:
         )
     weight.check()
     build(lambda: read.method.check(place.site), f"{where}: {weight.name}")
+    site = replace(place.site, fingerprint=weight.fingerprint())
+    return Adapter(site, read.method, {}, {}).replace(
+        _placed(weight, read.train), _placed(weight, read.fixed)
+    )
+
+
+def _placed(weight: BaseWeight, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Leaves on the device of a weight, in float32 or better."""
     base = torch.float32 if weight.kind is Kind.QUANTIZED else weight.dtype
     least = torch.promote_types(base, torch.float32)
-
-    def placed(leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        wide = {k: torch.promote_types(t.dtype, least) for k, t in leaves.items()}
-        return {
-            k: t.detach().to(weight.device, wide[k] if t.is_floating_point() else None).contiguous()
-            for k, t in leaves.items()
-        }
-
-    site = replace(place.site, fingerprint=weight.fingerprint())
-    return Adapter(site, read.method, {}, {}).replace(placed(read.train), placed(read.fixed))
+    wide = {k: torch.promote_types(t.dtype, least) for k, t in leaves.items()}
+    return {
+        k: t.detach().to(weight.device, wide[k] if t.is_floating_point() else None).contiguous()
+        for k, t in leaves.items()
+    }

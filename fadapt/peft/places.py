@@ -16,7 +16,8 @@ from ..site import Site
 from ..targeting import site_of
 from .matching import is_parameter_targeted
 
-PREFIX = "base_model.model."
+ROOT = "base_model."
+PREFIX = f"{ROOT}model."
 NESTED = ".base_layer"
 
 LINEAR, CONV1D, QUANTIZED = "linear", "transposed linear", "quantized linear"
@@ -115,6 +116,11 @@ class Places:
         if weight.kind is Kind.LINEAR:
             return CONV1D if weight.transposed else LINEAR
         return {Kind.QUANTIZED: QUANTIZED, Kind.EMBEDDING: EMBEDDING}.get(weight.kind, UNKNOWN)
+
+    def in_order(self, places: Iterable[Place]) -> list[Place]:
+        """Places in the order of the model's modules."""
+        rank = {name: i for i, name in enumerate(self.module_names)}
+        return sorted(places, key=lambda place: rank.get(place.module, len(rank)))
 
     def for_sites(self, sites: Iterable[Site]) -> dict[str, Place]:
         """{site name: place}, for writing; parameters of one module are nested in its order."""

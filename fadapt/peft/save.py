@@ -18,7 +18,7 @@ from .files import DEFAULT, PathLike, check_tensors, write_directory
 from .format import Format
 from .formats import format_named, format_of
 from .matching import is_parameter_targeted
-from .places import PARAMETER, PREFIX, UNKNOWN, Place, Places
+from .places import PARAMETER, PREFIX, ROOT, UNKNOWN, Place, Places
 from .serving import as_served
 
 Adapters = Params | Mapping[str, Params]
@@ -105,8 +105,10 @@ def peft_dict(
     refuse_adapted(model, "fadapt.peft.save_peft")
     with torch.no_grad():
         places = Places(model)
-        at = places.for_sites(adapter.site for adapter in params.values())
-        adapters, biases = _split(at, params)
+        own = params.at_sites()
+        at = places.for_sites(adapter.site for adapter in own.values())
+        adapters, biases = _split(at, own)
+        adapters = {place: adapters[place] for place in places.in_order(adapters)}
         form = _one_format(adapters)
         _check_places(form, adapters)
         settings = {**form.settings(adapters), **form.written_dropout(adapters)}
@@ -114,6 +116,8 @@ def peft_dict(
         for place, adapter in adapters.items():
             for suffix, tensor in form.write(place, adapter, settings).items():
                 tensors[f"{PREFIX}{place.key}.{suffix}"] = tensor.detach().contiguous()
+        for name, tensor in form.write_shared(adapters, settings).items():
+            tensors[f"{ROOT}{name}"] = tensor.detach().contiguous()
         bias, saved = written_biases(form, places, adapters, biases)
         tensors.update(saved)
         targets = _targets(form, places, adapters)
@@ -140,7 +144,7 @@ def config_fields(model: nn.Module, form: Format) -> dict[str, Any]:
 
 
 def _split(
-    at: Mapping[str, Place], params: Params
+    at: Mapping[str, Place], params: Mapping[str, Adapter]
 ) -> tuple[dict[Place, Adapter], dict[Place, Tensor]]:
     """The adapters without their trained biases, and these."""
     adapters, biases = {}, {}

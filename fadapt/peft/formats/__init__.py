@@ -14,6 +14,7 @@ from .lora import LoRAFormat
 from .oft import OFTFormat
 from .psoft import PSOFTFormat
 from .road import RoAdFormat
+from .tiny_lora import TinyLoRAFormat
 
 FORMATS: tuple[Format, ...] = (
     # Before LoRA, of which it is a subclass.
@@ -26,6 +27,7 @@ FORMATS: tuple[Format, ...] = (
     OFTFormat(),
     BOFTFormat(),
     PSOFTFormat(),
+    TinyLoRAFormat(),
 )
 
 
