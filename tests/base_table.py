@@ -28,7 +28,7 @@ from torch.func import functional_call
 import fadapt
 from tests.models import gpt2, perturb, qwen3_tied, reals, seeded, tokens
 from tests.test_bases import Embedded, SelfAttention, mixtral, qwen3_moe
-from tests.test_quantized import METHODS, dequantize, two_layers
+from tests.test_quantized import EVERY, dequantize, two_layers
 
 EXACT, KERNEL = "exact", "exact within the kernel's rounding"
 
@@ -104,7 +104,7 @@ BASES = [
 SMALL = {
     "OFT": fadapt.OFT(block_size=4),
     "RoAd": fadapt.RoAd(group_size=4),
-    **{name: METHODS[name] for name in METHODS if name not in ("OFT", "RoAd", "TruncatedLoRA")},
+    **{name: EVERY[name] for name in EVERY if name not in ("OFT", "RoAd", "TruncatedLoRA")},
 }
 
 

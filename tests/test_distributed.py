@@ -63,7 +63,8 @@ def every_method(rank: int, world: int, _: Path) -> None:
     whole = models.qwen3().requires_grad_(False)
     model, batch = sharded(whole), tokens(4)
     for name, method in ROWS.items():
-        config = fadapt.Config({"q_proj|down_proj": method}, layers=[0])
+        rule = {"q_proj|down_proj": method} if method.usual_kind == "linear" else method
+        config = fadapt.Config(rule, layers=[0] if method.usual_kind != "embedding" else None)
         calib = None if method.statistic is None else [tokens(8, 5), tokens(8, 6)]
         if any(statistic.reduction.paired for statistic in statistics_of(method.statistic)):
             calib = [(tokens(8, 5), tokens(8, 6)), (tokens(8, 7), tokens(8, 8))]

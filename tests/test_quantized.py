@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import fadapt
-from fadapt import Config, FadaptError, LoRA, Params, TargetError
+from fadapt import Config, ConfigError, FadaptError, LoRA, Params, TargetError
 from fadapt.base.quantized import QuantizedMap, quantized_map
 from tests.models import perturb, qwen3, reals, seeded, tokens
 
@@ -109,7 +109,9 @@ def methods() -> dict[str, fadapt.Method]:
     return found
 
 
-METHODS = methods()
+EVERY = methods()
+METHODS = {name: method for name, method in EVERY.items() if method.usual_kind == "linear"}
+"""Those for linear maps, the only weights that bitsandbytes quantises."""
 
 
 def calibration(method: Any) -> list[Any] | None:
@@ -142,6 +144,16 @@ def loss(out: Tensor, _: Any = None) -> Tensor:
 def close(a: Tensor, b: Tensor, tol: float = 2e-4) -> None:
     error = (a - b).abs().max() / b.abs().max().clamp(min=1e-6)
     assert error <= tol, f"relative difference {error:.2e} > {tol}"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("row", sorted(EVERY.keys() - METHODS.keys()))
+def test_methods_for_other_weights_are_refused(row: str, kind: str) -> None:
+    with pytest.raises(TargetError, match=f"{row} for (norms|embeddings), but the model has none"):
+        fadapt.init(two_layers(kind), EVERY[row])
+    if EVERY[row].usual_kind == "norm":
+        with pytest.raises(ConfigError, match=f"{row} .*; write fadapt"):
+            fadapt.init(two_layers(kind), Config({r"0\.weight": EVERY[row]}))
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])

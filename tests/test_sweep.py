@@ -366,7 +366,7 @@ def test_a_sweep_leaves_no_tensors_behind():
     before = live()
     for _ in range(5):
         sweep(model, trials, batches, loss_fn=loss_fn)
-    assert live() == before
+    assert live() <= before  # fewer where what other tests left was collected meanwhile
 
 
 def test_several_processes_are_refused(monkeypatch):

@@ -25,7 +25,7 @@ from torch import Tensor
 from ..errors import require
 from ..linalg import block_diagonal
 from ..method import Factors, Leaves, Method
-from ._ranks import check_rank_range
+from ._ranks import LARGEST_RANK, check_rank_range
 
 if TYPE_CHECKING:
     from ..base.linear_map import LinearMap
@@ -70,8 +70,9 @@ class GraLoRA(Method):
             f"got r={self.r}, write r={-(-self.r // k) * k}",
         )
         require(
-            self.hybrid_r >= 0,
-            f"hybrid_r must be at least 0, got {self.hybrid_r}; write hybrid_r=0",
+            0 <= self.hybrid_r <= LARGEST_RANK,
+            f"hybrid_r must be at least 0 and at most {LARGEST_RANK}, got {self.hybrid_r}; "
+            "write hybrid_r=0",
         )
 
     def check(self, site: Site) -> None:

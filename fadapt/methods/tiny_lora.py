@@ -23,7 +23,7 @@ from torch import Tensor
 from ..errors import require
 from ..linalg import top_svd
 from ..method import Factors, Leaves, Method
-from ._ranks import check_rank, check_rank_range
+from ._ranks import LARGEST_RANK, check_rank, check_rank_range
 
 if TYPE_CHECKING:
     from ..base.linear_map import LinearMap
@@ -59,7 +59,10 @@ class TinyLoRA(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_rank_range("r", self.r)
-        require(self.u >= 1, f"u must be at least 1, got {self.u}; write u=64")
+        require(
+            1 <= self.u <= LARGEST_RANK,
+            f"u must be at least 1 and at most {LARGEST_RANK}, got {self.u}; write u=64",
+        )
 
     def check(self, site: Site) -> None:
         check_rank(site, "r", self.r)
