@@ -59,6 +59,16 @@ class Pictures(nn.Module):
         return self.second(torch.tanh(self.first(x)))
 
 
+class Sounds(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv1d(6, 8, 3, padding=1)
+        self.second = nn.Conv1d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.tanh(self.first(x)))
+
+
 def moe() -> nn.Module:
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -83,6 +93,7 @@ def moe() -> nn.Module:
 BASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "linear": (lambda: seeded(Net()), lambda: reals(5, 12)),
     "Conv2d": (lambda: seeded(Pictures()), lambda: reals(2, 3, 9, 9)),
+    "Conv1d": (lambda: seeded(Sounds()), lambda: reals(2, 6, 9)),
     "Conv1D": (gpt2, tokens),
     "Qwen3": (qwen3, tokens),
     "experts": (moe, tokens),
@@ -266,6 +277,57 @@ IN: dict[str, In] = {
     "AdaLoRA, Conv1D": In(
         lambda: peft.AdaLoraConfig(target_modules=["c_attn"], init_r=3, total_step=9), "Conv1D"
     ),
+    "LoHa": In(other(peft.LoHaConfig, r=3, alpha=5)),
+    "LoHa, rank_pattern, alpha_pattern": In(
+        other(peft.LoHaConfig, r=3, rank_pattern={"0.up": 2}, alpha_pattern={"down": 2.5})
+    ),
+    "LoHa, Conv2d": In(other(peft.LoHaConfig, r=3, target_modules=["first", "second"]), "Conv2d"),
+    "LoHa, Conv1d": In(other(peft.LoHaConfig, r=3, target_modules=["first", "second"]), "Conv1d"),
+    "LoKr": In(other(peft.LoKrConfig, r=1, alpha=5)),
+    "LoKr, whole factor": In(other(peft.LoKrConfig, r=3, alpha=5, init_weights="lycoris")),
+    "LoKr, decompose_both, decompose_factor": In(
+        other(peft.LoKrConfig, r=1, decompose_both=True, decompose_factor=4)
+    ),
+    "LoKr, rank_pattern, alpha_pattern": In(
+        other(peft.LoKrConfig, r=1, rank_pattern={"0.up": 2}, alpha_pattern={"down": 2.5})
+    ),
+    "LoKr, Conv2d": In(other(peft.LoKrConfig, r=1, target_modules=["first"]), "Conv2d"),
+    "LoKr, Conv2d, whole factor": In(
+        other(peft.LoKrConfig, r=4, target_modules=["first", "second"]), "Conv2d"
+    ),
+    "LoKr, Conv1d": In(other(peft.LoKrConfig, r=1, target_modules=["first"]), "Conv1d"),
+    "HiRA": In(other(peft.HiraConfig, r=3)),
+    "HiRA, rank_pattern": In(other(peft.HiraConfig, r=3, rank_pattern={"0.up": 2})),
+    "HiRA, Conv1D": In(other(peft.HiraConfig, r=3, target_modules=["c_attn"]), "Conv1D"),
+    "HiRA, Conv2d": In(other(peft.HiraConfig, r=3, target_modules=["first", "second"]), "Conv2d"),
+    "HiRA, embedding": In(
+        other(peft.HiraConfig, r=3, target_modules=["embed_tokens", "q_proj"]), "Qwen3"
+    ),
+    "GraLoRA": In(other(peft.GraloraConfig, r=4, alpha=6)),
+    "GraLoRA, hybrid_r, 4 blocks": In(
+        other(peft.GraloraConfig, r=4, alpha=6, gralora_k=4, hybrid_r=2)
+    ),
+    "GraLoRA, Conv1D": In(other(peft.GraloraConfig, r=4, target_modules=["c_attn"]), "Conv1D"),
+    "MiSS": In(other(peft.MissConfig, r=5, bias="MiSS_only")),
+    "MiSS, bat": In(other(peft.MissConfig, r=4, init_weights="bat")),
+    "MiSS, mini": In(other(peft.MissConfig, r=4, init_weights="mini", mini_r=2)),
+    "C3A": In(other(peft.C3AConfig, block_size=4, bias="c3a_only")),
+    "C3A, block_size_pattern": In(
+        other(peft.C3AConfig, block_size=4, block_size_pattern={"0.up": 2, "layers.1.down": 1})
+    ),
+    "FourierFT": In(other(peft.FourierFTConfig, n_frequency=20)),
+    "FourierFT, n_frequency_pattern": In(
+        other(
+            peft.FourierFTConfig,
+            n_frequency=20,
+            n_frequency_pattern={"down": 12, "layers.1.up": 9},
+            random_loc_seed=5,
+            bias="fourier_only",
+        )
+    ),
+    "FourierFT, Conv1D": In(
+        other(peft.FourierFTConfig, n_frequency=20, target_modules=["c_attn"]), "Conv1D"
+    ),
     "TinyLoRA": In(other(peft.TinyLoraConfig, u=5)),
     "TinyLoRA, bias=tinylora_only": In(other(peft.TinyLoraConfig, u=5, bias="tinylora_only")),
     "TinyLoRA, all tied": In(other(peft.TinyLoraConfig, r=3, u=5, weight_tying=1.0)),
@@ -359,6 +421,52 @@ OUT: dict[str, Out] = {
     "AdaLoRA, ranks, strength": Out(
         {"up": fadapt.AdaLoRA(r=2), "down": fadapt.AdaLoRA(r=3, alpha=5)}, strength=0.5
     ),
+    "LoHa": Out(fadapt.LoHa(r=3, alpha=5)),
+    "LoHa, ranks, strength": Out(
+        {"up": fadapt.LoHa(r=2), "down": fadapt.LoHa(r=3, alpha=2)}, strength=-0.5
+    ),
+    "LoHa, Conv2d": Out({"first.weight|second.weight": fadapt.LoHa(r=2)}, "Conv2d"),
+    "LoHa, Conv1d": Out({"first.weight|second.weight": fadapt.LoHa(r=2)}, "Conv1d"),
+    "LoKr": Out(fadapt.LoKr(r=1, alpha=5)),
+    "LoKr, decompose_both, strength": Out(
+        fadapt.LoKr(r=1, decompose_both=True, decompose_factor=4), strength=-0.5
+    ),
+    "LoKr, ranks": Out({"up": fadapt.LoKr(r=4), "0": fadapt.LoKr(r=1), "1": fadapt.LoKr(r=2)}),
+    "LoKr, Conv2d": Out({"first.weight": fadapt.LoKr(r=1)}, "Conv2d"),
+    "LoKr, Conv2d, whole factor": Out({"first.weight": fadapt.LoKr(r=4)}, "Conv2d"),
+    "LoKr, Conv1d": Out({"first.weight": fadapt.LoKr(r=1)}, "Conv1d"),
+    "HiRA": Out(fadapt.HiRA(r=3)),
+    "HiRA, ranks, strength": Out({"up": fadapt.HiRA(r=3), "down": fadapt.HiRA(r=2)}, strength=-0.5),
+    "HiRA, Conv1D": Out({"c_attn": fadapt.HiRA(r=3)}, "Conv1D"),
+    "HiRA, Conv2d": Out({"first.weight|second.weight": fadapt.HiRA(r=3)}, "Conv2d"),
+    "HiRA, embedding": Out(
+        fadapt.Config({"embed_tokens|q_proj": fadapt.HiRA(r=3)}, exclude=()), "Qwen3"
+    ),
+    "GraLoRA": Out(fadapt.GraLoRA(r=4, alpha=6)),
+    "GraLoRA, hybrid_r, alphas, strength": Out(
+        {
+            "up": fadapt.GraLoRA(r=4, hybrid_r=2),
+            "down": fadapt.GraLoRA(r=4, hybrid_r=2, alpha=3),
+        },
+        strength=-0.5,
+    ),
+    "GraLoRA, Conv1D": Out({"c_attn": fadapt.GraLoRA(r=4)}, "Conv1D"),
+    "MiSS": Out(fadapt.MiSS(r=5)),
+    "MiSS, bat, strength": Out(fadapt.MiSS(r=4, mode="bat"), strength=-0.5),
+    "MiSS, mini": Out(fadapt.MiSS(r=4, mode="mini", mini_r=2)),
+    "C3A": Out(fadapt.C3A(block_size=4)),
+    "C3A, block sizes, strength": Out(
+        {"0.up": fadapt.C3A(block_size=2), "": fadapt.C3A(block_size=4)}, strength=-0.5
+    ),
+    "FourierFT": Out(fadapt.FourierFT(n_frequency=20)),
+    "FourierFT, counts, scales, strength": Out(
+        {
+            "0.up": fadapt.FourierFT(n_frequency=9, random_loc_seed=5),
+            "": fadapt.FourierFT(n_frequency=20, scaling=60, random_loc_seed=5),
+        },
+        strength=-0.5,
+    ),
+    "FourierFT, Conv1D": Out({"c_attn": fadapt.FourierFT(n_frequency=20)}, "Conv1D"),
     "TinyLoRA": Out(fadapt.TinyLoRA(r=3, u=5)),
     "TinyLoRA, all tied, strength 0.5": Out(fadapt.TinyLoRA(u=5, weight_tying=True), strength=0.5),
     "TinyLoRA, embedding": Out(

@@ -219,6 +219,14 @@ FORMS = {
     "HRA": fadapt.HRA(r=2),
     "ROAD": fadapt.RoAd(1, 4),
     "OFT": fadapt.OFT(4),
+    "LOHA": fadapt.LoHa(r=2),
+    "LOKR": fadapt.LoKr(r=1),
+    "HIRA": fadapt.HiRA(r=2),
+    "GRALORA": fadapt.GraLoRA(r=2),
+    "MISS": fadapt.MiSS(r=4),
+    "C3A": fadapt.C3A(block_size=4),
+    "FOURIERFT": fadapt.FourierFT(n_frequency=9),
+    "TINYLORA": fadapt.TinyLoRA(u=3),
 }
 
 
@@ -235,6 +243,110 @@ def test_odd_values_of_any_field(net, form):
             except CheckpointError:
                 continue
             assert len(params) == 4
+
+
+def other_places(net: nn.Module) -> Any:
+    params = fadapt.init(net, fadapt.FourierFT(n_frequency=9))
+    for adapter in params.values():
+        adapter.fixed["indices"].copy_(adapter.fixed["indices"].flip(1))
+    return params
+
+
+MORE_REFUSED: dict[str, tuple[Callable[[nn.Module], Any], str]] = {
+    "dropout of C3A": (
+        lambda net: fadapt.init(net, fadapt.C3A(block_size=4, dropout=0.1)),
+        "C3A has no dropout",
+    ),
+    "dropout of MiSS bat": (
+        lambda net: fadapt.init(net, fadapt.MiSS(r=4, mode="bat", dropout=0.1)),
+        "drops no input of mode='bat'",
+    ),
+    "two modes of MiSS": (
+        lambda net: fadapt.init(
+            net, {"up": fadapt.MiSS(r=4), "down": fadapt.MiSS(r=4, mode="bat")}
+        ),
+        "one mode",
+    ),
+    "two ranks of GraLoRA": (
+        lambda net: fadapt.init(net, {"up": fadapt.GraLoRA(r=2), "down": fadapt.GraLoRA(r=4)}),
+        "one r for all",
+    ),
+    "two ranks of TinyLoRA": (
+        lambda net: fadapt.init(net, {"up": fadapt.TinyLoRA(r=2), "down": fadapt.TinyLoRA(r=3)}),
+        "one r for all",
+    ),
+    "two seeds of FourierFT": (
+        lambda net: fadapt.init(
+            net,
+            {
+                "up": fadapt.FourierFT(n_frequency=9, random_loc_seed=1),
+                "down": fadapt.FourierFT(n_frequency=9, random_loc_seed=2),
+            },
+        ),
+        "one random_loc_seed",
+    ),
+    "other places of FourierFT": (other_places, "other places"),
+    "bias of HiRA": (
+        lambda net: fadapt.init(net, fadapt.Chain((fadapt.BitFit(), fadapt.HiRA(r=2)))),
+        "HIRA trains no bias",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MORE_REFUSED)
+def test_what_a_format_cannot_hold(name, net):
+    make, words = MORE_REFUSED[name]
+    with pytest.raises(CheckpointError, match=words):
+        peft_dict(net, make(net))
+
+
+def test_kernels_that_peft_multiplies_otherwise():
+    kernel = seeded(nn.Sequential(nn.Conv1d(6, 8, 3)))
+    whole = fadapt.init(kernel, {"0.weight": fadapt.LoKr(r=8)})
+    with pytest.raises(CheckpointError, match="another product"):
+        peft_dict(kernel, whole)
+    made, values = peft_dict(kernel, fadapt.init(kernel, {"0.weight": fadapt.LoKr(r=1)}))
+    with pytest.raises(CheckpointError, match="another product"):
+        from_peft_dict(kernel, {**made, "r": 8}, values)
+    for method, core in ((fadapt.LoKr(r=1), "lokr_t2"), (fadapt.LoHa(r=2), "hada_t1")):
+        made, values = peft_dict(kernel, fadapt.init(kernel, {"0.weight": method}))
+        values[f"base_model.model.0.{core}"] = torch.zeros(1, 1, 3, 1)
+        with pytest.raises(CheckpointError, match=f"use_effective_conv2d.*{core}"):
+            from_peft_dict(kernel, made, values)
+    solid = seeded(nn.Sequential(nn.Conv3d(2, 4, 2)))
+    with pytest.raises(CheckpointError, match="three axes"):
+        peft_dict(solid, fadapt.init(solid, {"0.weight": fadapt.LoHa(r=2)}))
+
+
+def test_tensors_that_modules_share(net):
+    made, values = peft_dict(net, fadapt.init(net, fadapt.TinyLoRA(u=3)))
+    name = "base_model.tinylora_v"
+    halves = {k: t for k, t in values.items() if k not in (f"{name}.2", f"{name}.3")}
+    with pytest.raises(CheckpointError, match=r"weight_tying=0\.5 shares numbers among some"):
+        from_peft_dict(net, {**made, "weight_tying": 0.5}, halves)
+    with pytest.raises(CheckpointError, match=r"lacks base_model\.tinylora_v\.1"):
+        from_peft_dict(net, made, {k: t for k, t in values.items() if k != f"{name}.1"})
+    with pytest.raises(CheckpointError, match=r"tinylora_v\.7 belongs to none of its 4"):
+        from_peft_dict(net, made, {**values, f"{name}.7": torch.zeros(3)})
+    with pytest.raises(CheckpointError, match=r"tinylora_v\.0 has shape \(5,\)"):
+        from_peft_dict(net, made, {**values, f"{name}.0": torch.zeros(5)})
+    tied = fadapt.TinyLoRA(u=3, weight_tying=True)
+    both = {"up": tied, "down": fadapt.TinyLoRA(u=3, weight_tying=True, dropout=0.1)}
+    with pytest.raises(CheckpointError, match="one"):
+        peft_dict(net, fadapt.init(net, both))
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"up": 2, "a.up": 4, "b.up": 8, "b.a.up": 16, "x": 4}, {"up": 2}]
+)
+def test_patterns_after_a_dot(sizes):
+    from fadapt.peft.matching import patterns_after_dot, value_after_dot
+
+    for default in (2, 4, 8, 16):
+        patterns = patterns_after_dot(sizes, default)
+        for name, size in sizes.items():
+            found = value_after_dot(patterns, name)
+            assert (default if found is None else found[1]) == size
 
 
 def test_several_adapters(net, tmp_path):

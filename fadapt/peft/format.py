@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -20,6 +20,8 @@ from .matching import exact_pattern, pattern_value, targets_for
 from .places import CONV1D, LINEAR, PARAMETER, QUANTIZED, ROOT, Place
 
 Tensors = dict[str, Tensor]
+Find = Callable[[Mapping[str, Any], str], tuple[str, Any] | None]
+"""The pattern that matches a name, and its value."""
 PRODUCTS = (LINEAR, CONV1D, QUANTIZED)
 """The layers whose input PEFT drops parts of."""
 
@@ -66,9 +68,11 @@ class Settings:
             raise self.fail(f"{field} is {value!r}, not a string")
         return value
 
-    def integer_at(self, place: Place, field: str, default: int, patterns: str) -> int:
-        """``field``, or what the patterns say for this place."""
-        found = self._pattern(place, patterns)
+    def integer_at(
+        self, place: Place, field: str, default: int, patterns: str, find: Find = pattern_value
+    ) -> int:
+        """``field``, or what the patterns say for this place, as ``find`` matches them."""
+        found = self._pattern(place, patterns, find)
         return self.integer(field, default) if found is None else self._integer(patterns, found, 1)
 
     def number_at(self, place: Place, field: str, default: float, patterns: str) -> float:
@@ -76,9 +80,9 @@ class Settings:
         found = self._pattern(place, patterns)
         return self.number(field, default) if found is None else self._number(patterns, found)
 
-    def _pattern(self, place: Place, field: str) -> Any:
+    def _pattern(self, place: Place, field: str, find: Find = pattern_value) -> Any:
         patterns = self.patterns(field)
-        found = pattern_value(patterns, place.name)
+        found = find(patterns, place.name)
         if found is None:
             return None
         self.used.setdefault(field, set()).add(found[0])

@@ -36,6 +36,7 @@ COMMON = frozenset(
 NAMES = (
     *("target_modules", "target_parameters", "exclude_modules", "layers_pattern"),
     *("modules_to_save", "rank_pattern", "alpha_pattern", "lambda_pattern", "feedforward_modules"),
+    *("block_size_pattern", "n_frequency_pattern"),
 )
 
 

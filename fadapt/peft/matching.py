@@ -46,6 +46,36 @@ def pattern_value(patterns: Mapping[str, Any], name: str) -> tuple[str, Any] | N
     return None
 
 
+def value_after_dot(patterns: Mapping[str, Any], name: str) -> tuple[str, Any] | None:
+    """As C3A and FourierFT match: the first pattern after a dot of the name, else the whole name.
+
+    ``a|b`` is one expression there, of which the dot is a part of a alone.
+    """
+    for pattern, value in patterns.items():
+        if re.match(rf".*\.{pattern}$", name):
+            return pattern, value
+    return (name, patterns[name]) if name in patterns else None
+
+
+def patterns_after_dot(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
+    """Patterns with which :func:`value_after_dot` finds these values by their names."""
+
+    def patterns(names: Iterable[str]) -> dict[str, Any]:
+        # A name without a dot is found as it is, when no pattern before it matches.
+        ordered = sorted(names, key=lambda name: "." not in name)
+        return {_after_dot(name): values[name] for name in ordered}
+
+    few = patterns(name for name, value in values.items() if value != default)
+    found = {name: value_after_dot(few, name) for name in values}
+    right = all((default if f is None else f[1]) == values[n] for n, f in found.items())
+    return few if right else patterns(values)
+
+
+def _after_dot(name: str) -> str:
+    head, dot, tail = name.partition(".")
+    return f"(?<=^{re.escape(head)}\\.){re.escape(tail)}" if dot else name
+
+
 def exact_pattern(name: str) -> str:
     """A pattern that matches this name and no other."""
     return f"^{re.escape(name)}"

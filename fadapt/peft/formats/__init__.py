@@ -7,10 +7,17 @@ from ...params.adapter import Adapter
 from ..format import Format
 from .adalora import AdaLoRAFormat
 from .boft import BOFTFormat
+from .c3a import C3AFormat
 from .delora import DeLoRAFormat
+from .fourierft import FourierFTFormat
+from .gralora import GraLoRAFormat
+from .hira import HiRAFormat
 from .hra import HRAFormat
 from .ia3 import IA3Format
+from .loha import LoHaFormat
+from .lokr import LoKrFormat
 from .lora import LoRAFormat
+from .miss import MiSSFormat
 from .oft import OFTFormat
 from .psoft import PSOFTFormat
 from .road import RoAdFormat
@@ -27,6 +34,13 @@ FORMATS: tuple[Format, ...] = (
     OFTFormat(),
     BOFTFormat(),
     PSOFTFormat(),
+    C3AFormat(),
+    FourierFTFormat(),
+    GraLoRAFormat(),
+    HiRAFormat(),
+    LoHaFormat(),
+    LoKrFormat(),
+    MiSSFormat(),
     TinyLoRAFormat(),
 )
 
