@@ -129,6 +129,16 @@ def _getitem(weight: Tensor, index: Any) -> Any:
     return overlay(weight.frozen[index], adapter)
 
 
+@implements(Tensor.to)
+def _to(weight: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """No use of the weight where it is there already, as in ``module.to(x.dtype)``."""
+    if not isinstance(weight, Overlay):
+        return NotImplemented
+    moved = weight.frozen.new_empty(0).to(*args, **kwargs)
+    same = moved.dtype == weight.frozen.dtype and moved.device == weight.frozen.device
+    return weight if same else NotImplemented
+
+
 @implements(Tensor.view, Tensor.reshape, torch.reshape)
 def _reshape(weight: Tensor, *shape: Any) -> Any:
     """A stack that is stored as one matrix, seen as a stack."""
