@@ -120,6 +120,9 @@ GROUPED_MM: Callable[..., Tensor] = torch._grouped_mm  # type: ignore[attr-defin
 """The function that an overlay sees, whether a model calls it or ``F.grouped_mm``, which passes its
 arguments on before torch asks them for an override."""
 
+SAME_KIND_OF_TENSOR: Callable[..., bool] = torch._has_compatible_shallow_copy_type  # type: ignore[attr-defined]
+"""What ``module.to`` asks before it writes to ``tensor.data``; only to know the question."""
+
 
 def is_wrapped(tensor: Tensor) -> bool:
     """Whether a transform of torch.func has wrapped the tensor; there is no public question."""
