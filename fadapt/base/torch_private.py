@@ -5,6 +5,8 @@ Each says why, and what would replace it. Read in torch 2.11 to 2.13.
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Callable, MutableMapping
 from typing import Any
 
@@ -77,7 +79,27 @@ def hand_to_backward(key: str, value: Any) -> None:
 
     Those take over torch's thread-local state, but neither Python's contexts nor threading.local.
     """
+    if _UNCOUNTED:  # before, so that an interrupt between the two leaks a reference at worst
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(value))
     torch._C._stash_obj_in_tls(key, value)  # type: ignore[attr-defined]
+
+
+def _stashes_uncounted() -> bool:
+    """Whether torch gives back a reference to what it stashed that it never took.
+
+    2.11 does: an object in use is freed when the next one takes its place, and the process crashes.
+    2.13 counts it. Remove with the last torch that does not.
+    """
+    probe = object()
+    before = sys.getrefcount(probe)
+    torch._C._stash_obj_in_tls("fadapt.probe", probe)  # type: ignore[attr-defined]
+    uncounted = sys.getrefcount(probe) == before
+    if uncounted:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(probe))
+    return uncounted
+
+
+_UNCOUNTED = _stashes_uncounted()
 
 
 def handed_to_backward(key: str) -> Any:
