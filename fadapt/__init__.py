@@ -75,6 +75,7 @@ from .methods import PiSSA as PiSSA
 from .methods import ReFT as ReFT
 from .methods import RoAd as RoAd
 from .methods import RsLoRA as RsLoRA
+from .methods import SHiRA as SHiRA
 from .methods import SSteer as SSteer
 from .methods import Sum as Sum
 from .methods import TinyLoRA as TinyLoRA

@@ -338,6 +338,14 @@ IN: dict[str, In] = {
         other(peft.TinyLoraConfig, u=5, target_modules=["embed_tokens", "k_proj"]), "Qwen3"
     ),
     "TinyLoRA, Conv1D": In(other(peft.TinyLoraConfig, u=5, target_modules=["c_attn"]), "Conv1D"),
+    "VeRA": In(other(peft.VeraConfig, r=3, projection_prng_key=5)),
+    "VeRA, factors from the key": In(
+        other(peft.VeraConfig, r=3, projection_prng_key=5, save_projection=False, d_initial=0.3)
+    ),
+    "VeRA, one layer": In(other(peft.VeraConfig, r=3, target_modules=r".*\.1\.up")),
+    "VeRA, Conv1D": In(other(peft.VeraConfig, r=3, target_modules=["c_attn", "c_fc"]), "Conv1D"),
+    "SHiRA": In(other(peft.ShiraConfig, r=2)),
+    "SHiRA, seeded": In(other(peft.ShiraConfig, r=1, random_seed=3)),
     "LoRA, Conv1D": In(lora(target_modules=["c_attn", "c_fc"]), "Conv1D"),
     "DoRA, Conv1D": In(lora(target_modules=["c_attn"], use_dora=True), "Conv1D"),
     "PiSSA, Conv1D": In(
@@ -474,6 +482,11 @@ OUT: dict[str, Out] = {
         "Qwen3",
     ),
     "TinyLoRA, Conv1D": Out({"c_attn": fadapt.TinyLoRA(u=5)}, "Conv1D"),
+    "VeRA": Out(fadapt.VeRA(r=3)),
+    "VeRA, d_initial, strength 0.5": Out(fadapt.VeRA(r=3, d_initial=0.2), strength=0.5),
+    "VeRA, Conv1D": Out({"c_attn": fadapt.VeRA(r=3, projection_prng_key=7)}, "Conv1D"),
+    "SHiRA": Out(fadapt.SHiRA(r=2)),
+    "SHiRA, seeded, strength 0.5": Out(fadapt.SHiRA(r=1, random_seed=3), strength=0.5),
     "LoRA, Conv1D": Out({"c_attn|c_fc": LoRA(r=3)}, "Conv1D"),
     "DoRA, Conv1D": Out({"c_attn": fadapt.DoRA(r=3)}, "Conv1D"),
     "IA3, Conv1D": Out({"c_attn": fadapt.IA3(), "c_fc": fadapt.IA3FF()}, "Conv1D"),

@@ -58,6 +58,7 @@ FULL: dict[str, Method] = {
     "HiRA": fadapt.HiRA(r=2),
     "MiSS bat": fadapt.MiSS(r=4, mode="bat"),
     "C3A": fadapt.C3A(block_size=4),
+    "SHiRA": fadapt.SHiRA(r=2),
 }
 
 

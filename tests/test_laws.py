@@ -49,6 +49,8 @@ ROWS = {
     "PSOFT free": fadapt.PSOFT(r=3, orth=False, mag_b=False),
     "AdaLoRA": fadapt.AdaLoRA(r=3),
     "VeRA": fadapt.VeRA(r=3),
+    "SHiRA": fadapt.SHiRA(r=1),
+    "SHiRA seeded": fadapt.SHiRA(r=2, random_seed=3),
     "EVA": fadapt.EVA(r=3, rho=1.0),
     "CorDA": fadapt.CorDA(r=3),
     "CorDA kpm": fadapt.CorDA(r=3, mode="kpm"),

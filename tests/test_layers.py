@@ -17,7 +17,7 @@ FLOORS = (
     ("errors", "seeds", "fusion", "linalg"),
     ("hugging_face", "batch", "fields", "patterns", "dropout"),
     ("base",),
-    ("statistics",),
+    ("recomputed", "statistics"),
     ("site",),
     ("method",),
     ("adapted_map",),
@@ -42,7 +42,10 @@ FLOORS = (
 ORDER = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
 # Folders that take part only on the ground: what may stand beneath each of them.
 ONLY = {
-    "methods": {"errors", "seeds", "linalg", "base", "statistics", "site", "method", "adapted_map"},
+    "methods": {
+        *("errors", "seeds", "linalg", "base", "recomputed", "statistics", "site", "method"),
+        "adapted_map",
+    },
     "statistics": {"errors", "linalg"},
 }
 

@@ -254,6 +254,14 @@ ROWS = {
         vera_leaves,
         ODD,
     ),
+    # The places come from the same seed on both sides.
+    "SHiRA": Row(
+        fadapt.SHiRA(r=2, random_seed=3),
+        peft.ShiraConfig,
+        {"r": 2, "random_seed": 3},
+        lambda p, w, f: {"v": p["shira_weight"]},
+        ODD,
+    ),
     "AdaLoRA": Row(
         fadapt.AdaLoRA(r=3, alpha=5),
         peft.AdaLoraConfig,

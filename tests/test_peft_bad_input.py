@@ -574,3 +574,33 @@ def test_targets_name_exactly_the_adapted_modules():
     outer.a, outer.b = nn.Linear(4, 4), inner
     config, _ = peft_dict(seeded(outer), fadapt.init(outer, {"^a.weight": LoRA(r=2)}))
     assert config["target_modules"] == "a"
+
+
+UP, INDICES = "base_model.model.layers.0.up", "base_model.model.layers.0.up.shira_indices"
+OTHERS = {
+    "a row too far": (fadapt.SHiRA(r=1), INDICES, lambda t: t.index_fill(1, FEW, 99), "outside of"),
+    "half a row": (fadapt.SHiRA(r=1), INDICES, lambda t: t + 0.5, "outside of"),
+    "a place twice": (fadapt.SHiRA(r=1), INDICES, lambda t: t[:, :1].repeat(1, 28), "twice"),
+    "no places": (fadapt.SHiRA(r=1), INDICES, lambda t: None, "lacks"),
+    "whole numbers": (fadapt.SHiRA(r=1), f"{UP}.shira_weight", lambda t: t.int(), "not a floating"),
+    "a small factor": (fadapt.VeRA(r=2), "base_model.vera_A", lambda t: t[:, :3], "another base"),
+    "no factor": (fadapt.VeRA(r=2), "base_model.vera_B", lambda t: None, "lacks base_model.vera_B"),
+}
+FEW = torch.tensor([0, 5])
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_tensors_of_other_formats(name, net, tmp_path):
+    method, key, change, reason = OTHERS[name]
+    settings, found = peft_dict(net, fadapt.init(net, {"up|down": method}))
+    value = change(found.pop(key))
+    if value is not None:
+        found[key] = value.contiguous()
+    with pytest.raises(CheckpointError, match=reason):
+        from_peft_dict(net, settings, found)
+
+
+def test_factors_that_modules_do_not_share(net):
+    params = fadapt.init(net, {"up": fadapt.VeRA(r=2), "down": fadapt.VeRA(r=2, d_initial=0.2)})
+    with pytest.raises(CheckpointError, match=r"one A for all modules.*as_lora"):
+        peft_dict(net, params)

@@ -38,6 +38,7 @@ from .pissa import PiSSA as PiSSA
 from .psoft import PSOFT as PSOFT
 from .reft import ReFT as ReFT
 from .road import RoAd as RoAd
+from .shira import SHiRA as SHiRA
 from .ssteer import SSteer as SSteer
 from .ssvd import SSVD as SSVD
 from .sum import Sum as Sum

@@ -68,12 +68,16 @@ class VeRA(Method):
         return {"b": site.zeros(site.out_features), "d": site.zeros(self.r)}, {}
 
     def shared(self, sites: Sequence[SiteView], rng: torch.Generator) -> tuple[Leaves, Leaves]:
+        first = sites[0]
         rows = max(site.out_features for site in sites)
         columns = max(site.in_features for site in sites)
+        bank = self.bank(rows, columns)
+        return {}, {k: t.to(first.device, first.dtype) for k, t in bank.items()}
+
+    def bank(self, rows: int, columns: int) -> Leaves:
+        """A (r, columns) and B (rows, r), from the key."""
         key = torch.Generator().manual_seed(self.projection_prng_key)
-        first = sites[0]
-        return {}, {k: _bank(shape, key).to(first.device, first.dtype)
-                    for k, shape in (("A", (self.r, columns)), ("B", (rows, self.r)))}  # fmt: skip
+        return {"A": _uniform((self.r, columns), key), "B": _uniform((rows, self.r), key)}
 
     def delta(self, p: Mapping[str, Tensor], x: Tensor, y: Tensor, base: LinearMap) -> Tensor:
         a, b = self._banks(p, x.shape[-1], y.shape[-1])
@@ -88,6 +92,6 @@ class VeRA(Method):
         return p["A"][..., :columns], p["B"][..., :rows, :]
 
 
-def _bank(shape: tuple[int, int], rng: torch.Generator) -> Tensor:
+def _uniform(shape: tuple[int, int], rng: torch.Generator) -> Tensor:
     bound = (6 / shape[1]) ** 0.5
     return torch.empty(shape, device="cpu").uniform_(-bound, bound, generator=rng)

@@ -87,15 +87,22 @@ def read_directory(path: PathLike, adapter: str | None) -> tuple[dict[str, Any],
     return config, tensors
 
 
+PLACES, INTEGERS = (".shira_indices",), (torch.int32, torch.int64)
+"""The ends of the keys under which files hold places, not values."""
+
+
 def check_tensors(tensors: Mapping[str, Tensor], where: str) -> None:
     """Refuses what cannot be an adapter's values.
 
     Raises:
-        CheckpointError: no tensors; a tensor that is not floating, or holds NaN or Inf.
+        CheckpointError: no tensors; a tensor that is not floating, or holds NaN or Inf; places
+            may be integers.
     """
     if not tensors:
         raise CheckpointError(f"{where} holds no tensors")
     for key, tensor in tensors.items():
+        if key.endswith(PLACES) and isinstance(tensor, Tensor) and tensor.dtype in INTEGERS:
+            continue
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             found = getattr(tensor, "dtype", type(tensor).__name__)
             raise CheckpointError(f"{where}: {key} is {found}, not a floating tensor")

@@ -21,7 +21,9 @@ from .miss import MiSSFormat
 from .oft import OFTFormat
 from .psoft import PSOFTFormat
 from .road import RoAdFormat
+from .shira import SHiRAFormat
 from .tiny_lora import TinyLoRAFormat
+from .vera import VeRAFormat
 
 FORMATS: tuple[Format, ...] = (
     # Before LoRA, of which it is a subclass.
@@ -42,6 +44,8 @@ FORMATS: tuple[Format, ...] = (
     LoKrFormat(),
     MiSSFormat(),
     TinyLoRAFormat(),
+    SHiRAFormat(),
+    VeRAFormat(),
 )
 
 

@@ -1,0 +1,87 @@
+"""Products whose matrix is made again in the backward pass, against autograd's own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fadapt
+from fadapt.recomputed import product
+
+from .models import reals, seeded
+
+METHODS = {"SHiRA": fadapt.SHiRA(r=2)}
+
+
+def leaves(*lead: int) -> list[Tensor]:
+    shapes = ((*lead, 5, 8), (*lead, 7, 2), (*lead, 2, 8))
+    return [reals(*s, seed=i).double().requires_grad_() for i, s in enumerate(shapes)]
+
+
+def make(b: Tensor, a: Tensor) -> Tensor:
+    return (b @ a).sin()
+
+
+@pytest.mark.parametrize("lead", [(), (3,)])
+def test_derivatives_of_both_orders(lead: tuple[int, ...]) -> None:
+    x, b, a = leaves(*lead)
+    ours, plain = product(x, make, b, a), x @ make(b, a).mT
+    assert torch.equal(ours, plain)
+    weight = reals(*plain.shape, seed=9).double()
+    first = [torch.autograd.grad((out * weight).sum().square(), (x, b, a), create_graph=True)
+             for out in (ours, plain)]  # fmt: skip
+    for one, other in zip(*first, strict=True):
+        torch.testing.assert_close(one, other)
+    second = [torch.autograd.grad(sum(g.square().sum() for g in part), (x, b, a)) for part in first]
+    for one, other in zip(*second, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_batch_of_any_shape_over_one_matrix() -> None:
+    x, b, a = reals(2, 3, 4, 8).double().requires_grad_(), *leaves()[1:]
+    found, ref = (torch.autograd.grad(out.sin().sum(), (x, b, a))
+                  for out in (product(x, make, b, a), x @ make(b, a).mT))  # fmt: skip
+    for one, other in zip(found, ref, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_forward_mode_and_autocast() -> None:
+    x, b, a = leaves()
+    tangent = torch.ones_like(b)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(b, tangent)
+        moved = torch.autograd.forward_ad.unpack_dual(product(x, make, dual, a)).tangent
+    torch.testing.assert_close(moved, x @ ((b @ a).cos() * (tangent @ a)).mT)
+    x, b, a = (t.detach().float().requires_grad_() for t in (x, b, a))
+    found = []
+    for function in (product, lambda x, make, *p: x @ make(*p).mT):
+        with torch.autocast("cpu", torch.bfloat16):
+            out = function(x, make, b, a)
+        assert out.dtype == torch.bfloat16
+        found.append(torch.autograd.grad(out.float().sum(), (x, b, a)))
+    for one, other in zip(*found, strict=True):
+        assert one.dtype == torch.float32
+        torch.testing.assert_close(one, other, atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_training_keeps_no_matrix_of_the_weights_size(name: str) -> None:
+    model = seeded(nn.Sequential(nn.Linear(64, 48)))
+    params = fadapt.init(model, METHODS[name])
+    kept = []
+
+    def note(t: Tensor) -> Tensor:
+        kept.append(t.numel() if t.is_floating_point() else 0)
+        return t
+
+    x = reals(40, 64).requires_grad_()
+    own = {model[0].weight.data_ptr()}
+
+    def pack(t: Tensor) -> Tensor:
+        return t if t.data_ptr() in own else note(t)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        fadapt.apply(model, params, x)
+    assert kept
+    assert max(kept) <= max(x.numel(), *(t.numel() for t in fadapt.trainable(params)))
