@@ -65,18 +65,29 @@ def opened(directory: Path) -> Iterator[TensorFile | None]:
     with open_tensors(path) as file:
         if file.meta.get("kind") != "sweep":
             raise CheckpointError(f"{path} is not the checkpoint of a sweep")
-        try:
+        with fitting(path):
             yield file
-        except FadaptError:
-            raise
-        # What an entry of another type than expected leads to, beside the checks.
-        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError,
-                ValueError) as error:  # fmt: skip
-            why = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
-            raise CheckpointError(
-                f"{path} does not fit this sweep: {why}. Choose another directory, or pass "
-                "Checkpoints(directory, resume=False) to begin anew"
-            ) from error
+
+
+@contextmanager
+def fitting(path: Path) -> Iterator[None]:
+    """A block in which a state is taken in.
+
+    Raises:
+        CheckpointError: it does not fit.
+    """
+    try:
+        yield
+    except FadaptError:
+        raise
+    # What an entry of another type than expected leads to, beside the checks.
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError,
+            ValueError) as error:  # fmt: skip
+        why = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise CheckpointError(
+            f"{path} does not fit this sweep: {why}. Choose another directory, or pass "
+            "Checkpoints(directory, resume=False) to begin anew"
+        ) from error
 
 
 def state_of(file: TensorFile) -> State:

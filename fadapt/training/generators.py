@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ..seeds import generator
 from .checkpoint import expect, expect_like
 
 
@@ -45,3 +46,8 @@ class Generators:
         torch.set_rng_state(states["cpu"])
         if self.device is not None and "cuda" in states:
             torch.cuda.set_rng_state(states["cuda"], self.device)
+
+
+def pass_seed(seed: int, step: int, rank: int) -> int:
+    """A seed for what one process draws in one step."""
+    return generator("pass", seed, step, rank).initial_seed()

@@ -80,6 +80,26 @@ class History:
         """One step's losses and flags of the trials ``order``; not read before :meth:`flush`."""
         self._pending.append((step, order, losses, alive))
 
+    def exchange(self, gather: Callable[[Any], list[Any]]) -> None:
+        """Puts the pending steps of all processes together, each of which has its own trials."""
+        mine = [
+            (step, order, losses.to("cpu", torch.float64), alive.cpu())
+            for step, order, losses, alive in self._pending
+        ]
+        steps: dict[int, list[tuple[list[int], Tensor, Tensor]]] = {}
+        for part in gather(mine):
+            for step, *rest in part:
+                steps.setdefault(step, []).append(tuple(rest))
+        self._pending = [
+            (
+                step,
+                [t for order, _, _ in parts for t in order],
+                torch.cat([losses for _, losses, _ in parts]),
+                torch.cat([alive for _, _, alive in parts]),
+            )
+            for step, parts in sorted(steps.items())
+        ]
+
     def flush(self) -> list[tuple[int, int, float]]:
         """Takes over the pending steps.
 

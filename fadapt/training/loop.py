@@ -6,7 +6,7 @@ import contextlib
 import math
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -18,18 +18,22 @@ from torch import Tensor, nn
 
 from ..base.eval_mode import evaluating, training_pass
 from ..base.torch_private import pytree
+from ..distributed.rows import part_of, share_of
+from ..distributed.shares import cost, edges
+from ..distributed.team import Team
 from ..errors import CheckpointError, ConfigError, OneByOneWarning
 from ..params.stack import stack
 from . import checkpoint, identity
 from .checkpoint import SEPARATOR, State, expect, expect_float, expect_int, expect_keys, expect_like
 from .data import Feed, to_device
 from .directory import held, remove_adapters, save_adapters
-from .engine.chunks import ChunkRunner
+from .engine.chunks import ChunkRunner, bounds
 from .engine.compiler import Compiler
 from .engine.flat_params import FlatParams
 from .engine.optimizer import TrialOptimizer
 from .engine.rotary import tables_written
-from .generators import Generators
+from .fingerprints import batch_of
+from .generators import Generators, pass_seed
 from .history import History
 from .leaderboard import Leaderboard, on_all
 from .progress import Bar
@@ -52,8 +56,17 @@ class Loop:
         whole: whether the state is that between two steps, which a checkpoint may hold.
     """
 
-    def __init__(self, model: nn.Module, trials: Mapping[str, Trial], batches: Any, s: Settings):
-        check_process(model)
+    def __init__(
+        self,
+        model: nn.Module,
+        trials: Mapping[str, Trial],
+        batches: Any,
+        s: Settings,
+        team: Team | None = None,
+    ):
+        self.team = team = team or Team()
+        team.check(model, s.compile is not False)
+        check_weights(model)
         self.steps = s.checked(batches, trials)
         self.model, self.settings, self.trials = model, s, list(trials.values())
         self.device = device_of(model)
@@ -61,33 +74,41 @@ class Loop:
         self.data = Feed(batches, seeds, s.order, s.per_adapter, self.device)
         self.starts = initial(model, trials, s.calib)
         self.board = Leaderboard(trials, self.starts, s.goal)
-        self.flat = self._make_flat(separate=s.max_adapters == 1)
         self.compiler = Compiler(s.compile, self.device)
-        self.optimizer = self._make_optimizer()
-        self.runner = self._make_runner()
+        self.members = self.own = list(range(len(self.trials)))
+        if team.several:
+            self._check_spread()
+            self.separate = s.max_adapters == 1
+            self._deal()
+        else:
+            self.flat = self._make_flat(separate=s.max_adapters == 1)
+            self.optimizer = self._make_optimizer()
+            self.runner = self._make_runner()
         self.chunk, self.step, self.settled, self.seconds = 0, 0, 0, 0.0
         self.whole = True
         self.rungs = s.halving.rungs(self.steps, len(trials)) if s.halving else {}
         self.generators = Generators(self.device)
-        path = s.path
+        path = s.path if team.first else None
         tensorboard = path / "tensorboard" if path is not None and s.tensorboard else None
         log = path and path / "log.jsonl"
         self.history = History(self.board.names, self._rate, log, tensorboard)
         self._batches, self._identity = batches, {}
+        self._last_batch: Any = None
 
     def run(self) -> Report:
         """Trains to the end; the global generators are as before afterwards."""
         devices = [self.device] if self.device.type == "cuda" else []
         path = self.settings.path
+        writes = path is not None and self.team.first
         with contextlib.ExitStack() as scope:
             scope.enter_context(torch.random.fork_rng(devices=devices))
             scope.enter_context(
                 tables_written(self.model) if self.compiler.compiles else nullcontext()
             )
-            scope.enter_context(held(path) if path is not None else nullcontext())
+            scope.enter_context(held(path) if path is not None and writes else nullcontext())
             self._started = self._saved = time.monotonic()
             self.generators.seed(self.settings.seed)
-            if path is not None:
+            if path is not None or self.team.several:
                 self._open(path)
             with self._nothing_lost():
                 self.history.start(self.step, self.board.events())
@@ -97,7 +118,14 @@ class Loop:
 
     def report(self) -> Report:
         """The outcome so far."""
-        last = {trial: block.train(row) for trial, block, row in self.flat.rows()}
+        last = {t: block.train(row) for t, block, row in self.flat.rows() if t in self.own}
+        if self.team.several:
+            mine = last, self.board.best, self.board.left, self.chunk
+            parts = self.team.gather(mine)
+            last, self.board.best, self.board.left = (
+                {t: tree for part in parts for t, tree in part[k].items()} for k in range(3)
+            )
+            self.chunk = max(part[3] for part in parts)
         return self.board.report(last, self.step, self.history, self.elapsed(), self.chunk)
 
     def elapsed(self) -> float:
@@ -122,14 +150,76 @@ class Loop:
     def _make_optimizer(self) -> TrialOptimizer:
         return TrialOptimizer(self.flat, self.trials, self.settings.optimizer, self.steps)
 
-    def _make_runner(self, chosen: int | None = None) -> ChunkRunner:
+    def _deal(self, chosen: int | None = None) -> None:
+        """This process's share of the members, their values as they were at the start.
+
+        Chunks of a settled width are those of a sweep in one process, and stay whole; else every
+        share makes its own. A process without a share holds one trial, which stays idle.
+        """
+        whole = self._make_flat(self.separate)
+        members = set(self.members)
+        order = [t for t in whole.order if t in members]
+        width = 1 if self.separate else self.settings.max_adapters
+        fixed = type(width) is int
+        units = bounds(0, len(order), min(width, len(order)) if type(width) is int else 1)
+        costs = [sum(cost(self.starts[t]) for t in order[low:high]) for low, high in units]
+        cuts = edges(costs, self.team.size)
+        mine = units[cuts[self.team.place] : cuts[self.team.place + 1]]
+        self.own = [t for low, high in mine for t in order[low:high]]
+        held = set(self.own or order[:1])
+        self.flat = whole.keep([i for i, t in enumerate(whole.order) if t in held])
+        self.optimizer = self._make_optimizer()
+        chunks = None
+        if mine and fixed:
+            chunks = [(low - mine[0][0], high - mine[0][0]) for low, high in mine]
+        self.runner = self._make_runner(chosen and min(chosen, len(self.flat)), chunks)
+
+    def _check_spread(self) -> None:
+        """Refuses what a sweep over several processes does not know."""
+        for name, trial in self._named(self.trials).items():
+            if trial.accumulate > 1 and self.team.shards > 1:
+                raise ConfigError(
+                    f"{name}: accumulate={trial.accumulate} with the rows of a batch over "
+                    f"{self.team.shards} processes; give larger batches instead"
+                )
+
+    def _redeal(self, members: list[int]) -> None:
+        """Spreads the members evenly again; what moves takes its optimiser's state along."""
+        for trial, block, row in self.flat.rows():
+            if trial in self.own and trial not in members:
+                self.board.left[trial] = block.train(row)
+        kept, chosen = self._only(members), self.runner.chosen
+        self.members = sorted(members)
+        self._deal(chosen)
+        everyone = self.team.gather(self.own)
+        elsewhere = {t for p, own in enumerate(everyone) for t in own if p != self.team.place}
+        found: State = {"rows": {}, "optimizer": {}}
+        sent = {part: _of(kept[part], elsewhere) for part in kept}
+        for part in (kept, *self.team.gather(sent)):
+            for name in found:
+                found[name] |= _of(part[name], self.own)
+        if self.own:
+            self._load_rows(found["rows"])
+            found["optimizer"]["class"] = self.optimizer.name
+            self.optimizer.load_state_dict(found["optimizer"], self.step)
+
+    def _only(self, trials: Collection[int]) -> State:
+        """The rows and optimiser states of this process's own trials among these."""
+        wanted = set(self.own) & set(trials)
+        states = {"rows": self._rows(), "optimizer": self.optimizer.state_dict()}
+        return {name: _of(state, wanted) for name, state in states.items()}
+
+    def _make_runner(
+        self, chosen: int | None = None, chunks: Sequence[tuple[int, int]] | None = None
+    ) -> ChunkRunner:
         s = self.settings
         return ChunkRunner(
             self.model, self.flat, s.loss_fn, self.data.per_adapter, s.max_adapters, s.verify,
             self.compiler, self.optimizer.accumulates, self._named(self.trials), chosen,
+            chunks, self.team.shards == 1,
         )  # fmt: skip
 
-    def _open(self, path: Path) -> None:
+    def _open(self, path: Path | None) -> None:
         """Goes on from the directory's checkpoint, or begins anew."""
         kept = self.settings.directory
         self.data.watch()
@@ -141,6 +231,13 @@ class Loop:
             "base": identity.base_of(self.model),
             "starts": {n: identity.start_of(p) for n, p in self._named(self.starts).items()},
         }
+        for part, what in DIFFERENT.items():
+            self.team.check_same(what, self._identity[part])
+        if path is None:
+            return
+        if self.team.several:
+            self._open_in_all(path)
+            return
         if kept.resume:
             with checkpoint.opened(path) as file:
                 if file is not None:
@@ -149,10 +246,28 @@ class Loop:
                     return
         remove_adapters(path)
 
+    def _open_in_all(self, path: Path) -> None:
+        """The first process reads the checkpoint, all go on from it."""
+        kept, state = self.settings.directory, None
+        if self.team.first and kept.resume:
+            with checkpoint.opened(path) as file:
+                if file is not None:
+                    identity.check(path, file.meta, self._identity, kept.resume == "anyway")
+                    state = checkpoint.state_of(file)
+        state = self.team.of_first(state)
+        if state is None:
+            if self.team.first:
+                remove_adapters(path)
+            return
+        with checkpoint.fitting(path):
+            self.load_state_dict(state)
+        if not self.team.first:  # one process keeps what no longer trains
+            self.board.best, self.board.left = {}, {}
+
     def _train(self) -> None:
         if self.board.running():
             self._save()  # before the first step, so that a disk that refuses shows now
-            with Bar(self.steps, self.settings.progress) as bar:
+            with Bar(self.steps, self.settings.progress if self.team.first else False) as bar:
                 while self.board.running():
                     if self.settled < self.step:
                         self._settle(bar)
@@ -165,7 +280,9 @@ class Loop:
                 self.board.close(trial, "finished", "", self.step)
             self._save()
         if self.settings.path is not None:
-            save_adapters(self._best_in_order(), self.settings.path)
+            adapters = self._best_in_order()
+            if self.team.first:
+                save_adapters(adapters, self.settings.path)
 
     def _one_step(self) -> None:
         before = self.data.state_dict(), self.generators.state_dict()
@@ -174,6 +291,9 @@ class Loop:
             batch = next(self.data)
             if self.step == 0:
                 self._prove(batch)
+            if self.team.several:
+                self._step_of_several(batch)
+                return
             with training_pass(self.model):
                 if self.runner.chosen is None:
                     self.runner.choose(batch)
@@ -187,6 +307,50 @@ class Loop:
             self.data.go_back(before[0])
             self.generators.load_state_dict(before[1])
             raise
+        self._update(order, losses)
+
+    def _step_of_several(self, batch: Any) -> None:
+        """This process's part of a step."""
+        self._last_batch, team = batch, self.team
+        with training_pass(self.model):
+            if self.runner.chosen is None or self.step == 0:
+                if self.own:
+                    self.runner.choose(batch)
+                widths = team.gather((self.runner.chosen, len(self.own)))
+                if any(width == 1 < own for width, own in widths) and not self.separate:
+                    self._separate()
+            if not self.own:
+                self.step += 1
+                return
+            order = self.flat.order
+            share = None
+            if team.shards > 1:
+                axis = int(self.data.per_adapter)
+                batch = part_of(batch, team.shards, team.shard, axis)
+                share = share_of(
+                    batch, self.model, self.settings.loss_fn is None, bool(axis),
+                    team.shard_group, self.device,
+                )  # fmt: skip
+                share = share[order] if len(share) > 1 else share.expand(len(order))
+            weights = [1 / self.trials[t].accumulate for t in order]
+            if share is not None:
+                weights = [w * x for w, x in zip(weights, share.tolist(), strict=True)]
+            # What the passes draw (dropout) differs by process; the data's order must not.
+            kept = self.generators.state_dict()
+            self.generators.seed(pass_seed(self.settings.seed, self.step, team.rank))
+            try:
+                losses = self.runner.gradients(batch, weights)
+            finally:
+                self.generators.load_state_dict(kept)
+            if share is not None:
+                losses = losses * share.to(losses)
+                dist.all_reduce(losses, group=team.shard_group)
+                for block in self.flat.blocks:
+                    for grad in block.grads:
+                        dist.all_reduce(grad, group=team.shard_group)
+        self._update(order, losses)
+
+    def _update(self, order: list[int], losses: Tensor) -> None:
         self.whole = False
         self.optimizer.step(self.step, losses)
         self.step += 1
@@ -197,7 +361,9 @@ class Loop:
 
     def _prove(self, batch: Any) -> None:
         """Trials that do not train as they would alone in one pass run one by one."""
-        why = self.runner.one_by_one(batch)
+        why = self.runner.one_by_one(batch) if self.own else ""
+        # Found in one process, it holds in all.
+        why = next((found for found in self.team.gather(why) if found != ""), "")
         if why:
             message = f"the trials of this sweep run one by one, since {why}"
             warnings.warn(message, OneByOneWarning, stacklevel=6)
@@ -206,6 +372,10 @@ class Loop:
 
     def _separate(self) -> None:
         """Trials that run one by one lie apart, as if they were alone."""
+        if self.team.several:
+            self.separate = True
+            self._deal(1)
+            return
         if not self.separate:
             self.flat = self._make_flat(separate=True)
             self.optimizer = self._make_optimizer()
@@ -230,6 +400,9 @@ class Loop:
     def _note(self) -> list[float]:
         """Waits for the device and notes what has diverged; returns the running losses."""
         running = set(self.board.running())
+        if self.team.several:
+            self.team.check_same("batch", {"the last": batch_of(self._last_batch)})
+            self.history.exchange(self.team.gather)
         for step, trial, loss in self.history.flush():
             if trial in running:
                 finite = math.isfinite(loss)
@@ -258,9 +431,12 @@ class Loop:
         generators = self.generators.state_dict()
         try:
             with evaluating(self.model):
-                found = self.runner.scores(s.eval) if callable(s.eval) else self._mean_losses()
+                found: Mapping[str, Tensor] = {}
+                if self.own:
+                    found = self.runner.scores(s.eval) if callable(s.eval) else self._mean_losses()
             order, count = self.flat.order, len(self.trials)
-            scores = {k: on_all(order, v, running, count) for k, v in found.items()}
+            mine = {k: on_all(order, v, running, count) for k, v in found.items()}
+            scores = self._scores_of_all(mine)
             self.history.score(self.step, scores)
         except Exception as error:
             self.generators.load_state_dict(generators)
@@ -269,10 +445,28 @@ class Loop:
         self.board.metric = next(iter(scores))
         ranked = scores[self.board.metric]
         better = set(self.board.improved(self.step, ranked))
+        for trial in better:  # another process may have kept it
+            self.board.best.pop(trial, None)
         for trial, block, row in self.flat.rows():
-            if trial in better:
+            if trial in better and trial in self.own:
                 self.board.best[trial] = block.train(row)
         return ranked
+
+    def _scores_of_all(self, mine: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The scores of all processes' trials."""
+        if not self.team.several:
+            return mine
+        parts = [part for part in self.team.gather(mine) if part]
+        if any(list(part) != list(parts[0]) for part in parts):
+            raise ConfigError(
+                f"eval(model, stack) returned the metrics {list(parts[0])} in one process and "
+                f"others in another: {[list(part) for part in parts]}"
+            )
+        joined = dict(parts[0])
+        for part in parts[1:]:
+            for metric, row in part.items():
+                joined[metric] = torch.where(row.isnan(), joined[metric], row)
+        return joined
 
     def _mean_losses(self) -> dict[str, Tensor]:
         """The mean over the evaluation batches, weighted by their rows."""
@@ -297,6 +491,10 @@ class Loop:
 
     def shrink(self, members: list[int]) -> None:
         """Takes all other trials out of the stack."""
+        if self.team.several:
+            if members and len(members) < len(self.members):
+                self._redeal(members)
+            return
         positions = [i for i, t in enumerate(self.flat.order) if t in set(members)]
         if not positions or len(positions) == len(self.flat):
             return
@@ -322,15 +520,24 @@ class Loop:
             "settled": self.settled,
             "seconds": self.elapsed(),
             "chunk": self.chunk,
-            "chosen": self.runner.chosen or 0,
+            "chosen": self._chosen(),
             "separate": self.separate,
-            "members": sorted(self.flat.order),
+            "members": self.members if self.team.several else sorted(self.flat.order),
             "rows": self._rows(),
             "optimizer": self.optimizer.state_dict(),
             "position": self.data.state_dict(),
             "history": self.history.state_dict(),
             "generators": self.generators.state_dict(),
         }
+
+    def _chosen(self) -> int:
+        """The width of the passes; over several processes that of the same sweep in one."""
+        if not self.team.several:
+            return self.runner.chosen or 0
+        most = self.settings.max_adapters
+        if self.step == 0 and most == "auto":
+            return 0
+        return 1 if self.separate else min(most if type(most) is int else 2**31, len(self.members))
 
     def load_state_dict(self, state: State) -> None:
         """Brings a fresh loop to where :meth:`state_dict` was taken.
@@ -354,17 +561,25 @@ class Loop:
         known = isinstance(members, list) and all(type(m) is int for m in members)
         expect(known and bool(members) and set(members) <= set(range(total)), "members")
         expect(type(state["separate"]) is bool, "separate is no bool")
-        if state["separate"] and not self.separate:
-            self.flat = self._make_flat(separate=True)
-            self.optimizer = self._make_optimizer()
-        self.shrink(members)
-        expect(members == sorted(self.flat.order), f"members is {members!r}")
-        self._rechunk(chosen or None)
+        if self.team.several:
+            self.separate = self.separate or state["separate"]
+            self.members = sorted(members)
+            self._deal(chosen or None)
+            states = {"class": state["optimizer"].get("class"), **_of(state["optimizer"], self.own)}
+            state = {**state, "rows": _of(state["rows"], self.own), "optimizer": states}
+        else:
+            if state["separate"] and not self.separate:
+                self.flat = self._make_flat(separate=True)
+                self.optimizer = self._make_optimizer()
+            self.shrink(members)
+            expect(members == sorted(self.flat.order), f"members is {members!r}")
+            self._rechunk(chosen or None)
         self.history.load_state_dict(state["history"], step)
         metrics = state["history"]["metrics"]
         self.board.load_state_dict(state, step, members, metrics)
-        self.optimizer.load_state_dict(state["optimizer"], step)
-        self._load_rows(state["rows"])
+        if self.own:
+            self.optimizer.load_state_dict(state["optimizer"], step)
+            self._load_rows(state["rows"])
         self.step, self.settled, self.seconds, self.chunk = step, settled, seconds, chunk
         self.data.load_state_dict(
             state["position"], step, self.settings.directory.resume == "anyway"
@@ -404,6 +619,9 @@ class Loop:
             yield
         except Exception as error:
             kept = ""
+            if self.team.several:  # the others may be anywhere, and hold their own trials
+                error.add_note(f"fadapt: after step {self.step} of {self.steps}")
+                raise
             if self.settings.path is not None and not isinstance(error, CheckpointError):
                 kept = self._rescue()
             # The device may be what failed, and an error may refuse attributes.
@@ -430,33 +648,55 @@ class Loop:
         kept = self.settings.directory
         if kept is None or kept.every is None:
             return False
+        if self.team.several and isinstance(kept.every, timedelta):
+            if self.step % self.settings.log_every:
+                return False
+            passed = time.monotonic() - self._saved
+            return self.team.of_first(passed >= kept.every.total_seconds())
         if isinstance(kept.every, timedelta):
             return time.monotonic() - self._saved >= kept.every.total_seconds()
         return self.step % kept.every == 0
 
     def _save(self) -> None:
-        if self.settings.path is not None:
+        if self.settings.path is None:
+            return
+        state = self.state_dict()
+        if self.team.several:
+            kept = {part: state[part] for part in ("best", "left")} | self._only(self.members)
+            for part, all_of in zip(
+                kept, zip(*self._values_of_all(kept), strict=True), strict=True
+            ):
+                state[part] = {k: v for one in all_of for k, v in one.items()}
+            state["optimizer"]["class"] = self.optimizer.name
+        if self.team.first:
             self.history.write()
-            checkpoint.write(self.settings.path, self.state_dict())
-            self._saved = time.monotonic()
+            checkpoint.write(self.settings.path, state)
+        self._saved = time.monotonic()
+
+    def _values_of_all(self, kept: State) -> list[tuple[Any, ...]]:
+        return [tuple(one[part] for part in kept) for one in self.team.gather(kept)]
 
     def _best_in_order(self) -> Any:
         params = self.report().params
         return {name: params[name] for name in self.board.names}
 
 
-def check_process(model: nn.Module) -> None:
-    """Refuses several processes, which would train each on its own.
+DIFFERENT = {"sweep": "sweep", "given": "data, loss or eval", "base": "model", "starts": "start"}
+"""What processes may differ in, by the part of a checkpoint that tells."""
+
+
+def _of(state: Mapping[str, Any], trials: Collection[int]) -> dict[str, Any]:
+    """The entries of some trials in a state whose keys begin with the trial."""
+    wanted = set(map(str, trials))
+    return {k: v for k, v in state.items() if k.split(SEPARATOR)[0] in wanted}
+
+
+def check_weights(model: nn.Module) -> None:
+    """Refuses weights that can be part of no gradient.
 
     Raises:
-        ConfigError: an initialised process group of more than one.
+        ConfigError: a model made under torch.inference_mode.
     """
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        raise ConfigError(
-            f"fit and sweep do not synchronise processes yet, and this is one of "
-            f"{dist.get_world_size()}: each would train on its own batches. Train in one process, "
-            "or in a loop of your own: fadapt.run, backward, all_reduce of the gradients, a step"
-        )
     if any(p.is_inference() for p in model.parameters()):
         raise ConfigError(
             "the model was loaded or made under torch.inference_mode, and its weights can be part "

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from ..base.sharded import compute_device
 from ..errors import ConfigError, require
 from ..run import LossFn
 from .data import Order, check_batches
@@ -47,6 +48,7 @@ class Options(TypedDict, total=False):
     progress: bool | None
     log_every: int
     seed: int
+    mesh: Any
 
 
 class Settings(SimpleNamespace):
@@ -164,7 +166,7 @@ class Settings(SimpleNamespace):
 
 def device_of(model: nn.Module) -> torch.device:
     """Where the batches go: to the model's first parameter."""
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
+    return next((compute_device(p) for p in model.parameters()), torch.device("cpu"))
 
 
 def with_named_options(function: F) -> F:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from ..distributed.team import Team
 from ..errors import ConfigError, FadaptWarning
 from ..params.params import Params
 from ..params.stack import Stack, stack, unstack
@@ -54,6 +55,7 @@ def sweep(
     progress: bool | None = None,
     log_every: int = 10,
     seed: int = 0,
+    mesh: Any = None,
 ) -> Report:
     """Trains many adapters of one frozen model at once.
 
@@ -104,11 +106,16 @@ def sweep(
         log_every: steps between readings of the losses from the device.
         seed: of the global generators within the sweep (dropout, a DataLoader's order); they are
             restored afterwards.
+        mesh: a DeviceMesh over all processes with the dimensions "sweep" and "shard", or one of
+            them: the trials are split over the first, the rows of each batch over the second, over
+            which the base may be fully_shard'ed. None: under torchrun, the trials over all
+            processes. Every process returns the whole report; the first writes the files.
 
     Raises:
         ConfigError: before the first step: no trials, trials of different base models, settings
-            or batches that do not fit, several processes (each would train on its own), or the
+            or batches that do not fit, processes with other models, trials or data, or the
             checkpoint of another sweep.
+        FadaptError: another process of the sweep failed or ended.
         CheckpointError: a damaged checkpoint, a directory that another sweep uses, or a disk that
             refuses.
 
@@ -146,10 +153,13 @@ def sweep(
         progress=progress,
         log_every=log_every,
         seed=seed,
+        mesh=mesh,
     )
     # A caller that only evaluates otherwise may have turned gradients off.
     with torch.inference_mode(False), torch.enable_grad():
-        return Loop(model, named(trials), batches, settings).run()
+        team = Team(mesh)
+        with team.together():
+            return Loop(model, named(trials), batches, settings, team).run()
 
 
 @overload

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...adapted_map import drops_input
+from ...base.sharded import local_of
 from ...base.torch_private import pytree
 from ...batch import arguments
 from ...errors import ConfigError
@@ -65,6 +66,8 @@ class ChunkRunner:
         accumulates: whether gradients add up over several batches.
         trials: {name: trial}, in the order of their numbers.
         chosen: the width that an earlier object of the same sweep had come to, or None.
+        bounds: the rows of each chunk, where they are those of a sweep in one process.
+        halves: whether a chunk that does not fit may be halved, by this process alone.
 
     Attributes:
         chosen: the width to hand on to a later object; None before :meth:`choose`.
@@ -83,11 +86,13 @@ class ChunkRunner:
         accumulates: bool,
         trials: Mapping[str, Trial],
         chosen: int | None = None,
+        bounds: Sequence[tuple[int, int]] | None = None,
+        halves: bool = True,
     ):
         self.model, self.flat, self.loss_fn = model, flat, loss_fn
         self.per_adapter, self.compiler, self.verify = per_adapter, compiler, verify
         self.accumulates = accumulates
-        self.halves = max_adapters is not None
+        self.halves = max_adapters is not None and halves
         self._names, self._trials = list(trials), list(trials.values())
         # Filled anew for each step, at one address, which a CUDA graph reads.
         self.draw = torch.zeros((), dtype=torch.int64, device=compiler.device)
@@ -95,7 +100,7 @@ class ChunkRunner:
         self.chosen = None if max_adapters == "auto" else most
         if chosen is not None and (self.halves or chosen == 1):
             self.chosen = min(chosen, most)
-        self._split(self.chosen or len(flat))
+        self._split(self.chosen or len(flat), bounds)
         self.idle: frozenset[int] = frozenset()
         self.partial = False
 
@@ -186,7 +191,7 @@ class ChunkRunner:
 
     def _kept_bytes(self, chunk: Chunk, batch: Any) -> int:
         """Bytes that a forward keeps for its gradient."""
-        tensors = [*self.model.parameters(), *pytree.tree_leaves(chunk.params)]
+        tensors = [*map(local_of, self.model.parameters()), *pytree.tree_leaves(chunk.params)]
         known = {t.untyped_storage().data_ptr() for t in tensors}
         kept: dict[int, int] = {}
 
@@ -245,8 +250,8 @@ class ChunkRunner:
             return batch
         return pytree.tree_map_only(Tensor, lambda t: t[0], batch)
 
-    def _split(self, width: int) -> None:
-        self.chunks = [self._chunk(*b) for b in _bounds(0, len(self.flat), width)]
+    def _split(self, width: int, edges: Sequence[tuple[int, int]] | None = None) -> None:
+        self.chunks = [self._chunk(*b) for b in edges or bounds(0, len(self.flat), width)]
 
     def _chunk(self, low: int, high: int) -> Chunk:
         stack = self.flat.part(low, high)
@@ -317,7 +322,7 @@ class ChunkRunner:
         self.chosen = width
         later = self.chunks[first:]
         self.chunks = self.chunks[:first] + [
-            self._chunk(*bounds) for c in later for bounds in _bounds(c.low, c.high, width)
+            self._chunk(*edges) for c in later for edges in bounds(c.low, c.high, width)
         ]
 
     def _join(self, parts: Sequence[Tensor | None]) -> Tensor:
@@ -362,7 +367,7 @@ def _scores(found: Any, n: int) -> dict[str, Tensor]:
     return result
 
 
-def _bounds(low: int, high: int, width: int) -> list[tuple[int, int]]:
+def bounds(low: int, high: int, width: int) -> list[tuple[int, int]]:
     """Consecutive ranges of at most ``width``, as equal as can be: equal ones compile once."""
     count = -(-(high - low) // width)
     edges = [low + (high - low) * i // count for i in range(count + 1)]

@@ -108,6 +108,11 @@ class TrialOptimizer:
         values = [v.detach() for v in views(row, group.values)]
         return _Row(trial, group, row, values, views(row, group.grads), [ratio(n) for n in names])
 
+    @property
+    def name(self) -> str:
+        """Of the optimiser's class, as its state has it."""
+        return type(self.optimizer).__name__
+
     def rates(self, step: int) -> dict[int, float]:
         """The learning rate of every trial at a step (from 0)."""
         return {t: self.trials[t].rate_at(step, self.steps) for t in self.flat.order}
@@ -200,7 +205,7 @@ class TrialOptimizer:
 
     def state_dict(self) -> State:
         """The state of each trial, in an order that does not depend on the other trials."""
-        result: State = {"class": type(self.optimizer).__name__}
+        result: State = {"class": self.name}
         for row in self.rows:
             for i, state in enumerate(self._packed(row)):
                 for name, value in state.items():
@@ -219,7 +224,7 @@ class TrialOptimizer:
         writes moments of another shape without a look.
         """
         expect(
-            state.get("class") == type(self.optimizer).__name__,
+            state.get("class") == self.name,
             f"the optimiser is {state.get('class')!r}",
         )
         likes = self._template()

@@ -1,0 +1,168 @@
+"""Team: the processes of a sweep, what they tell each other, and how they fail together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+
+from ..base.sharded import is_sharded
+from ..errors import ConfigError, FadaptError
+
+NAMES = "sweep", "shard"
+
+
+class Team:
+    """The processes of a sweep: trials over some of them, the rows of each batch over others.
+
+    What they tell each other goes through the host (gloo), apart from the tensors of training. A
+    process that fails tells the others at the next occasion, so that none waits for it.
+
+    Attributes:
+        size: into how many shares the trials are split.
+        place: which of the shares is this process's.
+        shards: over how many processes the rows of a batch are split.
+        shard: which of the row parts is this process's.
+        rank: among all processes.
+    """
+
+    def __init__(self, mesh: Any = None):
+        self.size, self.place, self.shards, self.shard, self.rank, self.world = 1, 0, 1, 0, 0, 1
+        self._control: Any = None
+        self.shard_group: Any = None
+        self._places: list[tuple[int, int]] = [(0, 0)]
+        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+            if mesh is not None and mesh.size() > 1:
+                raise ConfigError("mesh= needs several processes; start the script with torchrun")
+            return
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.size, self.place = self.world, self.rank
+        if mesh is not None:
+            self._take(mesh)
+        # A group of its own: nothing of training is in flight on it.
+        self._control = dist.new_group(backend="gloo")
+        self._places = self._exchange((self.place, self.shard))
+
+    def _take(self, mesh: Any) -> None:
+        names = tuple(getattr(mesh, "mesh_dim_names", None) or ())
+        if not names or not set(names) <= set(NAMES) or mesh.size() != self.world:
+            raise ConfigError(
+                f"mesh has the dimensions {names} over {mesh.size()} processes of {self.world}; "
+                "write init_device_mesh(device, (s, d), mesh_dim_names=('sweep', 'shard')), s * d "
+                "being all processes"
+            )
+        self.size, self.place = 1, 0
+        if "sweep" in names:
+            self.size, self.place = mesh["sweep"].size(), mesh.get_local_rank("sweep")
+        if "shard" in names:
+            self.shards, self.shard = mesh["shard"].size(), mesh.get_local_rank("shard")
+            self.shard_group = mesh.get_group("shard")
+
+    @property
+    def several(self) -> bool:
+        """Whether there is more than one process."""
+        return self.world > 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes files and shows progress."""
+        return self.rank == 0
+
+    def check(self, model: nn.Module, compiles: bool) -> None:
+        """Refuses a base that is spread over processes in a way that a sweep does not know.
+
+        Raises:
+            ConfigError: with what to write.
+        """
+        if not is_sharded(model):
+            return
+        if self.shards == 1 and self.several:
+            raise ConfigError(
+                "the base is spread over processes, which have to see the same trials: write "
+                "mesh=init_device_mesh(device, (s, d), mesh_dim_names=('sweep', 'shard')), with d "
+                "the number of processes over which it was fully_shard'ed"
+            )
+        if compiles:
+            raise ConfigError(
+                "compile= traces the whole model into one graph (and may record CUDA graphs), and "
+                "the hooks with which FSDP2 gathers its weights cannot be part of it; leave it out"
+            )
+
+    def gather(self, value: Any) -> list[Any]:
+        """What each share's first process gives, in all processes.
+
+        Raises:
+            FadaptError: another process failed, or ended.
+        """
+        if not self.several:
+            return [value]
+        everyone = self._exchange(value if self.shard == 0 else None)
+        found: list[Any] = [None] * self.size
+        for (place, shard), one in zip(self._places, everyone, strict=True):
+            if shard == 0:
+                found[place] = one
+        return found
+
+    def of_first(self, value: Any) -> Any:
+        """What the first process gives."""
+        return self._exchange(value if self.first else None)[0] if self.several else value
+
+    def check_same(self, what: str, mine: Mapping[str, Any]) -> None:
+        """Refuses processes that are about to do different things.
+
+        Raises:
+            ConfigError: in all processes, naming the first difference.
+        """
+        if not self.several:
+            return
+        everyone = self._exchange(dict(mine))
+        for rank, other in enumerate(everyone):
+            for key in everyone[0].keys() | other.keys():
+                if everyone[0].get(key) != other.get(key):
+                    raise ConfigError(
+                        f"process {rank} has another {what} than process 0; {key}: "
+                        f"{other.get(key)!r:.300} there, {everyone[0].get(key)!r:.300} in process "
+                        "0. All processes run the same script on the same model, trials and data"
+                    )
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """A block whose error the other processes learn of, and raise one of their own."""
+        try:
+            yield
+        except Exception as error:
+            if self.several and self._control is not None and not isinstance(error, PeerError):
+                try:
+                    self._exchange_raw((False, f"{type(error).__name__}: {error}"))
+                except Exception as other:
+                    error.add_note(f"fadapt: the other processes could not be told: {other}")
+            raise
+
+    def _exchange(self, value: Any) -> list[Any]:
+        everyone = self._exchange_raw((True, value))
+        failed = [(rank, text) for rank, (whole, text) in enumerate(everyone) if not whole]
+        if failed:
+            rank, text = failed[0]
+            raise PeerError(
+                f"process {rank} of {self.world} failed, so the sweep ends in all: {text}"
+            )
+        return [one for _, one in everyone]
+
+    def _exchange_raw(self, value: Any) -> list[Any]:
+        everyone: list[Any] = [None] * self.world
+        try:
+            dist.all_gather_object(everyone, value, self._control)
+        except RuntimeError as error:
+            raise PeerError(
+                f"process {self.rank} of {self.world} cannot reach the others: one was killed, or "
+                "did not answer within the timeout of the process group. The same command goes on "
+                f"from the last checkpoint, on any number of processes ({error})"
+            ) from error
+        return everyone
+
+
+class PeerError(FadaptError):
+    """Another process of the sweep failed or ended."""
