@@ -8,9 +8,11 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections.abc import Callable, MutableMapping
+from datetime import timedelta
 from typing import Any
 
 import torch
+import torch.distributed
 
 # torch.func, torch.compile and checkpointing flatten their arguments with this registry, and torch
 # has no public module for it. Replace with torch.utils.pytree once the oldest torch supported has
@@ -173,3 +175,15 @@ def is_transformed() -> bool:
     torch.func has no public question; functorch's stack of interpreters is empty outside.
     """
     return torch._C._functorch.peek_interpreter_stack() is not None  # type: ignore[attr-defined]
+
+
+def timeout_of_default_group() -> timedelta:
+    """The timeout with which the default process group was made; there is no public way to ask."""
+    group: Any = torch.distributed.group.WORLD
+    for device in ("cpu", "cuda"):
+        try:
+            options = group._get_backend(torch.device(device)).options
+        except RuntimeError:  # the group has no backend for it
+            continue
+        return options._timeout
+    return timedelta(minutes=30)

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import atexit
+import os
+import socket
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import nn
 
-from ..base.sharded import is_sharded
+from ..base.sharded import compute_device, is_sharded
+from ..base.torch_private import timeout_of_default_group
 from ..errors import ConfigError, FadaptError
 
 NAMES = "sweep", "shard"
+TOLD_WITHIN = 20.0
+"""Seconds that a failing process waits for those that share its base to listen."""
 
 
 class Team:
@@ -34,6 +42,7 @@ class Team:
         self._control: Any = None
         self.shard_group: Any = None
         self._places: list[tuple[int, int]] = [(0, 0)]
+        _join_torchrun()
         if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
             if mesh is not None and mesh.size() > 1:
                 raise ConfigError("mesh= needs several processes; start the script with torchrun")
@@ -42,8 +51,7 @@ class Team:
         self.size, self.place = self.world, self.rank
         if mesh is not None:
             self._take(mesh)
-        # A group of its own: nothing of training is in flight on it.
-        self._control = dist.new_group(backend="gloo")
+        self._control = _control_group()
         self._places = self._exchange((self.place, self.shard))
 
     def _take(self, mesh: Any) -> None:
@@ -77,6 +85,7 @@ class Team:
         Raises:
             ConfigError: with what to write.
         """
+        self._check_devices(model)
         if not is_sharded(model):
             return
         if self.shards == 1 and self.several:
@@ -90,6 +99,24 @@ class Team:
                 "compile= traces the whole model into one graph (and may record CUDA graphs), and "
                 "the hooks with which FSDP2 gathers its weights cannot be part of it; leave it out"
             )
+
+    def _check_devices(self, model: nn.Module) -> None:
+        """Refuses processes that compute on one GPU."""
+        device = next((compute_device(p) for p in model.parameters()), torch.device("cpu"))
+        if not self.several:
+            return
+        mine = None
+        if device.type == "cuda":
+            mine = f"{device} ({torch.cuda.get_device_properties(device).uuid})"
+        mine = mine and f"{mine} of {socket.gethostname()}"
+        everyone = self._exchange(mine)
+        for rank, place in enumerate(everyone):
+            if place is not None and place in everyone[:rank]:
+                raise ConfigError(
+                    f"the processes {everyone.index(place)} and {rank} have their models on one "
+                    f"GPU, {place}: write torch.cuda.set_device(int(os.environ['LOCAL_RANK'])) "
+                    "before the model goes to 'cuda'"
+                )
 
     def gather(self, value: Any) -> list[Any]:
         """What each share's first process gives, in all processes.
@@ -120,7 +147,7 @@ class Team:
             return
         everyone = self._exchange(dict(mine))
         for rank, other in enumerate(everyone):
-            for key in everyone[0].keys() | other.keys():
+            for key in sorted(everyone[0].keys() | other.keys(), reverse=True):
                 if everyone[0].get(key) != other.get(key):
                     raise ConfigError(
                         f"process {rank} has another {what} than process 0; {key}: "
@@ -135,11 +162,24 @@ class Team:
             yield
         except Exception as error:
             if self.several and self._control is not None and not isinstance(error, PeerError):
-                try:
-                    self._exchange_raw((False, f"{type(error).__name__}: {error}"))
-                except Exception as other:
-                    error.add_note(f"fadapt: the other processes could not be told: {other}")
+                self._tell(f"{type(error).__name__}: {error}", error)
             raise
+
+    def _tell(self, text: str, error: Exception) -> None:
+        def tell() -> None:
+            try:
+                self._exchange_raw((False, text))
+            except Exception as other:
+                error.add_note(f"fadapt: the other processes could not be told: {other}")
+
+        if self.shards == 1:
+            tell()
+            return
+        # Those that share a base may wait in one of its gathers, where they cannot listen: this
+        # process is to end then, which frees them.
+        thread = threading.Thread(target=tell, daemon=True)
+        thread.start()
+        thread.join(TOLD_WITHIN)
 
     def _exchange(self, value: Any) -> list[Any]:
         everyone = self._exchange_raw((True, value))
@@ -162,6 +202,37 @@ class Team:
                 f"from the last checkpoint, on any number of processes ({error})"
             ) from error
         return everyone
+
+
+_control: dict[int, tuple[Any, Any]] = {}
+
+
+def _control_group() -> Any:
+    """A group of all processes on which nothing of training is in flight; one for all sweeps."""
+    whole = dist.group.WORLD
+    known = _control.get(id(whole))
+    if known is None:
+        group = dist.new_group(backend="gloo", timeout=timeout_of_default_group())
+        _control.clear()
+        known = _control[id(whole)] = whole, group
+    return known[1]
+
+
+def _join_torchrun() -> None:
+    """Under torchrun, joins the other processes, unless the script has done so.
+
+    Trials that are split over processes exchange next to nothing, for which gloo is enough.
+    """
+    if not dist.is_available() or dist.is_initialized() or not dist.is_torchelastic_launched():
+        return
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        dist.init_process_group("gloo")
+        atexit.register(_leave)
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 class PeerError(FadaptError):

@@ -79,14 +79,17 @@ class FoldedSite:
         self._check(x)
         shifts = any(has_shift(adapter.method) for _, adapter in self.pieces)
         # First: torch.compile copies an x that it has not written down before it is seen as rows.
-        y = None if shifts else base(x)
+        y = None if shifts or not torch.compiler.is_compiling() else base(x)
         rows = x.reshape(n, -1, x.shape[-1])
         entered = [
             adapter.over(functools.partial(_adapt_input, adapter.method, self.site.name), part)
             for (_, adapter), part in zip(self.pieces, self._parts(rows), strict=True)
         ]
         if y is None:
-            y = base(self._gather([value for value, _ in entered], rows).reshape(x.shape))
+            # The rows, not x: so the gradients of x add up in one order, whether or not another
+            # adapter of the pass shifts it, and a trial's bits do not depend on who else is there.
+            whole = self._gather([value for value, _ in entered], rows) if shifts else rows
+            y = base(whole.reshape(x.shape))
         # Not as rows: torch.compile would write the gradient of a sum that is seen as rows, and by
         # the base's product as a matrix, twice.
         split = y.unflatten(0, (n, -1))

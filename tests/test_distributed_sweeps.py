@@ -1,0 +1,272 @@
+"""Sweeps over processes: trials over ranks, and rows over a sharded base. gloo, on CPUs.
+
+The reference is the same sweep in one process.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+import fadapt
+from fadapt import DoRA, LoRA
+from fadapt.distributed import team
+from tests import models, ranks
+
+ROOT = Path(__file__).parents[1]
+
+
+def batches(count: int = 4, rows: int = 4) -> list[dict]:
+    rng = torch.Generator().manual_seed(0)
+    ids = [torch.randint(1, models.VOCAB, (rows, 6), generator=rng) for _ in range(count)]
+    return [{"input_ids": i, "labels": i} for i in ids]
+
+
+def trials() -> list[fadapt.Trial]:
+    configs = [{"proj": m} for m in (LoRA(r=1), LoRA(r=4), DoRA(r=2), fadapt.IA3())]
+    return fadapt.grid(configs, lr=[1e-3, 1e-2], clip=1.0)[:7]
+
+
+def train(model: nn.Module, chosen=None, **options) -> fadapt.Report:
+    options = {"eval": batches(1), "eval_every": 2, **options}
+    return fadapt.sweep(model, chosen or trials(), batches(), **options)
+
+
+def alone(model: nn.Module, *args, **options) -> fadapt.Report:
+    """The same sweep in one process, whatever group there is."""
+    joined = dist.is_initialized
+    dist.is_initialized = lambda: False
+    try:
+        return train(model, *args, **options)
+    finally:
+        dist.is_initialized = joined
+
+
+def equal(got: fadapt.Report, want: fadapt.Report, tolerance: float = 0.0) -> None:
+    assert [(r.name, r.status, r.step) for r in got.results] == [
+        (r.name, r.status, r.step) for r in want.results
+    ]
+    assert got.losses.keys() == want.losses.keys()
+    for kind in ("params", "final"):
+        for name, params in getattr(want, kind).items():
+            found = getattr(got, kind)[name].trainable()
+            for a, b in zip(found, params.trainable(), strict=True):
+                assert (a - b).abs().max() <= tolerance, (kind, name, (a - b).abs().max())
+    for step, row in want.losses.items():
+        gap = (got.losses[step] - row).nan_to_num().abs().max()
+        assert gap <= tolerance
+        assert torch.equal(got.losses[step].isnan(), row.isnan())
+
+
+HALVING = fadapt.Halving(2)
+
+
+def trials_over_ranks(rank: int, world: int, directory: Path) -> None:
+    """Shares, halving, own data, passes of a set width: bit for bit as in one process."""
+    model = models.qwen3().requires_grad_(False)
+    for options in (
+        {"halving": HALVING},
+        {"max_adapters": 2, "optimizer": torch.optim.SGD},
+        {"max_adapters": 1},
+        {"order": "own", "seed": 3},
+    ):
+        equal(train(model, **options), alone(model, **options))
+    path = directory / "sweep"
+    equal(train(model, halving=HALVING, directory=path), alone(model, halving=HALVING))
+    dist.barrier()
+    names = sorted(p.name for p in path.iterdir())
+    assert {"log.jsonl", "checkpoint.safetensors"} <= set(names)
+    lines = (path / "log.jsonl").read_text().splitlines()
+    assert len(lines) == len(set(lines))
+    # It goes on in one process, and from one process in several.
+    one = directory / f"one {rank}"
+    if rank == 0:
+        stop_at(model, one, 3)
+    dist.barrier()
+    found = train(model, halving=HALVING, directory=directory / "one 0")
+    equal(found, alone(model, halving=HALVING))
+
+
+class StopError(Exception):
+    pass
+
+
+def stop_at(model: nn.Module, path: Path, step: int) -> None:
+    """A sweep in one process that ends in the middle."""
+    calls = iter(range(step))
+
+    class Ends(list):
+        def __getitem__(self, index):
+            if next(calls, None) is None:
+                raise StopError
+            return super().__getitem__(index)
+
+        def __reduce__(self):
+            return list, (list(self),)
+
+    joined = dist.is_initialized
+    dist.is_initialized = lambda: False
+    kept = fadapt.Checkpoints(path, every=1)
+    data = Ends(batches())
+    data.__class__.__name__ = "list"
+    try:
+        with pytest.raises(StopError):
+            fadapt.sweep(
+                model, trials(), data, steps=4, eval=batches(1), eval_every=2, halving=HALVING,
+                directory=kept,
+            )  # fmt: skip
+    finally:
+        dist.is_initialized = joined
+
+
+def differences(rank: int, world: int, directory: Path) -> None:
+    """Other models, trials or data in one process; an error of one's own."""
+    model = models.qwen3().requires_grad_(False)
+    other = models.qwen3(seed=rank).requires_grad_(False)
+    with pytest.raises(fadapt.ConfigError, match=r"another model than process 0.*weight"):
+        train(other)
+    with pytest.raises(fadapt.ConfigError, match="another sweep than process 0; trial"):
+        train(model, fadapt.grid({"proj": LoRA(r=2)}, lr=[1e-3 * (1 + rank), 1e-2]))
+    with pytest.raises(fadapt.ConfigError, match="another data, loss or eval than process 0; eval"):
+        train(model, eval=batches(1 + rank))
+    with pytest.raises(fadapt.ConfigError, match="another sweep than process 0; seed"):
+        train(model, seed=rank)
+
+    def broken(output, batch):
+        if rank == 1:
+            raise ZeroDivisionError("mine")
+        return output.loss
+
+    mine = ZeroDivisionError if rank == 1 else team.PeerError
+    with pytest.raises(mine, match="mine"):
+        train(model, loss_fn=broken, verify=False)
+    with pytest.raises(fadapt.ConfigError, match="mesh has the dimensions"):
+        train(model, mesh=init_device_mesh("cpu", (world,), mesh_dim_names=("data",)))
+    equal(train(model), alone(model))  # the group is as good as before
+
+
+def sharded(model: nn.Module, **options) -> nn.Module:
+    model = copy.deepcopy(model)
+    for layer in model.model.layers:
+        fully_shard(layer, **options)
+    return fully_shard(model, **options)
+
+
+def rows_over_ranks(rank: int, world: int, directory: Path) -> None:
+    """fully_shard and the rows of each batch over "shard", trials over "sweep"."""
+    whole = models.qwen3().requires_grad_(False)
+    half = world // 2
+    mesh = init_device_mesh("cpu", (half, 2), mesh_dim_names=("sweep", "shard"))
+    model = sharded(whole, mesh=mesh["shard"])
+    data = batches()
+    for batch in data:  # not equally many tokens in each row
+        batch["labels"] = batch["labels"].clone()
+        batch["labels"][0, :4] = -100
+    sgd = {"optimizer": functools.partial(torch.optim.SGD, momentum=0.9)}
+    options = {"eval": batches(1), "eval_every": 2, "halving": HALVING, **sgd}
+    path = directory / "sweep"
+    got = fadapt.sweep(model, trials(), data, mesh=mesh, directory=path, **options)
+    joined = dist.is_initialized
+    dist.is_initialized = lambda: False
+    try:
+        want = fadapt.sweep(whole, trials(), data, **options)
+    finally:
+        dist.is_initialized = joined
+    equal(got, want, 1e-5)
+    everyone: list = [None] * world
+    dist.all_gather_object(everyone, [t for p in got.final.values() for t in p.trainable()])
+    for other in everyone:
+        assert all(map(torch.equal, other, everyone[0]))
+    with pytest.raises(fadapt.ConfigError, match="3 rows does not divide over 2"):
+        fadapt.sweep(model, trials(), batches(rows=3), mesh=mesh, verify=False)
+    some = fadapt.grid({"proj": LoRA(r=2)}, lr=[1e-3], accumulate=2)
+    with pytest.raises(fadapt.ConfigError, match="accumulate"):
+        fadapt.sweep(model, some, batches(), mesh=mesh)
+    with pytest.raises(fadapt.ConfigError, match="mesh=init_device_mesh"):
+        train(model)
+    with pytest.raises(fadapt.ConfigError, match="compile="):
+        train(model, mesh=mesh, compile=True)
+
+
+TWO = {f.__name__: f for f in (trials_over_ranks, differences, rows_over_ranks)}
+FOUR = {f.__name__: f for f in (rows_over_ranks,)}
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    return ranks.run(2, TWO, tmp_path_factory.mktemp("two"))
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory):
+    return ranks.run(4, FOUR, tmp_path_factory.mktemp("four"))
+
+
+@pytest.mark.parametrize("name", TWO)
+def test_two_processes(name, two):
+    assert not two[name], two[name]
+
+
+@pytest.mark.parametrize("name", FOUR)
+def test_four_processes(name, four):
+    assert not four[name], four[name]
+
+
+SCRIPT = """
+import os, signal, sys
+import torch, fadapt
+from tests.test_distributed_sweeps import HALVING, batches, models, trials
+torch.set_num_threads(1)
+directory, kill = sys.argv[1], int(sys.argv[2])
+model = models.qwen3().requires_grad_(False)
+
+def score(model, stack):
+    if kill and os.environ.get("RANK") == "1" and score.calls == kill:
+        os.kill(os.getpid(), signal.SIGKILL)
+    score.calls += 1
+    with torch.no_grad():
+        return fadapt.run(model, stack, batches(1)[0])
+
+score.calls = 0
+kept = fadapt.Checkpoints(directory, every=1)
+report = fadapt.sweep(model, trials(), batches(), eval=score, eval_every=1, halving=HALVING,
+                      directory=kept)
+if os.environ.get("RANK", "0") == "0":
+    torch.save({n: p.trainable() for n, p in report.final.items()}, directory + "/last.pt")
+"""
+
+
+def test_killed_and_on_another_number(tmp_path):
+    """An unchanged script under torchrun; a process is killed, and the command given again."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+    def start(processes: int, where: str, kill: int = 0):
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        command = [*(torchrun if processes > 1 else ()), script, tmp_path / where, str(kill)]
+        return subprocess.run(
+            [sys.executable, *map(str, command)], env=environment, timeout=100, capture_output=True,
+            text=True, check=False,
+        )  # fmt: skip
+
+    assert start(1, "whole").returncode == 0
+    killed = start(2, "broken", kill=3)
+    assert killed.returncode
+    assert "Signal 9" in killed.stderr, killed.stderr
+    found = start(3, "broken")
+    assert found.returncode == 0, found.stderr
+    want, got = (torch.load(tmp_path / d / "last.pt") for d in ("whole", "broken"))
+    for name, leaves in want.items():
+        assert all(map(torch.equal, leaves, got[name])), name
