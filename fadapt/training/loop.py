@@ -343,7 +343,7 @@ class Loop:
             kept = self.generators.state_dict()
             self.generators.seed(pass_seed(self.settings.seed, self.step, team.rank))
             try:
-                losses = self.runner.gradients(batch, weights)
+                losses = self.runner.gradients(batch, weights, self.step)
             finally:
                 self.generators.load_state_dict(kept)
             if share is not None:
