@@ -172,8 +172,7 @@ class Loop:
         chunks = None
         if mine and fixed:
             chunks = [(low - mine[0][0], high - mine[0][0]) for low, high in mine]
-        stacked = not fixed and len(members) > 1
-        self.runner = self._make_runner(chosen and min(chosen, len(self.flat)), chunks, stacked)
+        self.runner = self._make_runner(chosen and min(chosen, len(self.flat)), chunks)
 
     def _check_spread(self) -> None:
         """Refuses what a sweep over several processes does not know."""
@@ -214,13 +213,12 @@ class Loop:
         self,
         chosen: int | None = None,
         chunks: Sequence[tuple[int, int]] | None = None,
-        stacked: bool = False,
     ) -> ChunkRunner:
         s = self.settings
         return ChunkRunner(
             self.model, self.flat, s.loss_fn, self.data.per_adapter, s.max_adapters, s.verify,
             self.compiler, self.optimizer.accumulates, self._named(self.trials), chosen,
-            chunks, self.team.shards == 1, stacked,
+            chunks, self.team.shards == 1,
         )  # fmt: skip
 
     def _open(self, path: Path | None) -> None:

@@ -109,7 +109,10 @@ def sweep(
         mesh: a DeviceMesh over all processes with the dimensions "sweep" and "shard", or one of
             them: the trials are split over the first, the rows of each batch over the second, over
             which the base may be fully_shard'ed. None: under torchrun, the trials over all
-            processes. Every process returns the whole report; the first writes the files.
+            processes. Every process returns the whole report; the first writes the files. With a
+            number as ``max_adapters`` the passes, and so on a CPU all weights, are to the last bit
+            those of one process; else the trials of each process share its passes, and agree with
+            one process as trials in other passes do.
 
     Raises:
         ConfigError: before the first step: no trials, trials of different base models, settings

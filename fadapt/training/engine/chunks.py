@@ -68,7 +68,6 @@ class ChunkRunner:
         chosen: the width that an earlier object of the same sweep had come to, or None.
         bounds: the rows of each chunk, where they are those of a sweep in one process.
         halves: whether a chunk that does not fit may be halved, by this process alone.
-        stacked: whether a chunk of one stays a stack, as it is part of a wider one elsewhere.
 
     Attributes:
         chosen: the width to hand on to a later object; None before :meth:`choose`.
@@ -89,11 +88,10 @@ class ChunkRunner:
         chosen: int | None = None,
         bounds: Sequence[tuple[int, int]] | None = None,
         halves: bool = True,
-        stacked: bool = False,
     ):
         self.model, self.flat, self.loss_fn = model, flat, loss_fn
         self.per_adapter, self.compiler, self.verify = per_adapter, compiler, verify
-        self.accumulates, self.stacked = accumulates, stacked
+        self.accumulates = accumulates
         self.halves = max_adapters is not None and halves
         self._names, self._trials = list(trials), list(trials.values())
         # Filled anew for each step, at one address, which a CUDA graph reads.
@@ -183,7 +181,7 @@ class ChunkRunner:
             return
         width = len(self.flat)
         if self.compiler.device.type == "cpu" and width > 1:
-            one = self._chunk(0, 1, stacked=False)
+            one = self._chunk(0, 1)
             _, each = self._attempt(lambda c: self._kept_bytes(c, batch), one, "training")
             assert each is not None
             while width > 1 and width * each > CPU_BYTES:
@@ -255,10 +253,9 @@ class ChunkRunner:
     def _split(self, width: int, edges: Sequence[tuple[int, int]] | None = None) -> None:
         self.chunks = [self._chunk(*b) for b in edges or bounds(0, len(self.flat), width)]
 
-    def _chunk(self, low: int, high: int, stacked: bool | None = None) -> Chunk:
+    def _chunk(self, low: int, high: int) -> Chunk:
         stack = self.flat.part(low, high)
-        single = high - low == 1 and not (self.stacked if stacked is None else stacked)
-        params = trainable_leaves(alone(stack)) if single else stack
+        params = stack if high - low > 1 else trainable_leaves(alone(stack))
         self._freeze(params, self.flat.order[low:high])
         if isinstance(params, Stack):
             params = params.map(lambda own: own.map(self._counted))
