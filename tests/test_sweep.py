@@ -369,14 +369,6 @@ def test_a_sweep_leaves_no_tensors_behind():
     assert live() <= before  # fewer where what other tests left was collected meanwhile
 
 
-def test_several_processes_are_refused(monkeypatch):
-    model, batches = net(), make_batches(1)
-    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
-    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
-    with pytest.raises(fadapt.ConfigError, match="one of 2"):
-        sweep(model, TRIALS[:2], batches, loss_fn=loss_fn)
-
-
 def test_metrics_stay_what_they_are():
     model, batches = net(), make_batches()
     trials = [Trial(fadapt.LoRA(r=2), seed=s) for s in range(4)]
