@@ -298,17 +298,18 @@ def adapt_input(
     Raises:
         ConfigError: an increment of another shape than what it is added to.
     """
+    cls = type(method)
+    if cls.shift is Method.shift and not isinstance(method, Composed):
+        return x, x
     if isinstance(method, Composed):
         saved = []
         for i in reversed(range(len(method.methods))):
             x, keep = adapt_input(method.methods[i], method.part(p, i), x, where)
             saved.append(keep)
         return x, tuple(reversed(saved))
-    if not has_shift(method):
-        return x, x
-    shift = method.shift(p, x.to(compute_dtype(method, p)))
+    shift = method.shift(p, _as(x, compute_dtype(method, p)))
     _check_shape(method, "shift", shift, x.shape, where)
-    x = x + _with_strength(method, p, shift).to(x.dtype)
+    x = x + _as(_with_strength(method, p, shift), x.dtype)
     return x, x
 
 
@@ -340,20 +341,28 @@ def adapt_output(
             y = adapt_output(inner, part, saved[i], y, base, where, training, draw)
             base = AdaptedMap(inner, part, base)
         return y
-    if not has_delta(method):
+    cls = type(method)
+    if cls.delta is Method.delta:
         return y
-    dtype = compute_dtype(method, p)
-    rows = y.reshape(*saved.shape[:-1], y.shape[-1]).to(dtype) if method.reads_output else y
-    x = saved.to(dtype)
+    dtype, shape = compute_dtype(method, p), y.shape
+    wanted = (*saved.shape[:-1], shape[-1])
+    rows = _as(y if wanted == shape else y.reshape(wanted), dtype) if method.reads_output else y
+    x = _as(saved, dtype)
     if training and method.dropout and drops_input(method):
         draw = fresh_draw(x.device) if draw is None else draw
         x = drop(x, method.dropout, p.get(DROPOUT_KEY), draw)
-    if type(method).delta_takes_training:
+    if cls.delta_takes_training:
         delta = method.delta(p, x, rows, base, training=training)  # type: ignore[call-arg]
     else:
         delta = method.delta(p, x, rows, base)
-    _check_shape(method, "delta", delta, (*saved.shape[:-1], y.shape[-1]), where)
-    return y + _with_strength(method, p, delta).to(y.dtype).reshape(y.shape)
+    _check_shape(method, "delta", delta, wanted, where)
+    delta = _as(_with_strength(method, p, delta), y.dtype)
+    return y + (delta if wanted == shape else delta.reshape(shape))
+
+
+def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in a dtype; itself, without a call of torch's, where it has that."""
+    return tensor if tensor.dtype is dtype else tensor.to(dtype)
 
 
 def adapt(method: Method, p: Mapping[str, Tensor], x: Tensor, base: LinearMap) -> Tensor:
@@ -420,6 +429,8 @@ class AdaptedMap:
 
 
 def _check_shape(method: Method, what: str, increment: Any, wanted: Any, where: str) -> None:
+    if isinstance(increment, Tensor) and increment.shape == wanted:
+        return
     found = tuple(increment.shape) if isinstance(increment, Tensor) else type(increment).__name__
     if found != tuple(wanted):
         of = "input (tokens, in_features)" if what == "shift" else "output (tokens, out_features)"

@@ -18,6 +18,9 @@ CHECKPOINT_FUNCTION = "_gradient_checkpointing_func"
 modeling_utils ``_set_gradient_checkpointing``)."""
 
 
+HOOK = "_hf_hook"
+"""Where accelerate keeps the hook of a layer (hooks ``add_hook_to_module``)."""
+
 LOSS_ARGUMENTS = frozenset(("shift_labels", "num_items_in_batch", "logits_to_keep"))
 """Besides the labels, what a causal language model's loss depends on, or its head's input."""
 
@@ -201,7 +204,7 @@ def offload_hook(module: nn.Module) -> str | None:
 
     ``_hf_hook`` is an AlignDevicesHook with ``offload``, a CpuOffload, or a SequentialHook of such.
     """
-    hook = module.__dict__.get("_hf_hook")
+    hook = module.__dict__.get(HOOK)
     for one in getattr(hook, "hooks", (hook,)):
         if getattr(one, "offload", False) or type(one).__name__ == "CpuOffload":
             return type(one).__name__

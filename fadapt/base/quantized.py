@@ -255,16 +255,23 @@ class EightBitMap(QuantizedMap):
 MAPS: dict[str, type[QuantizedMap]] = {"Linear4bit": FourBitMap, "Linear8bitLt": EightBitMap}
 
 
-def quantized_map(module: nn.Module) -> QuantizedMap | None:
-    """The map of a quantised layer that fadapt knows, or None; imports nothing."""
-    if type(module) is nn.Linear or not isinstance(module, nn.Linear):
+def quantized_map_class(module: nn.Module) -> type[QuantizedMap] | None:
+    """The class of a quantised layer's map, if fadapt knows the layer; imports nothing."""
+    cls = type(module)
+    if cls is nn.Linear or not issubclass(cls, nn.Linear):
         return None
-    for cls in type(module).__mro__:
-        if cls.__name__ in MAPS and cls.__module__.startswith("bitsandbytes."):
-            return MAPS[cls.__name__](module)
+    for base in cls.__mro__:
+        if base.__name__ in MAPS and base.__module__.startswith("bitsandbytes."):
+            return MAPS[base.__name__]
     return None
+
+
+def quantized_map(module: nn.Module) -> QuantizedMap | None:
+    """The map of a quantised layer that fadapt knows, or None."""
+    cls = quantized_map_class(module)
+    return None if cls is None else cls(module)
 
 
 def has_quantized(model: nn.Module) -> bool:
     """Whether any layer of the model is one of a :func:`quantized_map`."""
-    return any(quantized_map(module) is not None for module in model.modules())
+    return any(quantized_map_class(module) is not None for module in model.modules())

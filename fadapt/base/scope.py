@@ -42,14 +42,17 @@ _lock = threading.RLock()
 
 
 class OnRead:
-    """What a call sees of a tensor that is not there yet: made of the module's own when it is read.
+    """What a call sees of a tensor that is made of the module's own when it is read.
 
     Args:
         make: from the module's own tensor, as it is then.
+        passes_writes: whether what is written meanwhile becomes the module's own.
     """
 
-    def __init__(self, make: Callable[[Any], Any]):
-        self.make = make
+    __slots__ = ("make", "passes_writes")
+
+    def __init__(self, make: Callable[[Any], Any], passes_writes: bool = False):
+        self.make, self.passes_writes = make, passes_writes
 
 
 class View(Block):
@@ -151,6 +154,8 @@ class _Stand:
         expired: whether a block was left of which a checkpointed section was not recomputed yet.
     """
 
+    __slots__ = ()
+
     place: Place
     own: Any
     views: dict[int, weakref.ref[View]]
@@ -174,6 +179,8 @@ class _Stand:
         return _ABSENT
 
     def in_use(self) -> bool:
+        if not self.views:
+            return False
         views = [ref() for ref in self.views.values()]
         return any(view is not None and view.open for view in views)
 
@@ -185,6 +192,8 @@ class ScopedTensors(_Stand, MutableMapping[str, Any], dict[str, Any]):  # type: 
     or the call's.
     """
 
+    __slots__ = ("expired", "own", "place", "views")
+
     def __getitem__(self, key: str) -> Any:
         seen = self.seen()
         if seen is _ABSENT or key not in seen:
@@ -194,8 +203,9 @@ class ScopedTensors(_Stand, MutableMapping[str, Any], dict[str, Any]):  # type: 
 
     def __setitem__(self, key: str, value: Any) -> None:
         seen = self.seen()
-        # FSDP2 puts a gathered weight here, and its shard back: the module's own.
-        own = seen is _ABSENT or key not in seen or isinstance(seen[key], OnRead)
+        own = seen is _ABSENT or key not in seen
+        if not own and isinstance(seen[key], OnRead):
+            own = seen[key].passes_writes
         (self.own if own else seen)[key] = value
 
     def __delitem__(self, key: str) -> None:
@@ -232,6 +242,8 @@ class ScopedTensors(_Stand, MutableMapping[str, Any], dict[str, Any]):  # type: 
 class ScopedFunction(_Stand):
     """Stands where a module has a function of its own, or its class has one."""
 
+    __slots__ = ("expired", "module", "own", "place", "views")
+
     def put(self, module: nn.Module, attribute: str, own: Any) -> None:
         super().put(module, attribute, own)
         self.module = weakref.ref(module)
@@ -250,32 +262,42 @@ class ScopedFunction(_Stand):
         return _itself, (self.plain(),)
 
 
+def own_function(function: Any) -> Any:
+    """A module's own function, also within a call that sees another; None where it has none."""
+    if not isinstance(function, ScopedFunction):
+        return function
+    return None if function.own is _ABSENT else function.own
+
+
 def _itself(function: Any) -> Any:
     return function
 
 
 def _put(view: View) -> None:
-    ref = weakref.ref(view)
+    ref, key = weakref.ref(view), id(view)
     with _lock:
         for module, attribute in view.places:
-            stand = module.__dict__.get(attribute, _ABSENT)
+            attributes = module.__dict__
+            stand = attributes.get(attribute, _ABSENT)
             if not isinstance(stand, _Stand):
                 own = stand
                 stand = ScopedTensors() if attribute in TENSORS else ScopedFunction()
                 stand.put(module, attribute, own)
-                stand.views[id(view)] = ref
-                module.__dict__[attribute] = stand
-            stand.views[id(view)], stand.expired = ref, False
+                stand.views[key] = ref
+                attributes[attribute] = stand
+            else:
+                stand.views[key], stand.expired = ref, False
 
 
 def _take_away(view: View) -> None:
+    key, pending = id(view), view.pending
     with _lock:
         for module, attribute in view.places:
             stand = module.__dict__.get(attribute)
             if not isinstance(stand, _Stand):
                 continue
-            stand.views.pop(id(view), None)
-            stand.expired |= view.pending
+            stand.views.pop(key, None)
+            stand.expired |= pending
             if not stand.expired and not stand.in_use():
                 if stand.own is _ABSENT:
                     module.__dict__.pop(attribute, None)

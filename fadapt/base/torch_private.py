@@ -5,8 +5,6 @@ Each says why, and what would replace it. Read in torch 2.11 to 2.13.
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from collections.abc import Callable, MutableMapping
 from datetime import timedelta
 from typing import Any
@@ -41,6 +39,12 @@ def register_node(
     pytree.register_pytree_node(cls, flatten, lambda children, aux: unflatten(aux, children))
 
 
+CHILDREN, COMPILED_CALL = "_modules", "_compiled_call_impl"
+"""The attributes of a module that hold its children, and what ``module.compile()`` made.
+
+What is asked of all modules before every call is looked up without a function in between.
+"""
+
 PARAMETERS, BUFFERS = "_parameters", "_buffers"
 """The attributes of a module in which nn.Module's ``__getattr__`` looks for its tensors.
 
@@ -63,6 +67,15 @@ def buffers_of(module: nn.Module) -> MutableMapping[str, Tensor | None]:
     return module._buffers
 
 
+def saving_is_hooked() -> bool:
+    """Whether someone has hooks on what autograd saves, as activation checkpointing has.
+
+    ``torch.autograd.graph.saved_tensors_hooks`` sets them; there is no public question.
+    """
+    top = torch._C._autograd._top_saved_tensors_default_hooks  # type: ignore[attr-defined]
+    return top(False) is not None
+
+
 def is_persistent(module: nn.Module, key: str) -> bool:
     """Whether a buffer belongs to the state dict, without building it."""
     return key not in module._non_persistent_buffers_set
@@ -81,27 +94,7 @@ def hand_to_backward(key: str, value: Any) -> None:
 
     Those take over torch's thread-local state, but neither Python's contexts nor threading.local.
     """
-    if _UNCOUNTED:  # before, so that an interrupt between the two leaks a reference at worst
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(value))
     torch._C._stash_obj_in_tls(key, value)  # type: ignore[attr-defined]
-
-
-def _stashes_uncounted() -> bool:
-    """Whether torch gives back a reference to what it stashed that it never took.
-
-    2.11 does: an object in use is freed when the next one takes its place, and the process crashes.
-    2.13 counts it. Remove with the last torch that does not.
-    """
-    probe = object()
-    before = sys.getrefcount(probe)
-    torch._C._stash_obj_in_tls("fadapt.probe", probe)  # type: ignore[attr-defined]
-    uncounted = sys.getrefcount(probe) == before
-    if uncounted:
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(probe))
-    return uncounted
-
-
-_UNCOUNTED = _stashes_uncounted()
 
 
 def handed_to_backward(key: str) -> Any:
@@ -143,9 +136,6 @@ def grouped_mm(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
 GROUPED_MM: Callable[..., Tensor] = torch._grouped_mm  # type: ignore[attr-defined]
 """The function that an overlay sees, whether a model calls it or ``F.grouped_mm``, which passes its
 arguments on before torch asks them for an override."""
-
-SAME_KIND_OF_TENSOR: Callable[..., bool] = torch._has_compatible_shallow_copy_type  # type: ignore[attr-defined]
-"""What ``module.to`` asks before it writes to ``tensor.data``; only to know the question."""
 
 
 def is_wrapped(tensor: Tensor) -> bool:

@@ -50,7 +50,7 @@ def call(
         return function(*args, **kwargs)
     refuse_bound(model, "a call with other params")
     mount = prepare(model, sites)
-    with mount.view(model):
+    with mount.view():
         try:
             return function(*args, **kwargs)
         except RuntimeError as error:
@@ -96,7 +96,7 @@ class Bound(Block):
     def __enter__(self) -> nn.Module:
         refuse_bound(self.model, "another fadapt.bound")
         mount = prepare(self.model, self.sites(), any_mode=True)
-        self.view = mount.view(self.model, self.owner)
+        self.view = mount.view(self.owner)
         return self.view.__enter__()
 
     def undo(self) -> None:
@@ -122,10 +122,11 @@ def method_of(model: nn.Module, name: str) -> Callable[..., Any]:
 def _functional(model: nn.Module, mount: Mount, method: str, args: tuple, kwargs: dict) -> Any:
     if mount.sharded:
         raise TargetError(
-            f"{mount.sharded[0][0]} is spread over processes, and torch.compile cannot trace the "
+            f"{mount.sharded} is spread over processes, and torch.compile cannot trace the "
             "hooks that gather it; call it uncompiled"
         )
-    with forwards_swapped(mount) if mount.forwards else nullcontext():
+    forwards = mount.forwards()
+    with forwards_swapped(forwards) if forwards else nullcontext():
         if method == "forward":
             return functional_call(model, mount.by_name(), args, kwargs, tie_weights=False)
         wrapper = _MethodCall(model, method)

@@ -13,7 +13,7 @@ import torch
 import torch.utils.checkpoint
 
 from ..base.scope import View, open_view
-from ..base.torch_private import in_backward, pytree
+from ..base.torch_private import in_backward, pytree, saving_is_hooked
 from ..errors import FadaptError
 from ..params.adapter import Adapted
 
@@ -32,6 +32,9 @@ def refuse_checkpoint(adapter: Adapted) -> None:
         return
     if in_backward():
         view.pending = False
+        return
+    # Inside a checkpoint autograd saves through its hooks, or, if it is the reentrant one, nothing.
+    if torch.is_grad_enabled() and not saving_is_hooked():
         return
     frame: FrameType | None = sys._getframe()
     inside = False

@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import functools
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..base.checks import check_module, check_one_way, check_weight
-from ..base.quantized import QuantizedMap, quantized_map
-from ..base.scope import BUFFERS, PARAMETERS, OnRead, Place, ScopedFunction, View, own_tensors
-from ..base.sharded import Units, compute_device, is_dtensor
+from ..adapted_map import acts_in_training
+from ..base.checks import check_one_way, check_weight
+from ..base.quantized import QuantizedMap
+from ..base.scope import (
+    BUFFERS,
+    PARAMETERS,
+    OnRead,
+    Place,
+    View,
+    own_function,
+    own_tensors,
+)
+from ..base.sharded import compute_device, is_dtensor
+from ..base.survey import Held, Survey, Walk, survey
 from ..base.torch_private import buffers_of, is_persistent, parameters_of
 from ..dropout import fresh_draw
 from ..errors import ConfigError, TargetError
 from ..hugging_face import CHECKPOINT_FUNCTION, checkpoint_function, forward_key
-from ..params.adapter import Adapted
+from ..params.adapter import Adapted, Adapter
+from ..params.params import Params
 from .checkpointing import Recomputed, refuse_checkpoint
-from .exact import marked_like
+from .exact import layer_map, marked_like
 from .rules import overlay
 from .tensor import Overlay
 
@@ -44,47 +58,214 @@ class SwappedForward:
         return self.adapter(x, self.base)
 
 
+class LinearForward:
+    """The ``forward`` of an ``nn.Linear`` for one call: what its weight's overlay would come to.
+
+    It spares the way through torch's dispatch of functions, which costs as much as a small product.
+
+    Args:
+        module: the layer.
+        adapter: of its weight.
+        seen: what the call sees in place of the layer's parameters.
+    """
+
+    __slots__ = ("adapter", "module", "seen")
+
+    def __init__(self, module: nn.Module, adapter: Adapted, seen: Mapping[str, Any]):
+        self.module, self.adapter, self.seen = module, adapter, seen
+
+    def __call__(self, input: Tensor) -> Tensor:  # noqa: A002 - its name in nn.Linear
+        module, adapter = self.module, self.adapter
+        own = own_tensors(parameters_of(module))
+        weight, bias = own["weight"], own["bias"]
+        plain = type(input) is Tensor and "bias" not in self.seen
+        if not plain or weight is None or (bias is None and adapter.acts_on_bias):
+            return F.linear(input, module.weight, module.bias)  # type: ignore[arg-type]
+        refuse_checkpoint(adapter)
+        required_grad = weight.requires_grad
+        frozen = weight.detach() if required_grad else weight
+        return adapter(input, layer_map(input, frozen, bias, False, required_grad))
+
+
+class _Overlaid(OnRead):
+    """An overlay of a site's weight, made when the weight is read."""
+
+    __slots__ = ()
+
+    def __init__(self, adapter: Adapted):
+        super().__init__(functools.partial(_overlay_of, adapter))
+
+
+def _overlay_of(adapter: Adapted, weight: Tensor) -> Overlay:
+    return overlay(weight.detach(), adapter, required_grad=weight.requires_grad)
+
+
+_ALIAS = OnRead(lambda weight: marked_like(weight.detach(), True))
+"""Of a base parameter that asks for gradients, which must not reach it."""
+
+
 @dataclass(frozen=True)
+class _Part:
+    """One parameter in whose place a call sees something else, checked.
+
+    Attributes:
+        held: the parameter.
+        adapter: of a site, else None.
+        follows: whether the adapter is to know its layer.
+        seen: what is seen there, as far as it is the same in all calls.
+    """
+
+    held: Held
+    adapter: Adapted | None
+    follows: bool
+    seen: OnRead | None
+
+
+class _Parts(list[_Part]):
+    """The parts of one set of sites.
+
+    Args:
+        parts: the parts.
+        where: (leaf, device) of every adapter, which was compared with its weight's.
+    """
+
+    def __init__(self, parts: Iterable[_Part], where: list[tuple[Tensor, torch.device]]):
+        super().__init__(parts)
+        self.where = where
+
+    def hold(self) -> bool:
+        """Whether the adapters are where they were."""
+        return all(leaf.device == device for leaf, device in self.where)
+
+
 class Mount:
     """What one call is to see in the places of a model's own tensors and functions.
 
-    Attributes:
-        tensors: (full name, module, PARAMETERS or BUFFERS, key, tensor).
-        sharded: as ``tensors``, of weights that are spread over processes: what is seen there is
-            made when the module reads it.
-        forwards: (module, attribute, function) of the quantised layers, whose kernels take no
-            overlay.
-        checkpoints: (module, attribute, function) where the model checkpoints activations.
+    Args:
+        model: the base.
         modules: all modules of the model.
+        walk: over them.
+        parts: of the sites.
+        any_mode: whether the mode may change before the model runs, as in a ``bound`` block.
+        ids: of all modules, where they are known.
     """
 
-    tensors: list[tuple[str, nn.Module, str, str, Tensor]]
-    sharded: list[tuple[str, nn.Module, str, str, OnRead]]
-    forwards: list[tuple[nn.Module, str, SwappedForward]]
-    checkpoints: list[tuple[nn.Module, str, Recomputed]]
-    modules: list[nn.Module]
+    def __init__(
+        self,
+        model: nn.Module,
+        modules: list[nn.Module],
+        walk: Walk,
+        parts: Sequence[_Part],
+        any_mode: bool,
+        ids: frozenset[int] | None = None,
+    ):
+        self.model, self.modules, self.walk, self.parts = model, modules, walk, parts
+        self.any_mode, self.ids = any_mode, ids
+        self.draws = _Draws(any_mode)
+
+    @property
+    def checkpoints(self) -> bool:
+        """Whether the model checkpoints activations by a function of its own."""
+        return bool(self.walk.checkpointed)
+
+    @property
+    def sharded(self) -> str:
+        """The name of a weight that is spread over processes, or ""."""
+        return next((part.held.name for part in self.parts if part.held.sharded), "")
 
     def by_name(self) -> dict[str, Tensor]:
         """The tensors, for torch.func.functional_call."""
-        return {name: tensor for name, _, _, _, tensor in self.tensors}
+        found: dict[str, Tensor] = {}
+        for part in self.parts:
+            if part.held.quantized is None:
+                module = self.modules[part.held.at]
+                weight = own_tensors(parameters_of(module))[part.held.key]
+                assert weight is not None
+                adapter = self._within(part, module)
+                found[part.held.name] = (
+                    marked_like(weight.detach(), True)
+                    if adapter is None
+                    else _overlay_of(adapter, weight)
+                )
+        for prefix, _, key, buffer in self._buffers():
+            found[f"{prefix}.{key}" if prefix else key] = buffer.clone()
+        return found
 
-    def view(self, model: nn.Module, owner: Any = None) -> View:
+    def forwards(self) -> list[tuple[nn.Module, str, SwappedForward]]:
+        """(module, attribute, function) of the quantised layers, whose kernels take no overlay."""
+        found = []
+        for part in self.parts:
+            if part.held.quantized is not None:
+                module = self.modules[part.held.at]
+                swapped = SwappedForward(part.held.quantized(module), self._within(part, module))
+                found.append((module, forward_key(module), swapped))
+        return found
+
+    def view(self, owner: Any = None) -> View:
         """The model as the call sees it."""
         seen: dict[Place, Any] = {}
-        places = []
-        for _, module, attribute, key, tensor in (*self.tensors, *self.sharded):
-            place = id(module), attribute
+        places: list[tuple[nn.Module, str]] = []
+        recomputed = []
+        for part in self.parts:
+            held, module = part.held, self.modules[part.held.at]
+            adapter = self._within(part, module) if part.follows else part.adapter
+            place = id(module), PARAMETERS
+            if held.quantized is not None:
+                place = id(module), forward_key(module)
+                seen[place] = SwappedForward(held.quantized(module), adapter)
+                places.append((module, place[1]))
+                continue
             if place not in seen:
                 seen[place] = {}
-                places.append((module, attribute))
-            seen[place][key] = tensor
-        for module, attribute, function in (*self.forwards, *self.checkpoints):
-            seen[id(module), attribute] = function
-            places.append((module, attribute))
-        view = View(model, frozenset(map(id, self.modules)), seen, places, owner)
-        for _, _, function in self.checkpoints:
+                places.append((module, PARAMETERS))
+            seen[place][held.key] = part.seen or _seen_of(held, adapter)
+            if adapter is not None and held.plain_linear and _is_plain(adapter):
+                seen[id(module), "forward"] = LinearForward(module, adapter, seen[place])
+                places.append((module, "forward"))
+        for _, module, key, buffer in self._buffers():
+            place = id(module), BUFFERS
+            if place not in seen:
+                seen[place] = {}
+                places.append((module, BUFFERS))
+            seen[place][key] = buffer.clone()
+        for at in self.walk.checkpointed:
+            module = self.modules[at]
+            function = Recomputed(own_function(checkpoint_function(module)))
+            seen[id(module), CHECKPOINT_FUNCTION] = function
+            places.append((module, CHECKPOINT_FUNCTION))
+            recomputed.append(function)
+        ids = frozenset(map(id, self.modules)) if self.ids is None else self.ids
+        view = View(self.model, ids, seen, places, owner)
+        for function in recomputed:
             function.view = view
         return view
+
+    def _within(self, part: _Part, module: nn.Module) -> Adapted | None:
+        adapter = part.adapter
+        if adapter is None or not part.follows:
+            return adapter
+        return adapter.within(module, self.draws.of(adapter, module))
+
+    def _buffers(self) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
+        """(path, module, key, buffer) of those that training mode may write to."""
+        for prefix, at in self.walk.buffered:
+            module = self.modules[at]
+            if self.any_mode or module.training:
+                for key, buffer in own_tensors(buffers_of(module)).items():
+                    if buffer is not None and _may_be_updated(module, key, buffer):
+                        yield prefix, module, key, buffer
+
+
+def _seen_of(held: Held, adapter: Adapted | None) -> OnRead:
+    if held.sharded:
+        return OnRead(Gathered(adapter, held.in_unit), passes_writes=True)
+    return _ALIAS if adapter is None else _Overlaid(adapter)
+
+
+def _is_plain(adapter: Adapted) -> bool:
+    """Whether the adapter's matrix is a linear layer's weight as it is stored."""
+    site = adapter.site
+    return not (site.transposed or site.experts or site.flat)
 
 
 def prepare(model: nn.Module, sites: Mapping[str, Adapted], any_mode: bool = False) -> Mount:
@@ -95,70 +276,71 @@ def prepare(model: nn.Module, sites: Mapping[str, Adapted], any_mode: bool = Fal
 
     Args:
         any_mode: whether the mode may change before the model runs, as in a ``bound`` block.
+
+    Raises:
+        TargetError: a model that no adapted call can run, or sites of another one.
+        ConfigError: adapters on another device.
     """
-    mount = Mount([], [], [], [], [])
-    found: set[str] = set()
-    units = Units()
-    draws = _Draws(any_mode)
-    for prefix, module in model.named_modules():
-        mount.modules.append(module)
-        in_unit = units.hold(prefix, module)
-        if (function := checkpoint_function(module)) is not None:
-            own = function.plain() if isinstance(function, ScopedFunction) else function
-            mount.checkpoints.append((module, CHECKPOINT_FUNCTION, Recomputed(own)))
-        check_module(prefix, module)
-        for key, weight in own_tensors(parameters_of(module)).items():
-            if weight is None:
-                continue
-            name = f"{prefix}.{key}" if prefix else key
-            found.add(name)
-            if isinstance(weight, nn.UninitializedParameter):
-                check_weight(name, module, weight)
-            if weight.is_meta:
-                raise TargetError(
-                    f"{name} is a meta tensor without values; load the weights to run the model"
-                )
-            if key == "weight" and (base := quantized_map(module)) is not None:
-                if in_unit:
-                    raise TargetError(
-                        f"{name} is a quantised layer of bitsandbytes in a unit of FSDP2, which "
-                        "loses its quantisation state (bitsandbytes issue 1945); leave the model "
-                        "whole in each process, or shard one that is not quantised"
-                    )
-                mount.forwards.append(_swap(name, module, base, sites.get(name), draws))
-                continue
-            if in_unit or is_dtensor(weight):
-                adapter = sites.get(name)
-                if adapter is not None:
-                    check_weight(name, module, weight)
-                    _check_site(name, tuple(weight.shape), weight, adapter)
-                    adapter = adapter.within(module, draws.of(adapter, module))
-                elif not weight.requires_grad:
-                    continue
-                if in_unit:
-                    check_one_way(name, weight)
-                seen = OnRead(Gathered(adapter, in_unit))
-                mount.sharded.append((name, module, PARAMETERS, key, seen))
-                continue
-            if name in sites:
-                adapter = sites[name].within(module, draws.of(sites[name], module))
-                new = _overlay_site(name, module, weight, adapter)
-            elif weight.requires_grad:
-                new = marked_like(weight.detach(), True)
+    if torch.compiler.is_compiling():
+        walk = Walk(model)
+        parts = _parts(model, walk.modules, walk, sites)
+        return Mount(model, walk.modules, walk, parts, any_mode)
+    found, modules = survey(model)
+    parts = None
+    if isinstance(sites, Params):
+        ref, parts = found.kept.get(id(sites), (None, None))
+        if ref is None or ref() is not sites or not parts.hold():
+            parts = _parts(model, modules, found.walk, sites)
+            forget = functools.partial(_forget, weakref.ref(found), id(sites))
+            found.kept[id(sites)] = weakref.ref(sites, forget), parts
+    else:
+        parts = _parts(model, modules, found.walk, sites)
+    return Mount(model, modules, found.walk, parts, any_mode, found.ids)
+
+
+def _forget(kept: weakref.ref[Survey], key: int, ref: Any) -> None:
+    found = kept()
+    if found is not None and found.kept.get(key, (None,))[0] is ref:
+        del found.kept[key]
+
+
+def _parts(
+    model: nn.Module, modules: list[nn.Module], walk: Walk, sites: Mapping[str, Adapted]
+) -> _Parts:
+    """What the call is to see of the parameters, after all checks."""
+    parts, where, names = [], [], {held.name for held in walk.held}
+    for held in walk.held:
+        adapter = sites.get(held.name)
+        module = modules[held.at]
+        weight = own_tensors(parameters_of(module))[held.key]
+        assert weight is not None
+        if adapter is not None:
+            wanted, found = adapter.site.stored_shape, tuple(weight.shape)
+            if held.quantized is not None:
+                base = held.quantized(module)
+                base.check(held.name)
+                wanted, found = adapter.site.matrix_shape, base.shape
             else:
-                continue
-            mount.tensors.append((name, module, PARAMETERS, key, new))
-        if (any_mode or module.training) and (buffers := own_tensors(buffers_of(module))):
-            for key, buffer in buffers.items():
-                if buffer is not None and _may_be_updated(module, key, buffer):
-                    name = f"{prefix}.{key}" if prefix else key
-                    mount.tensors.append((name, module, BUFFERS, key, buffer.clone()))
-    if missing := [n for n, a in sites.items() if n not in found and not a.site.is_shared]:
+                check_weight(held.name, module, weight)
+            where.append(_check_site(held.name, found, weight, adapter, wanted))
+        elif held.quantized is None and not held.requires_grad:
+            continue
+        if held.in_unit:
+            check_one_way(held.name, weight)
+        follows = adapter is not None and not _stays(adapter)
+        same = None if held.quantized is not None or follows else _seen_of(held, adapter)
+        parts.append(_Part(held, adapter, follows, same))
+    if missing := [n for n, a in sites.items() if n not in names and not a.site.is_shared]:
         raise TargetError(
             f"the params adapt {missing[0]} and {len(missing) - 1} more weights that this "
             f"{type(model).__name__} does not have; they were made for another model"
         )
-    return mount
+    return _Parts(parts, [pair for pair in where if pair is not None])
+
+
+def _stays(adapter: Adapted) -> bool:
+    """Whether an adapter is the same in every layer and mode."""
+    return isinstance(adapter, Adapter) and not acts_in_training(adapter.method)
 
 
 class _Draws:
@@ -216,31 +398,10 @@ def _may_be_updated(module: nn.Module, key: str, buffer: Tensor) -> bool:
     return buffer.is_floating_point() or buffer.is_complex() or buffer.dim() < 2
 
 
-def _swap(
-    name: str, module: nn.Module, base: QuantizedMap, adapter: Adapted | None, draws: _Draws
-) -> tuple[nn.Module, str, SwappedForward]:
-    key = forward_key(module)
-    if adapter is not None:
-        base.check(name)
-        _check_site(name, base.shape, base.module.weight, adapter, adapter.site.matrix_shape)
-        adapter = adapter.within(module, draws.of(adapter, module))
-    return module, key, SwappedForward(base, adapter)
-
-
-def _overlay_site(name: str, module: nn.Module, weight: Tensor, adapter: Adapted) -> Overlay:
-    check_weight(name, module, weight)
-    _check_site(name, tuple(weight.shape), weight, adapter)
-    return overlay(weight.detach(), adapter, required_grad=weight.requires_grad)
-
-
 def _check_site(
-    name: str,
-    found: tuple[int, ...],
-    weight: Tensor,
-    adapter: Adapted,
-    wanted: tuple[int, ...] | None = None,
-) -> None:
-    wanted = wanted or adapter.site.stored_shape
+    name: str, found: tuple[int, ...], weight: Tensor, adapter: Adapted, wanted: tuple[int, ...]
+) -> tuple[Tensor, torch.device] | None:
+    """Refuses an adapter that does not fit; returns one of its leaves and where that has to be."""
     where = compute_device(weight)
     if found != wanted:
         raise TargetError(
@@ -257,16 +418,17 @@ def _check_site(
             f"{name} is on {where}, its adapter on {device}; "
             f"write params = params.to({str(where)!r})"
         )
-    if weight.is_meta:
-        raise TargetError(f"{name} is a meta tensor without values; load the weights to run it")
+    if not isinstance(adapter, Adapter) or adapter.device is None:
+        return None
+    return next(iter(adapter.leaves.values())), where
 
 
 @contextmanager
-def forwards_swapped(mount: Mount) -> Iterator[None]:
+def forwards_swapped(forwards: list[tuple[nn.Module, str, SwappedForward]]) -> Iterator[None]:
     """The forwards in their places, as torch.compile traces it; the rest is functional_call's."""
-    before = [(m, key, m.__dict__.get(key)) for m, key, _ in mount.forwards]
+    before = [(m, key, m.__dict__.get(key)) for m, key, _ in forwards]
     try:
-        for module, key, new in mount.forwards:
+        for module, key, new in forwards:
             setattr(module, key, new)
         yield
     finally:

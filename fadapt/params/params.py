@@ -55,7 +55,7 @@ class Params(Mapping[str, Adapter]):
         torch.Size([16, 2])
     """
 
-    __slots__ = ("_adapters", "_awaited", "config", "coverage")
+    __slots__ = ("__weakref__", "_adapters", "_awaited", "config", "coverage")
 
     def __init__(
         self,
