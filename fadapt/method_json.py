@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import warnings
 from collections.abc import Mapping
 from typing import Any, cast
@@ -61,6 +62,21 @@ def method_from_json(data: Mapping[str, Any], depth: int = 0) -> Method:
         return classes[cast(str, key)](**fields)
     except TypeError as error:
         raise ConfigError(f"method {key!r} does not take the fields {fields}: {error}") from error
+
+
+def method_class(key: str) -> type[Method]:
+    """The class of a name in files.
+
+    Raises:
+        ConfigError: a name that this process does not know, with those that are near.
+    """
+    classes = _classes()
+    if key not in classes:
+        known = sorted(k for k, c in classes.items() if "._" not in c.__module__)
+        near = difflib.get_close_matches(key, known, 3, 0.5)
+        hint = f"near names are {near}" if near else f"this process knows {known}"
+        raise ConfigError(f"unknown method {key!r}; {hint}")
+    return classes[key]
 
 
 def method_key(cls: type[Method]) -> str:

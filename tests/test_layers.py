@@ -38,6 +38,7 @@ FLOORS = (
     ("distributed",),
     ("training",),
     ("testing",),
+    ("command",),
 )
 ORDER = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
 # Folders that take part only on the ground: what may stand beneath each of them.

@@ -169,7 +169,7 @@ def _records(file: TensorFile) -> tuple[Config | None, list[_Record]]:
 
 
 def _record(name: str, record: Any) -> _Record:
-    site = _site(record["site"])
+    site = site_from_json(record["site"])
     if name != site.name:
         raise ConfigError(f"the record of {name} is that of {site.name}")
     parts = []
@@ -183,8 +183,12 @@ def _record(name: str, record: Any) -> _Record:
     return _Record(site, method_from_json(record["method"]), *parts)
 
 
-def _site(record: Any) -> Site:
-    """The site, every field of the type that it has."""
+def site_from_json(record: Any) -> Site:
+    """The site that ``dataclasses.asdict`` made a record of, every field of the type that it has.
+
+    Raises:
+        ConfigError: another record.
+    """
     types = {
         **dict.fromkeys(("name", "kind", "role", "note", "fingerprint"), str),
         **dict.fromkeys(("out_features", "in_features", "experts"), int),
@@ -194,7 +198,7 @@ def _site(record: Any) -> Site:
         raise ConfigError(f"a site must have {sorted(known)}, got {record!r}")
     tied, kernel, bias = record["tied"], record["kernel"], record["bias"]
     sound = all(type(record[k]) is t for k, t in types.items())
-    sound = sound and type(record["transposed"]) is bool
+    sound = sound and all(type(record[k]) is bool for k in ("transposed", "flat"))
     sound = sound and (bias is None or isinstance(bias, str))
     sound = sound and isinstance(tied, list) and all(isinstance(n, str) for n in tied)
     sound = sound and isinstance(kernel, list) and all(type(n) is int for n in kernel)

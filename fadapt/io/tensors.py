@@ -246,7 +246,9 @@ def write_tensors(
             f"{where}: the names and metadata take {len(start)} bytes, more than {MAX_HEADER}; "
             "save in several files"
         )
-    _replace(where, [len(start).to_bytes(8, "little") + start, *(_bytes(host[k]) for k in order)])
+    replace_file(
+        where, [len(start).to_bytes(8, "little") + start, *(_bytes(host[k]) for k in order)]
+    )
 
 
 def as_path(path: Any) -> str:
@@ -267,7 +269,12 @@ def as_path(path: Any) -> str:
     return where
 
 
-def _replace(where: str, parts: list[Any]) -> None:
+def replace_file(where: str, parts: list[Any]) -> None:
+    """Writes bytes to a file, whole or not at all; an earlier one is replaced.
+
+    Raises:
+        CheckpointError: a directory or disk that refuses; an earlier file is untouched.
+    """
     temporary: Path | None = None
     try:
         # A link stays a link: the file that it names is the one written.

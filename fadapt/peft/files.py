@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as tensors_from_bytes
 from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..io.tensors import DTYPES
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 DEFAULT = "default"
@@ -59,6 +60,41 @@ def read_directory(path: PathLike, adapter: str | None) -> tuple[dict[str, Any],
     Raises:
         CheckpointError: a missing, damaged, oversized or pickled file; see :func:`check_tensors`.
     """
+    root = _root(path, adapter)
+    config = _read_config(root / CONFIG)
+    tensors = _read_tensors(root / WEIGHTS)
+    check_tensors(tensors, str(root / WEIGHTS))
+    return config, tensors
+
+
+def outline_directory(
+    path: PathLike, adapter: str | None = None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The config of one adapter, and its tensors without their values: on the meta device.
+
+    Raises:
+        CheckpointError: as :func:`read_directory`, but for what the values alone tell.
+    """
+    root = _root(path, adapter)
+    config = _read_config(root / CONFIG)
+    where = root / WEIGHTS
+    _check_header(where)
+    try:
+        with safe_open(where, "pt") as file:
+            slices = {key: file.get_slice(key) for key in sorted(file.keys())}
+            tensors = {
+                key: torch.empty(s.get_shape(), dtype=DTYPES[s.get_dtype()], device="meta")
+                for key, s in slices.items()
+            }
+    except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
+        raise CheckpointError(f"{where} is truncated or not safetensors: {error}") from error
+    if not tensors:
+        raise CheckpointError(f"{where} holds no tensors")
+    return config, tensors
+
+
+def _root(path: PathLike, adapter: str | None) -> Path:
+    """The folder of one adapter, in which both files are."""
     if not isinstance(path, (str, os.PathLike)):
         raise CheckpointError(f"expected a path, got {type(path).__name__}: load_peft(path, model)")
     root = Path(path)
@@ -81,10 +117,7 @@ def read_directory(path: PathLike, adapter: str | None) -> tuple[dict[str, Any],
                 "does not. Write it anew with PEFT: model.save_pretrained(path)"
             )
         raise CheckpointError(f"{root} lacks {WEIGHTS}")
-    config = _read_config(root / CONFIG)
-    tensors = _read_tensors(root / WEIGHTS)
-    check_tensors(tensors, str(root / WEIGHTS))
-    return config, tensors
+    return root
 
 
 PLACES, INTEGERS = (".shira_indices",), (torch.int32, torch.int64)
@@ -143,7 +176,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def _check_header(path: Path) -> None:
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -151,6 +184,13 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
             raise CheckpointError(
                 f"{path} is truncated or not safetensors: it announces a header of {length:,} bytes"
             )
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    _check_header(path)
+    try:
         return tensors_from_bytes(path.read_bytes())
     except (OSError, SafetensorError, ValueError, KeyError, RecursionError) as error:
         raise CheckpointError(f"{path} is truncated or not safetensors: {error}") from error

@@ -20,7 +20,7 @@ from .checkpoint import (
     expect_like,
 )
 from .history import Event, History
-from .report import Goal, Report, Result
+from .report import Goal, Report, Result, ranked
 from .trial import Trial
 
 STATUSES = "running", "finished", "stopped", "diverged"
@@ -188,7 +188,7 @@ class Leaderboard:
         best = {
             r.name: self._params(t, self.best[t]) for t, r in enumerate(results) if t in self.best
         }
-        results.sort(key=self._rank)
+        results = ranked(results, self.goal)
         return Report(
             results, {r.name: best.get(r.name, final[r.name]) for r in results}, final, self.names,
             record.losses, record.scores, self.metric, self.goal, seconds, chunk,
@@ -203,13 +203,6 @@ class Leaderboard:
         values = [float(record.losses[s][trial]) for s in sorted(record.losses)]
         values = [v for v in values if not math.isnan(v)][-LAST:]
         return sum(values) / len(values) if values else math.nan
-
-    def _rank(self, r: Result) -> tuple[bool, bool, float, float]:
-        """Diverged trials come last; without scores the losses decide."""
-        sign = 1 if self.goal == "min" else -1
-        unscored = math.isnan(r.score)
-        loss = r.loss if not math.isnan(r.loss) else math.inf
-        return r.status == "diverged", unscored, 0.0 if unscored else sign * r.score, loss
 
 
 def _standing(found: object, step: int) -> Standing:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from torch import Tensor
 
@@ -16,6 +17,19 @@ from ..params.params import Params
 from .trial import Trial
 
 Goal = Literal["min", "max"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one trial; the fields are those of :class:`Result`."""
+
+    name: str
+    status: str
+    step: int
+    loss: float
+    score: float
+    best_step: int
+    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -39,6 +53,9 @@ class Result:
     score: float
     best_step: int
     reason: str = ""
+
+
+T = TypeVar("T", Outcome, Result)
 
 
 @dataclass(frozen=True)
@@ -82,24 +99,7 @@ class Report:
         return self.results[0]
 
     def __str__(self) -> str:
-        scored = any(not math.isnan(r.score) for r in self.results)
-        header = ["", "trial", *([f"{self.metric}", "at step"] if scored else []), "loss", "status"]
-        rows = [header]
-        for place, r in enumerate(self.results, 1):
-            score = [f"{r.score:.4g}", str(r.best_step or "")] if scored else []
-            status = r.status if r.status == "finished" else f"{r.status} at step {r.step}"
-            if r.status == "diverged":
-                status += f": {r.reason}"
-            rows.append([str(place), r.name, *score, f"{r.loss:.4g}", status])
-        widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-        text = {1, len(header) - 1}
-        lines = [
-            "  ".join(
-                cell.ljust(w) if i in text else cell.rjust(w)
-                for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
-            for row in rows
-        ]
+        lines = table(self.results, self.metric)
         lines.append(f"{len(self.results)} trials, {self.seconds:.1f} s, {self.chunk} to a pass")
         return "\n".join(lines)
 
@@ -171,6 +171,41 @@ class Report:
             for step, named in sorted(self.scores.items())
             for metric, values in named.items()
         ]
+
+
+def table(results: Iterable[Result | Outcome], metric: str) -> list[str]:
+    """The lines of a table of results, in their order."""
+    listed = list(results)
+    scored = any(not math.isnan(r.score) for r in listed)
+    header = ["", "trial", *([f"{metric}", "at step"] if scored else []), "loss", "status"]
+    rows = [header]
+    for place, r in enumerate(listed, 1):
+        score = [f"{r.score:.4g}", str(r.best_step or "")] if scored else []
+        status = r.status if r.status == "finished" else f"{r.status} at step {r.step}"
+        if r.status == "diverged":
+            status += f": {r.reason}"
+        rows.append([str(place), r.name, *score, f"{r.loss:.4g}", status])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+    text = {1, len(header) - 1}
+    return [
+        "  ".join(
+            cell.ljust(w) if i in text else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def ranked(results: Iterable[T], goal: Goal) -> list[T]:
+    """The results, best first: diverged ones last; without scores the losses decide."""
+    sign = 1 if goal == "min" else -1
+
+    def key(r: T) -> tuple[bool, bool, float, float]:
+        unscored = math.isnan(r.score)
+        loss = r.loss if not math.isnan(r.loss) else math.inf
+        return r.status == "diverged", unscored, 0.0 if unscored else sign * r.score, loss
+
+    return sorted(results, key=key)
 
 
 def _needs(package: str, what: str) -> Any:

@@ -1,0 +1,132 @@
+"""main: arguments to a call, and whatever goes wrong to one line and exit code 2."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ..errors import FadaptError, FadaptWarning
+
+DESCRIPTION = (
+    "Adapters (LoRA and its family) of frozen PyTorch models: look into their files, merge and "
+    "convert them, train many at once. `fadapt COMMAND --help` explains each command."
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command.
+
+    Args:
+        argv: the arguments, without the program's name; None for the process's own.
+
+    Returns:
+        The exit code: 0; 2 after an error, of which one line is written to stderr; 130 after
+        Ctrl-C.
+
+    Example:
+        >>> import torch, fadapt
+        >>> from fadapt.command import main
+        >>> params = fadapt.init(torch.nn.Linear(8, 4), fadapt.LoRA(r=2))
+        >>> fadapt.save(params, "adapter.safetensors")
+        >>> main(["inspect", "adapter.safetensors"])  # doctest: +ELLIPSIS
+        adapter.safetensors: an adapter of fadapt's, ...
+        0
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        import tyro  # noqa: F401
+    except ImportError:
+        return _refuse("the command needs tyro: pip install 'fadapt[cli]'")
+    try:
+        call = _parsed(arguments)
+    except SystemExit as stop:
+        return 2 if stop.code else 0
+    try:
+        with _notes():
+            call()
+    except FadaptError as error:
+        return _refuse(str(error))
+    except OSError as error:
+        return _refuse(f"{type(error).__name__}: {error}")
+    except KeyboardInterrupt:
+        _say("interrupted")
+        return 130
+    return 0
+
+
+def _parsed(arguments: list[str]) -> Callable[[], Any]:
+    """The call that the arguments mean; not made here, where what is printed is the parser's.
+
+    Raises:
+        SystemExit: after --help with 0, after what it does not understand with 2.
+    """
+    import tyro
+
+    from .files import convert, inspect, merge
+    from .sweeps import report, sweep
+
+    commands = {f.__name__: f for f in (inspect, merge, convert, sweep, report)}
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.extras.subcommand_cli_from_dict(
+                {name: _later(function) for name, function in commands.items()},
+                prog="fadapt",
+                description=DESCRIPTION,
+                args=arguments,
+                config=(tyro.conf.FlagCreatePairsOff,),
+            )
+    except SystemExit as stop:
+        if stop.code:
+            _refuse(_unboxed(complaint.getvalue()))
+        raise
+
+
+def _later(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return functools.partial(function, *args, **kwargs)
+
+    return call
+
+
+def _unboxed(complaint: str) -> str:
+    """What the parser says in a frame, as one line without the advice that it ends with."""
+    lines = [line.strip("│ ") for line in complaint.splitlines() if line.startswith("│")]
+    parts = "\n".join(line for line in lines if line).split("─")
+    said = [" ".join(part.split()) for part in parts if part.strip()]
+    said = [part for part in said if not part.startswith("For full helptext")]
+    return f"{'; '.join(said) or ' '.join(complaint.split())} (fadapt --help explains)"
+
+
+@contextlib.contextmanager
+def _notes() -> Any:
+    """The package's warnings as lines on stderr, each once; others as Python shows them."""
+    said: set[str] = set()
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", FadaptWarning)
+        show = warnings.showwarning
+
+        def note(message: Any, category: Any, *rest: Any, **more: Any) -> None:
+            if not issubclass(category, FadaptWarning):
+                show(message, category, *rest, **more)
+            elif str(message) not in said:
+                said.add(str(message))
+                _say(f"note: {' '.join(str(message).split())}")
+
+        warnings.showwarning = note
+        yield
+
+
+def _refuse(message: str) -> int:
+    _say(f"error: {' '.join(message.split())}")
+    return 2
+
+
+def _say(line: str) -> None:
+    print(f"fadapt: {line}", file=sys.stderr)  # noqa: T201
