@@ -137,5 +137,7 @@ def _checkpoint(path: str, meta: Mapping[str, Any]) -> Iterator[str]:
         raise CheckpointError(f"{path}: its metadata is damaged")
     names = sweep.get("names")
     count = len(names) if isinstance(names, list) else 0
-    yield f"{path}: the checkpoint of a sweep of {count} trials, after step {meta.get('step')} of "
-    yield f"{sweep.get('steps')}; fadapt report {os.path.dirname(path) or '.'} has its table"
+    yield (
+        f"{path}: the checkpoint of a sweep of {count} trials, after step {meta.get('step')} of "
+        f"{sweep.get('steps')}; fadapt report {os.path.dirname(path) or '.'} has its table"
+    )

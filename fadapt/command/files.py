@@ -11,7 +11,7 @@ from torch import nn
 
 from ..as_lora import TruncatedLoRA, as_lora
 from ..base.weights import Kind
-from ..errors import ConfigError, FadaptWarning
+from ..errors import CheckpointError, ConfigError, FadaptWarning
 from ..io.adapters import load, save
 from ..merge import merge as merged_weights
 from ..params.params import Params
@@ -40,6 +40,7 @@ def inspect(
     *,
     sites: bool = False,
     base: Annotated[str | None, tyro.conf.arg(metavar="BASE")] = None,
+    base_dtype: Dtype | None = None,
     adapter: Name = None,
 ) -> None:
     """Say what a file holds: sites, methods, counts, and of which base. No tensors are read.
@@ -51,12 +52,14 @@ def inspect(
             that are alike.
         base: load this model and the adapter, too: says whether they fit, and what share of the
             model is adapted and trained.
+        base_dtype: with --base, the dtype to load it in, as where the adapter was made; by default
+            as its weights are stored.
         adapter: of several adapters in a directory of PEFT's, the name.
     """
     for line in describe(file, sites, adapter):
         _print(line)
     if base is not None:
-        model = load_base(base)
+        model = load_base(base, base_dtype)
         params = _load(file, model, adapter=adapter)
         _print(f"\nover {base}, which it fits:\n{summary(params, model)}")
 
@@ -67,6 +70,7 @@ def merge(
     /,
     *,
     base: Base,
+    base_dtype: Dtype | None = None,
     dtype: Dtype | None = None,
     adapter: Name = None,
     device: Device = "cpu",
@@ -80,6 +84,8 @@ def merge(
             a name that ends in .safetensors for a file of the changed weights alone.
         base: the model: a directory or Hub id of a causal language model of transformers, or
             module:name, a function without arguments that returns it.
+        base_dtype: to load it in, as where the adapter was made; by default as its weights are
+            stored.
         dtype: of the changed weights; by default each keeps its own.
         adapter: of several adapters in a directory of PEFT's, the name.
         device: where to compute.
@@ -87,7 +93,7 @@ def merge(
             for.
     """
     _check_new(out)
-    model = load_base(base, device=device)
+    model = load_base(base, base_dtype, device)
     params = _load(file, model, adapter=adapter, other=allow_other_base)
     with warnings.catch_warnings():
         # They say what to do before loading, which is done here.
@@ -112,6 +118,7 @@ def convert(
     /,
     *,
     base: Base,
+    base_dtype: Dtype | None = None,
     as_lora: bool = False,
     rank: Rank = None,
     drop_bias: Patterns = (),
@@ -129,6 +136,8 @@ def convert(
             in PEFT's format.
         base: the model that the adapter is for: a directory or Hub id of a causal language model
             of transformers, or module:name, a function without arguments that returns it.
+        base_dtype: to load it in, as where the adapter was made; by default as its weights are
+            stored.
         as_lora: as a LoRA, whatever the method: exactly where its increment has low rank, else
             with --rank.
         rank: with --as-lora or --serving, the largest rank; an increment of more is cut to it, and
@@ -151,7 +160,7 @@ def convert(
         raise ConfigError("--rank and --drop-bias belong to --as-lora or --serving")
     if rank is not None and rank < 1:
         raise ConfigError(f"--rank must be at least 1, got {rank}")
-    model = load_base(base, device=device)
+    model = load_base(base, base_dtype, device)
     params = _load(source, model, adapter=adapter, initial=initial, other=allow_other_base)
     found = _as_lora(model, params, rank, drop_bias) if lora else params
     if to_file:
@@ -181,7 +190,11 @@ def _load(
         return load_peft(text, model, adapter=adapter, initial=initial)
     if adapter is not None or initial is not None:
         raise ConfigError(f"--adapter and --initial are for directories of PEFT's: not {text}")
-    return load(text, model, allow_other_base=other)
+    try:
+        return load(text, model, allow_other_base=other)
+    except CheckpointError as error:
+        options = "load it in its dtype, --base-dtype, or pass --allow-other-base"
+        raise CheckpointError(str(error).replace("pass allow_other_base=True", options)) from error
 
 
 def _check_new(out: str) -> None:

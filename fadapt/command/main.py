@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import io
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -67,10 +69,10 @@ def _parsed(arguments: list[str]) -> Callable[[], Any]:
     """
     import tyro
 
-    from .files import convert, inspect, merge
-    from .sweeps import report, sweep
+    from . import files, sweeps
 
-    commands = {f.__name__: f for f in (inspect, merge, convert, sweep, report)}
+    functions = files.inspect, files.merge, files.convert, sweeps.sweep, sweeps.report
+    commands = {function.__name__: function for function in functions}
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
@@ -92,6 +94,8 @@ def _later(function: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         return functools.partial(function, *args, **kwargs)
 
+    # The parser keeps the line breaks of what an argument is, and breaks lines itself.
+    call.__doc__ = re.sub(r"\n {8,}(?=\S)", " ", inspect.cleandoc(function.__doc__ or ""))
     return call
 
 

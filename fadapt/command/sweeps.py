@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Annotated, Literal
 
 import tyro
@@ -9,6 +10,7 @@ import tyro
 from ..training.checkpoint import make_directory
 from ..training.log import read_log
 from ..training.sweep import sweep as train
+from ..training.trial import Trial
 from .config import read_config
 
 ConfigFile = Annotated[str, tyro.conf.arg(metavar="CONFIG.toml")]
@@ -29,7 +31,7 @@ def sweep(config: ConfigFile, /, *, anew: bool = False, check: bool = False) -> 
     settings = read_config(config)
     if check:
         for name, trial in settings.named_trials().items():
-            print(f"{name}: {trial!r}")  # noqa: T201
+            print(f"{name}: {_said(trial)}")  # noqa: T201
         return
     make_directory(settings.directory)
     job = settings.load(anew)
@@ -49,3 +51,15 @@ def report(directory: Directory, /, *, goal: Literal["min", "max"] | None = None
     print(log.table(goal))  # noqa: T201
     if file := log.best_file(goal):
         print(f"\nbest: {file}")  # noqa: T201
+
+
+def _said(trial: Trial) -> str:
+    """What is adapted by what, and what is not as by default."""
+    config = trial.resolved()
+    rules = getattr(config, "rule_list", ())
+    said = [f"{pattern or 'every linear map'} by {method!r}" for pattern, method in rules]
+    for f in dataclasses.fields(trial):
+        value = getattr(trial, f.name)
+        if f.name == "lr" or (f.name not in ("config", "name") and value != f.default):
+            said.append(f"{f.name}={value}")
+    return ", ".join(said)
