@@ -11,7 +11,7 @@ from torch import nn
 
 from ..as_lora import TruncatedLoRA, as_lora
 from ..base.weights import Kind
-from ..errors import CheckpointError, ConfigError, FadaptWarning
+from ..errors import ConfigError, FadaptWarning
 from ..io.adapters import load, save
 from ..merge import merge as merged_weights
 from ..params.params import Params
@@ -190,11 +190,7 @@ def _load(
         return load_peft(text, model, adapter=adapter, initial=initial)
     if adapter is not None or initial is not None:
         raise ConfigError(f"--adapter and --initial are for directories of PEFT's: not {text}")
-    try:
-        return load(text, model, allow_other_base=other)
-    except CheckpointError as error:
-        options = "load it in its dtype, --base-dtype, or pass --allow-other-base"
-        raise CheckpointError(str(error).replace("pass allow_other_base=True", options)) from error
+    return load(text, model, allow_other_base=other)
 
 
 def _check_new(out: str) -> None:

@@ -8,6 +8,7 @@ import inspect
 import io
 import re
 import sys
+import typing
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -90,10 +91,15 @@ def _parsed(arguments: list[str]) -> Callable[[], Any]:
 
 
 def _later(function: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(function)
+    """A function with the same arguments that returns the call instead of making it."""
+
     def call(*args: Any, **kwargs: Any) -> Any:
         return functools.partial(function, *args, **kwargs)
 
+    call.__name__, call.__module__ = function.__name__, function.__module__
+    call.__annotations__ = typing.get_type_hints(function, include_extras=True)
+    signature = inspect.signature(function, eval_str=True)
+    call.__signature__ = signature  # type: ignore[attr-defined]
     # The parser keeps the line breaks of what an argument is, and breaks lines itself.
     call.__doc__ = re.sub(r"\n {8,}(?=\S)", " ", inspect.cleandoc(function.__doc__ or ""))
     return call
@@ -127,7 +133,25 @@ def _notes() -> Any:
         yield
 
 
+IN_OPTIONS = (
+    (r"pass allow_other_base=True", "load it in its dtype, --base-dtype, or --allow-other-base"),
+    (
+        r"as_lora\(model, params, r=\.\.\.\), and read the error from each method's `error`",
+        "--rank",
+    ),
+    (r"\bdrop_bias=", "--drop-bias "),
+    (r"pass adapter=", "write --adapter "),
+    (r"load_peft\(path, model, initial=its_directory\)", "--initial its_directory"),
+    (r"pass Checkpoints\(directory, resume=False\)", "write --anew"),
+    (r"Checkpoints\(directory, resume='anyway'\) goes on with the new\. ", ""),
+    (r"fadapt\.merge\(model, params\)", "fadapt merge"),
+)
+"""What errors tell a script to write, and what is written here."""
+
+
 def _refuse(message: str) -> int:
+    for pattern, option in IN_OPTIONS:
+        message = re.sub(pattern, option, message)
     _say(f"error: {' '.join(message.split())}")
     return 2
 

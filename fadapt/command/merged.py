@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError, ConfigError, FadaptWarning
 from ..io.tensors import replace_file
-from .models import is_named, load_tokenizer
+from .models import is_named, load_tokenizer, transformers_package, without_bars
 
 
 def write_file(weights: Mapping[str, Tensor], out: str) -> None:
@@ -56,7 +56,8 @@ def write_model(model: nn.Module, weights: Mapping[str, Tensor], base: str, out:
     temporary = target.parent / f".{target.name[:40]}.{uuid.uuid4().hex}.tmp"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        model.save_pretrained(temporary)  # type: ignore[operator]
+        with without_bars(transformers_package()):
+            model.save_pretrained(temporary)  # type: ignore[operator]
         _save_tokenizer(base, temporary)
         if target.exists():
             target.rmdir()

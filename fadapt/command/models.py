@@ -103,7 +103,7 @@ def load_tokenizer(text: str) -> Any:
     Raises:
         ConfigError: there is none.
     """
-    transformers = _transformers()
+    transformers = transformers_package()
     try:
         return transformers.AutoTokenizer.from_pretrained(text)
     # Whatever a damaged directory leads to is said of it.
@@ -112,23 +112,36 @@ def load_tokenizer(text: str) -> Any:
 
 
 def _pretrained(text: str, dtype: Any) -> nn.Module:
-    transformers = _transformers()
-    bars = transformers.utils.logging
-    shown = bars.is_progress_bar_enabled()
-    bars.disable_progress_bar()
+    transformers = transformers_package()
     try:
-        return transformers.AutoModelForCausalLM.from_pretrained(text, dtype=dtype)
+        with without_bars(transformers):
+            return transformers.AutoModelForCausalLM.from_pretrained(text, dtype=dtype)
     except Exception as error:
         raise ConfigError(
             f"the base {text!r} cannot be loaded as a causal language model of transformers "
             f"({_first(error)}); for any other model write module:name, a function that returns it"
         ) from error
+
+
+@contextlib.contextmanager
+def without_bars(transformers: Any) -> Iterator[None]:
+    """Inside, transformers draws no progress bars."""
+    bars = transformers.utils.logging
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        yield
     finally:
         if shown:
             bars.enable_progress_bar()
 
 
-def _transformers() -> Any:
+def transformers_package() -> Any:
+    """Transformers.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
     try:
         return importlib.import_module("transformers")
     except ImportError as error:
