@@ -5,6 +5,7 @@ A new one takes ``--steps``, or says in OPTIONS what makes it quick.
 
 from __future__ import annotations
 
+import json
 import logging
 import runpy
 import sys
@@ -49,6 +50,22 @@ def test_runs(script: str, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
 def test_each_is_in_the_readme() -> None:
     text = (EXAMPLES / "README.md").read_text(encoding="utf-8")
     assert [s for s in SCRIPTS if f"[{s}]({s})" not in text] == []
+
+
+@pytest.mark.filterwarnings("default")
+def test_the_benchmark_of_methods_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    folder = EXAMPLES / "benchmarks"
+    monkeypatch.syspath_prepend(str(folder))
+    small = "--hidden 64 --layers 1 --tokens 8 --vocab 64 --rounds 1 --only DoRA --out here"
+    monkeypatch.setattr(sys, "argv", ["methods.py", *small.split()])
+    runpy.run_path(str(folder / "methods.py"), run_name="__main__")
+    (row,) = json.loads((tmp_path / "here.json").read_text())["rows"]
+    assert (row["method"], row["identity"], row["rank"]) == ("DoRA", 0, "full")
+    assert 0 < row["parity"] < 1e-5
+    assert row["time"] > 0
+    assert row["memory"] > 1
+    assert "| DoRA | " in (tmp_path / "here.md").read_text()
 
 
 @pytest.mark.filterwarnings("default")

@@ -35,8 +35,13 @@ def qwen3(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     attention: str = "sdpa",
+    bias: bool = False,
 ) -> nn.Module:
-    """A frozen Qwen3 with random weights; 1024 wide with 28 layers it is Qwen3-0.6B's shape."""
+    """A frozen Qwen3 with random weights; 1024 wide with 28 layers it is Qwen3-0.6B's shape.
+
+    Args:
+        bias: give the linear maps of attention biases, at random, too.
+    """
     torch.manual_seed(0)
     full = hidden >= 1024
     heads = 16 if full else max(1, hidden // 64)
@@ -52,9 +57,13 @@ def qwen3(
         use_cache=False,
         max_position_embeddings=4096,
         attn_implementation=attention,
+        attention_bias=bias,
     )
     with torch.device(device):
         model = Qwen3ForCausalLM(config)
+        for name, parameter in model.named_parameters():
+            if bias and name.endswith("bias"):
+                nn.init.normal_(parameter, std=0.02)
     return model.to(dtype).requires_grad_(False).eval()
 
 

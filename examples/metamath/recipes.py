@@ -32,6 +32,19 @@ def recipes(r: int) -> dict[str, tuple[Method, float]]:
         "CorDA": (fadapt.CorDA(r=r, alpha=float(r)), 1e-3),
         "AdaLoRA": (fadapt.AdaLoRA(r=r, alpha=alpha), 5e-3),
         "VeRA": (fadapt.VeRA(), 1e-2),
+        # 30, 45, 1, 2 and 1 times LoRA's rate, as in PEFT's comparison.
+        "LoKr": (fadapt.LoKr(r=r, alpha=alpha), 3e-2),
+        "HiRA": (fadapt.HiRA(r=r), 4.5e-2),
+        "LoHa": (fadapt.LoHa(r=r, alpha=alpha), 1e-3),
+        "GraLoRA": (fadapt.GraLoRA(r=-(-r // 2) * 2, alpha=alpha), 2e-3),
+        "MiSS": (fadapt.MiSS(), 1e-3),
+        # PEFT's comparison, as it is: the increment is divided by the width.
+        "C3A": (fadapt.C3A(), 0.3),
+        # arXiv 2405.03003, instruction tuning of LLaMA: scaling 300, n = 1000.
+        "FourierFT": (fadapt.FourierFT(scaling=300.0), 3e-2),
+        # The rate of LoRA-XS's authors for MetaMathQA; TinyLoRA is LoRA-XS with fewer numbers.
+        "LoRAXS": (fadapt.LoRAXS(r=r, alpha=float(r)), 4e-3),
+        "TinyLoRA": (fadapt.TinyLoRA(), 4e-3),
         "BOFT": (fadapt.BOFT(), 1e-3),
         "PSOFT": (fadapt.PSOFT(r=r), 2e-3),
         "IA3": (fadapt.IA3(), 1e-2),
@@ -52,6 +65,7 @@ def small(r: int) -> dict[str, tuple[Method, float]]:
     found = {name: (method, 4 * lr) for name, (method, lr) in recipes(r).items()}
     found["RoAd"] = (fadapt.RoAd(group_size=32), 4e-2)
     found["OFT"] = (fadapt.OFT(block_size=16), 4e-3)
+    found["C3A"] = (fadapt.C3A(block_size=32), found["C3A"][1])
     for name in [n for n in found if n.startswith("AntiPaSTO")]:
         # The narrowest weight is (64, 192).
         found[name] = (getattr(fadapt, name)(r=64), 4e-2)
