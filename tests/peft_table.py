@@ -69,6 +69,20 @@ class Sounds(nn.Module):
         return self.second(torch.tanh(self.first(x)))
 
 
+class Normed(nn.Module):
+    """Layers with norms that have biases, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.norm = nn.Linear(12, 16), nn.LayerNorm(16)
+        self.last = nn.LayerNorm(16)
+        self.head = nn.Sequential(nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 3, bias=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(torch.tanh(self.up(x)))
+        return self.head(self.last(x + 1))
+
+
 def moe() -> nn.Module:
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -94,6 +108,7 @@ BASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "linear": (lambda: seeded(Net()), lambda: reals(5, 12)),
     "Conv2d": (lambda: seeded(Pictures()), lambda: reals(2, 3, 9, 9)),
     "Conv1d": (lambda: seeded(Sounds()), lambda: reals(2, 6, 9)),
+    "norms": (lambda: seeded(Normed()), lambda: reals(5, 12)),
     "Conv1D": (gpt2, tokens),
     "Qwen3": (qwen3, tokens),
     "experts": (moe, tokens),
@@ -328,6 +343,29 @@ IN: dict[str, In] = {
     "FourierFT, Conv1D": In(
         other(peft.FourierFTConfig, n_frequency=20, target_modules=["c_attn"]), "Conv1D"
     ),
+    "LNTuning": In(other(peft.LNTuningConfig, target_modules=["norm", "last"]), "norms"),
+    "LNTuning, RMS norms": In(
+        other(peft.LNTuningConfig, target_modules=["input_layernorm", "q_norm"]), "Qwen3"
+    ),
+    "LNTuning, modules_to_save": In(
+        other(peft.LNTuningConfig, target_modules=["norm"], modules_to_save=["up"]), "norms"
+    ),
+    "LoRA, modules_to_save": In(
+        lora(target_modules=["up"], modules_to_save=["head", "norm"]), "norms"
+    ),
+    "LoRA, modules_to_save, bias=all": In(
+        lora(target_modules=["up", "0.down"], modules_to_save=["1.down"], bias="all")
+    ),
+    "LoRA, head saved": In(lora(target_modules=["q_proj"], modules_to_save=["lm_head"]), "Qwen3"),
+    "LoRA, embedding saved": In(
+        lora(target_modules=["q_proj"], modules_to_save=["embed_tokens"]), "Qwen3"
+    ),
+    "LoHa, modules_to_save, Conv2d": In(
+        other(peft.LoHaConfig, target_modules=["first"], modules_to_save=["second"]), "Conv2d"
+    ),
+    "LoRA, modules_to_save, Conv1D": In(
+        lora(target_modules=["c_attn"], modules_to_save=["c_fc"]), "Conv1D"
+    ),
     "TinyLoRA": In(other(peft.TinyLoraConfig, u=5)),
     "TinyLoRA, bias=tinylora_only": In(other(peft.TinyLoraConfig, u=5, bias="tinylora_only")),
     "TinyLoRA, all tied": In(other(peft.TinyLoraConfig, r=3, u=5, weight_tying=1.0)),
@@ -475,6 +513,29 @@ OUT: dict[str, Out] = {
         strength=-0.5,
     ),
     "FourierFT, Conv1D": Out({"c_attn": fadapt.FourierFT(n_frequency=20)}, "Conv1D"),
+    "LNTuning": Out(fadapt.LNTuning(), "norms"),
+    "LNTuning, one vector, strength": Out(
+        {"norm.weight": fadapt.LNTuning()}, "norms", strength=-0.5
+    ),
+    "LNTuning, RMS norms": Out({"q_norm|input_layernorm": fadapt.LNTuning()}, "Qwen3"),
+    "LoRA beside Full": Out({"up": LoRA(r=2), "head.2.weight": fadapt.Full()}, "norms"),
+    "LoRA beside Full, bias and norm, strength": Out(
+        {
+            "up": LoRA(r=2),
+            "head.0": fadapt.Chain((fadapt.Full(), fadapt.BitFit())),
+            "^norm.bias": fadapt.Full(),
+        },
+        "norms",
+        strength=0.5,
+    ),
+    "LoRA beside Full, embedding and head": Out(
+        fadapt.Config({"q_proj": LoRA(r=2), "embed_tokens|lm_head": fadapt.Full()}, exclude=()),
+        "Qwen3",
+    ),
+    "LoHa beside Full, Conv2d": Out(
+        {"first.weight": fadapt.LoHa(r=2), "second.weight": fadapt.Full()}, "Conv2d"
+    ),
+    "LoRA beside Full, Conv1D": Out({"c_attn": LoRA(r=2), "c_fc": fadapt.Full()}, "Conv1D"),
     "TinyLoRA": Out(fadapt.TinyLoRA(r=3, u=5)),
     "TinyLoRA, all tied, strength 0.5": Out(fadapt.TinyLoRA(u=5, weight_tying=True), strength=0.5),
     "TinyLoRA, embedding": Out(
@@ -508,6 +569,7 @@ QUIET = (
     "fan_in_fan_out is set to False but",  # PEFT sees that a layer is a Conv1D by itself
     "merging LoRA weights won't be possible",  # a bias where the layer has none
     "Could not find a config file",
+    "Unsupported layer type",  # of norms, which LN tuning is for
     "Setting `save_embedding_layers`",
     "is_gradient_checkpointing",
 )

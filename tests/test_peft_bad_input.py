@@ -336,6 +336,64 @@ def test_tensors_that_modules_share(net):
         peft_dict(net, fadapt.init(net, both))
 
 
+def test_modules_saved_as_a_whole(net):
+    """PEFT's modules_to_save is Full on all that a module holds, and nothing else."""
+    cfg: dict[str, Any] = {"up": LoRA(r=2), "1.down.weight": fadapt.Full()}
+    made, values = peft_dict(net, perturb(fadapt.init(net, cfg)))
+    assert made["modules_to_save"] == ["layers.1.down"]
+    again = from_peft_dict(net, made, values)
+    assert again["layers.1.down.weight"].method == fadapt.Full()
+    name = "base_model.model.layers.1.down.bias"
+    with pytest.raises(CheckpointError, match=r"lacks .*layers\.1\.down\.bias"):
+        from_peft_dict(net, made, {k: t for k, t in values.items() if k != name})
+    with pytest.raises(CheckpointError, match="another base"):
+        from_peft_dict(net, made, {**values, name: torch.zeros(3)})
+    doubled = {**values, "base_model.model.layers.1.down.modules_to_save.bias": torch.ones(12)}
+    with pytest.raises(CheckpointError, match="twice, with other values"):
+        from_peft_dict(net, made, doubled)
+    for words, cfg in {
+        "has another adapter": {"0.up.bias": fadapt.Full(), "up": LoRA(r=2)},
+        "bias=all": {"up": LoRA(r=2), "0.down": fadapt.BitFit(), "1.down.weight": fadapt.Full()},
+        "beside another adapter": {"down.weight": fadapt.Full()},
+    }.items():
+        with pytest.raises(CheckpointError, match=words):
+            peft_dict(net, fadapt.init(net, cfg))
+
+
+def test_modules_that_cannot_be_saved_as_a_whole():
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(4, 4)
+            self.last_head, self.norm = nn.Linear(4, 4), nn.LayerNorm(4)
+            self.norm.register_buffer("count", torch.zeros(4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.last_head(self.norm(self.head(x)))
+
+    model = seeded(Two())
+    cfg: dict[str, Any] = {"last_head.weight": LoRA(r=1), "^head.weight": fadapt.Full()}
+    with pytest.raises(CheckpointError, match=r"\['head'\] would mean last_head too"):
+        peft_dict(model, fadapt.init(model, cfg))
+    cfg = {"last_head.weight": LoRA(r=1), "norm.weight": fadapt.Full()}
+    made, values = peft_dict(model, fadapt.init(model, cfg))
+    values["base_model.model.norm.count"] = torch.ones(4)
+    with pytest.raises(CheckpointError, match=r"norm\.count.*is no parameter"):
+        from_peft_dict(model, made, values)
+
+
+def test_norms_are_copied_as_a_whole():
+    model = seeded(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)))
+    made, values = peft_dict(model, perturb(fadapt.init(model, {"1.weight": fadapt.LNTuning()})))
+    name = "base_model.model.1.ln_tuning_layers.bias"
+    assert torch.equal(values[name], model[1].bias)
+    with pytest.raises(CheckpointError, match=r"lacks 1\.ln_tuning_layers\.bias, of the same"):
+        from_peft_dict(model, made, {k: t for k, t in values.items() if k != name})
+    copied = {**values, "base_model.model.0.ln_tuning_layers.weight": torch.zeros(4, 4)}
+    with pytest.raises(CheckpointError, match="matches no weight"):
+        from_peft_dict(model, made, copied)
+
+
 @pytest.mark.parametrize(
     "sizes", [{"up": 2, "a.up": 4, "b.up": 8, "b.a.up": 16, "x": 4}, {"up": 2}]
 )

@@ -129,7 +129,8 @@ def rank(model: nn.Module, method: fadapt.Method, batch: Any) -> str:
     try:
         loras = fadapt.as_lora(model, params)
     except fadapt.FadaptError as error:
-        return "full" if "rank" in str(error) else "none"
+        said = str(error)
+        return "full" if "rank" in said else "a bias, too" if "bias" in said else "none"
     return str(max(lora.method.r for lora in loras.values()))  # type: ignore[attr-defined]
 
 
@@ -147,7 +148,14 @@ def parity(model: nn.Module, method: fadapt.Method, batch: Any) -> float | str:
         try:
             fadapt.peft.save_peft(model, params, folder)
         except fadapt.CheckpointError as error:
-            return "no format" if "no format" in str(error) else "other form"
+            said = str(error)
+            return (
+                "beside others"
+                if "beside another" in said
+                else "no format"
+                if "no format" in said
+                else "other form"
+            )
         theirs = peft.PeftModel.from_pretrained(copy.deepcopy(model), folder)
         return _difference(fadapt.apply(model, params, **ids), theirs.eval()(**ids))
 

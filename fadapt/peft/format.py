@@ -17,7 +17,7 @@ from ..method import DROPOUT_KEY, STRENGTH, Leaves, Method
 from ..params.adapter import Adapter
 from .files import is_number
 from .matching import exact_pattern, pattern_value, targets_for
-from .places import CONV1D, LINEAR, PARAMETER, QUANTIZED, ROOT, Place
+from .places import CONV1D, LINEAR, PARAMETER, QUANTIZED, ROOT, Place, Places
 
 Tensors = dict[str, Tensor]
 Find = Callable[[Mapping[str, Any], str], tuple[str, Any] | None]
@@ -194,6 +194,16 @@ class Format:
     ``base_model.<name>`` or, of several, ``base_model.<name>.<index>``."""
     bias_only: ClassVar[str] = ""
     """The value of ``bias`` that saves the biases of the adapted modules."""
+
+    def place(
+        self, places: Places, path: str, suffix: str, config: Mapping[str, Any]
+    ) -> Place | None:
+        """What a key means, or None."""
+        return places.at(path, config)
+
+    def modules(self, places: Places) -> Iterable[str]:
+        """The modules that ``target_modules`` may mean."""
+        return places.modules
 
     def read(self, settings: Settings, place: Place, tensors: Taken) -> Read:
         """The method and leaves of one place."""

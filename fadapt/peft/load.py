@@ -26,6 +26,7 @@ from .format import Format, Read, Settings, Shared, Taken, build
 from .formats import format_named
 from .matching import ALL_LINEAR, check_patterns, is_parameter_targeted, is_targeted
 from .places import NESTED, PARAMETER, PREFIX, ROOT, UNKNOWN, Place, Places
+from .saved import take_saved
 
 # Fields of every config, which say nothing of the map.
 COMMON = frozenset(
@@ -109,7 +110,7 @@ def from_peft_dict(
 
 @dataclass
 class _Sorted:
-    """A file's tensors by what they belong to."""
+    """A file's tensors by what they belong to: sites by name, the file, or neither."""
 
     places: dict[str, Place]
     own: dict[str, dict[str, Tensor]]
@@ -134,14 +135,15 @@ def _read(
         found = _sort(form, places, tensors, config, where)
         start = None if initial is None else _sort(form, places, initial, config, f"{where}: start")
         _check_targets(form, places, found, settings)
+        saved = take_saved(places, found.rest, config, where)
         biases = _biases(places, found, where)
         taken: dict[Place, Taken] = {}
         for place in places.in_order(found.places.values()):
             before = None
             if start is not None:
-                own = start.own.get(place.key, {})
+                own = start.own.get(place.site.name, {})
                 before = Taken(own, place, f"{where}: the initial adapter")
-            taken[place] = Taken(found.own[place.key], place, where, before)
+            taken[place] = Taken(found.own[place.site.name], place, where, before)
         reads, banks = build(lambda: _read_places(form, settings, taken, found.shared), where)
         adapters = {}
         for place, one in reads.items():
@@ -158,6 +160,10 @@ def _read(
                 one = with_bias(one, sum(found_biases[1:], found_biases[0]))
             adapters[place.site.name] = _adapter(place, one, where)
         adapters.update(_holders(reads, banks))
+        for place, one in saved.items():
+            bias = biases.pop(place.site.bias or "", None)
+            one = one if bias is None else with_bias(one, bias)
+            adapters[place.site.name] = _adapter(place, one, where)
         form.finish(settings)
         adapters.update(_bias_alone(places, biases, where))
     return trainable_leaves(Params(adapters))
@@ -235,16 +241,16 @@ def _sort(
             found.rest[key] = tensor
             continue
         path = key.removesuffix(f".{suffix}")
-        if path not in found.places:
-            place = places.at(path, config)
-            if place is None or place.layer == UNKNOWN:
-                raise CheckpointError(_no_place(where, full, path, place, places))
-            if place.layer not in form.layers:
-                raise CheckpointError(
-                    f"{where}: {full}: {form.peft_type} of a {place.layer} weight is not known"
-                )
-            found.places[path] = place
-        found.own.setdefault(path, {})[suffix] = tensor
+        place = form.place(places, path, suffix, config)
+        if place is None or place.layer == UNKNOWN:
+            raise CheckpointError(_no_place(where, full, path, place, places))
+        if place.layer not in form.layers:
+            raise CheckpointError(
+                f"{where}: {full}: {form.peft_type} of a {place.layer} weight is not known"
+            )
+        name = place.site.name
+        found.places.setdefault(name, place)
+        found.own.setdefault(name, {})[suffix] = tensor
     return found
 
 
@@ -265,7 +271,8 @@ def _check_targets(form: Format, places: Places, found: _Sorted, settings: Setti
     targets = config.get("target_modules")
     present = {p.module for p in found.places.values() if p.layer != PARAMETER}
     if targets and targets != ALL_LINEAR:
-        meant = {m for m in places.modules if is_targeted(config, m)}
+        known = form.modules(places)
+        meant = {m for m in known if is_targeted(config, m)}
         if missing := sorted(meant - present):
             raise CheckpointError(
                 f"{where} has no tensors for {missing[0]} ({len(missing)} in all), which its "
@@ -279,7 +286,7 @@ def _check_targets(form: Format, places: Places, found: _Sorted, settings: Setti
         if isinstance(targets, list):
             for target in targets:
                 one = {**config, "target_modules": [target]}
-                if not any(is_targeted(one, m) for m in places.modules):
+                if not any(is_targeted(one, m) for m in known):
                     raise CheckpointError(f"{where}: target_modules: {target!r} matches no module")
     if config.get("target_parameters"):
         meant = {w.name for w in places.weights if is_parameter_targeted(config, w.name)}

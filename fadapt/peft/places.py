@@ -22,6 +22,7 @@ NESTED = ".base_layer"
 
 LINEAR, CONV1D, QUANTIZED = "linear", "transposed linear", "quantized linear"
 EMBEDDING, CONVOLUTION, PARAMETER = "embedding", "convolution", "parameter"
+VECTOR = "vector"
 UNKNOWN = "other"
 
 
@@ -34,7 +35,7 @@ class Place:
         weight: the frozen weight.
         site: its address, without a fingerprint.
         key: the path that the file's keys have before the tensor's own name.
-        layer: what PEFT takes it for: "linear", "embedding", ..., or "parameter".
+        layer: what PEFT takes it for: "linear", "embedding", ..., "parameter", or "vector".
     """
 
     module: str
@@ -53,7 +54,11 @@ class Places:
     """The weights of one model that a file may name."""
 
     def __init__(self, model: nn.Module):
-        self.weights = [w for w in find_weights(model) if w.kind is not Kind.VECTOR]
+        every = find_weights(model)
+        self.weights = [w for w in every if w.kind is not Kind.VECTOR]
+        self.by_name = {name: w for w in every for name in w.names}
+        self.biases = {w.bias for w in every}
+        self._at: dict[str, Place | None] = {}
         self.model = model
         self.modules: dict[str, BaseWeight] = {}
         self.parameters: dict[str, BaseWeight] = {}
@@ -86,7 +91,12 @@ class Places:
         return site_of(weight, self.weights, self.roles)
 
     def at(self, path: str, config: Mapping[str, Any]) -> Place | None:
-        """The place of a key's path, or None."""
+        """The place of a key's path, or None; for one config."""
+        if path not in self._at:
+            self._at[path] = self._find(path, config)
+        return self._at[path]
+
+    def _find(self, path: str, config: Mapping[str, Any]) -> Place | None:
         module = path
         while module.endswith(NESTED):
             module = module.removesuffix(NESTED)
@@ -108,6 +118,9 @@ class Places:
         if len(weight.names) > 1:
             # A module under two names: PEFT adapts one of them, fadapt the module.
             return UNKNOWN
+        if weight.kind is Kind.VECTOR:
+            # The biases of linear layers are trained in another way, as those of norms are not.
+            return UNKNOWN if weight.name in self.biases else VECTOR
         if weight.kind is Kind.CONVOLUTION:
             # PEFT's own convolutions know no dilation, padding mode or groups.
             m: Any = weight.module
@@ -127,14 +140,15 @@ class Places:
         found: dict[str, Place] = {}
         nested: dict[str, list[BaseWeight]] = {}
         for site in sites:
-            weight = self.parameters.get(site.name)
+            weight = self.by_name.get(site.name)
             what = "is missing" if weight is None else site.mismatch(weight)
             if weight is None or what:
                 raise CheckpointError(
                     f"{site.name} {what} in this model: its adapter was made for another base"
                 )
             module, _, key = weight.name.rpartition(".")
-            if key == "weight" and weight.kind not in (Kind.MATRIX, Kind.EXPERTS, Kind.TENSOR):
+            layered = weight.kind not in (Kind.MATRIX, Kind.EXPERTS, Kind.TENSOR)
+            if weight.kind is Kind.VECTOR or (key == "weight" and layered):
                 found[site.name] = Place(module, weight, site, module, self.layer(module, weight))
             elif not module or module in self.attention:
                 found[site.name] = Place(module, weight, site, module, UNKNOWN)

@@ -19,6 +19,7 @@ from .format import Format
 from .formats import format_named, format_of
 from .matching import is_parameter_targeted
 from .places import PARAMETER, PREFIX, ROOT, UNKNOWN, Place, Places
+from .saved import split_saved, written_saved
 from .serving import as_served
 
 Adapters = Params | Mapping[str, Params]
@@ -108,7 +109,12 @@ def peft_dict(
         own = params.at_sites()
         at = places.for_sites(adapter.site for adapter in own.values())
         adapters, biases = _split(at, own)
-        adapters = {place: adapters[place] for place in places.in_order(adapters)}
+        adapters, saved = split_saved({p: adapters[p] for p in places.in_order(adapters)})
+        if not adapters:
+            raise CheckpointError(
+                "PEFT has no format for trained biases alone, nor for whole modules (Full); its "
+                "files hold them beside another adapter: fadapt.Chain((method, fadapt.BitFit()))"
+            )
         form = _one_format(adapters)
         _check_places(form, adapters)
         settings = {**form.settings(adapters), **form.written_dropout(adapters)}
@@ -118,10 +124,17 @@ def peft_dict(
                 tensors[f"{PREFIX}{place.key}.{suffix}"] = tensor.detach().contiguous()
         for name, tensor in form.write_shared(adapters, settings).items():
             tensors[f"{ROOT}{name}"] = tensor.detach().contiguous()
-        bias, saved = written_biases(form, places, adapters, biases)
-        tensors.update(saved)
+        whole, kept = written_saved(places, saved, adapters, biases)
+        bias, trained = written_biases(form, places, adapters, biases)
+        if whole and bias.get("bias") == "all":
+            raise CheckpointError(
+                "PEFT's files with biases of layers that have no adapter (bias=all) and whole "
+                "modules (Full) hold keys that PEFT does not read: use fadapt.Full() for those "
+                "layers, too"
+            )
+        tensors.update({**trained, **kept})
         targets = _targets(form, places, adapters)
-        config = {**config_fields(model, form), **targets, **settings, **bias}
+        config = {**config_fields(model, form), **targets, **settings, **bias, **whole}
     check_tensors(tensors, "params")
     return config, tensors
 
@@ -154,11 +167,6 @@ def _split(
             adapters[at[name]] = plain
         if bias is not None:
             biases[at[name]] = bias
-    if not adapters:
-        raise CheckpointError(
-            "PEFT has no format for trained biases alone; its files hold them beside another "
-            "adapter: fadapt.Chain((method, fadapt.BitFit()))"
-        )
     return adapters, biases
 
 

@@ -14,6 +14,7 @@ from .gralora import GraLoRAFormat
 from .hira import HiRAFormat
 from .hra import HRAFormat
 from .ia3 import IA3Format
+from .ln_tuning import LNTuningFormat
 from .loha import LoHaFormat
 from .lokr import LoKrFormat
 from .lora import LoRAFormat
@@ -40,6 +41,7 @@ FORMATS: tuple[Format, ...] = (
     FourierFTFormat(),
     GraLoRAFormat(),
     HiRAFormat(),
+    LNTuningFormat(),
     LoHaFormat(),
     LoKrFormat(),
     MiSSFormat(),
