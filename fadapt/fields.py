@@ -90,7 +90,7 @@ def _checked(value: Any, hint: Any) -> Any:
     if origin is typing.Annotated:
         return _checked(value, arguments[0])
     if origin is Literal:
-        if not any(value == a and type(value) is type(a) for a in arguments):
+        if not any(type(value) is type(a) and value == a for a in arguments):
             raise _Misfit(f"one of {', '.join(map(repr, arguments))}", arguments[0])
         return value
     if origin in (Union, types.UnionType):

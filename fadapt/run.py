@@ -30,9 +30,9 @@ def run(
 ) -> Tensor:
     """The loss of the adapted model on a batch; the model is not changed.
 
-    Other threads may use the model, or models that share parts of it, at the same time. Buffers
-    that training mode updates (BatchNorm's running statistics) are updated in copies, and lost:
-    what is to be kept must be a leaf.
+    Other threads may use the model, or models that share parts of it, at the same time. Buffers of
+    its state dict that a forward updates (BatchNorm's running statistics) are updated in copies,
+    and lost: what is to be kept must be a leaf.
 
     A stack of N adapters gives N losses from one pass over the base. They are independent: the
     gradient of their sum holds each adapter's own gradient.
@@ -48,7 +48,7 @@ def run(
         per_adapter: for a stack, whether the batch holds (N, B, ...) tensors, one part for each
             adapter; otherwise all adapters see the same (B, ...) batch.
         verify: for a stack, whether to compare two of its members together and alone before the
-            first pass over this model, this structure of stack and this kind of batch (two more
+            first pass over this model, this structure of stack and this kind of batch (a few more
             passes, once; not inside torch.compile, torch.func's transforms and ``bound``).
 
     Returns:

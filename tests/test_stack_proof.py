@@ -239,8 +239,8 @@ def passes(model: Counted, call) -> int:
     return model.calls - before
 
 
-def test_it_costs_a_pass_of_two_and_two_of_one_once() -> None:
-    """And two more passes of two in training mode."""
+def test_it_costs_two_passes_of_two_and_two_of_one_once() -> None:
+    """And one of two and two of one more in training mode."""
     model = Counted()
     stack, x = fadapt.stack(members(model)), reals(5, 4)
 
@@ -248,17 +248,17 @@ def test_it_costs_a_pass_of_two_and_two_of_one_once() -> None:
         return fadapt.run(model, stack, batch, lambda o, _: o.square().mean(), **options)
 
     assert passes(model, lambda: run({"x": x}, verify=False)) == 1
-    assert passes(model, lambda: run({"x": x})) == 1 + 5
+    assert passes(model, lambda: run({"x": x})) == 1 + 7
     assert passes(model, lambda: run({"x": x})) == 1
     assert passes(model, lambda: run({"x": reals(7, 4)})) == 1  # other rows, nothing else
-    assert passes(model, lambda: run({"x": x, "more": x})) == 1 + 5  # other arguments
+    assert passes(model, lambda: run({"x": x, "more": x})) == 1 + 7  # other arguments
     assert passes(model, lambda: run({"x": x, "more": x})) == 1
     model.eval()
-    assert passes(model, lambda: run({"x": x})) == 1 + 3  # another mode
+    assert passes(model, lambda: run({"x": x})) == 1 + 4  # another mode
     model.body[1] = nn.ReLU().eval()
-    assert passes(model, lambda: run({"x": x})) == 1 + 3  # another model
+    assert passes(model, lambda: run({"x": x})) == 1 + 4  # another model
     again = fadapt.stack(members(model, 5))
-    assert passes(model, lambda: fadapt.apply(model, again, x)) == 1 + 3
+    assert passes(model, lambda: fadapt.apply(model, again, x)) == 1 + 4
     assert passes(model, lambda: fadapt.apply(model, stack, x)) == 1  # of the same structure
 
 
@@ -410,3 +410,117 @@ def test_threads_prove_one_after_the_other() -> None:
     for out in found:
         torch.testing.assert_close(out, alone)
     assert all(m.training for m in model.modules())
+
+
+class Capacity(nn.Module):
+    """Two experts, each for two rows of the batch; the others go past them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.route, self.expert = nn.Linear(4, 2), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen = F.one_hot(self.route(x).argmax(-1), 2)
+        places = (chosen.cumsum(0) * chosen).sum(-1, keepdim=True)
+        return torch.where(places <= 2, self.expert(x), x)
+
+
+class BatchSized(Mixing):
+    """In training mode alone, and beside a dropout."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.dropout(super().forward(x), 0.5, self.training)
+        return h * len(x) ** 0.5 if self.training else h
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_places_among_experts_are_found_whoever_chooses_them(seed: int) -> None:
+    torch.manual_seed(seed)
+    model = Capacity()
+    stack = fadapt.stack(members(model))
+    with pytest.raises(fadapt.FadaptError, match="not independent"):
+        fadapt.run(model, stack, reals(4, 4), lambda o, _: o.square().mean())
+
+
+def test_what_depends_on_the_number_of_rows_in_training_mode_is_found() -> None:
+    model = BatchSized(torch.tanh).train()
+    stack = fadapt.stack(members(model))
+    with pytest.raises(fadapt.FadaptError, match=r"training mode.*not independent.*model\.eval"):
+        fadapt.run(model, stack, reals(4, 4), lambda o, _: o.square().mean())
+    fadapt.run(model.eval(), stack, reals(4, 4), lambda o, _: o.square().mean())
+
+
+def same(one: fadapt.Params, other: fadapt.Params) -> bool:
+    pairs = zip(fadapt.trainable(one), fadapt.trainable(other), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+class TimeFirstOutput(Mixing):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).transpose(0, 1)
+
+
+def test_a_loss_that_only_a_member_alone_can_take_is_found() -> None:
+    """As CTC's, of outputs with time first and one length for each row."""
+    model, x = TimeFirstOutput(torch.tanh), reals(3, 5, 4)
+
+    def loss(out: Tensor, _) -> Tensor:
+        one, lengths = torch.ones(3, 2).long(), torch.full((3,), 5)
+        return F.ctc_loss(out.log_softmax(-1), one, lengths, torch.full((3,), 2))
+
+    made = members(model)
+    with pytest.raises(fadapt.FadaptError, match=r"alone and raise in one pass.*input_lengths"):
+        fadapt.run(model, fadapt.stack(made), x, loss)
+    trials = [fadapt.Trial(p, lr=0.1, name=str(i)) for i, p in enumerate(made)]
+    with pytest.warns(fadapt.OneByOneWarning):
+        report = fadapt.sweep(model, trials, [x] * 3, loss_fn=loss, progress=False)
+    for i, p in enumerate(made):
+        alone = fadapt.fit(model, p, [x] * 3, loss_fn=loss, lr=0.1, progress=False)
+        for a, b in zip(
+            fadapt.trainable(alone), fadapt.trainable(report.final[str(i)]), strict=True
+        ):
+            assert torch.equal(a, b)
+
+
+class Masked(Mixing):
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return mask @ super().forward(x)
+
+
+class FromSparse(Mixing):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to_dense())
+
+
+@pytest.mark.parametrize(
+    ("model", "batch"),
+    [
+        (Masked(torch.tanh), (reals(3, 5, 4), torch.ones(5, 5).tril())),
+        (FromSparse(torch.tanh), reals(5, 4).to_sparse()),
+    ],
+    ids=["a mask without rows", "a sparse tensor"],
+)
+def test_a_batch_that_only_a_member_alone_can_take_is_trained_one_by_one(model, batch) -> None:
+    def loss(out: Tensor, _) -> Tensor:
+        return out.square().mean()
+
+    made = members(model)
+    with pytest.raises(fadapt.ConfigError, match=r"batch axis first|to_dense\(\)"):
+        fadapt.run(model, fadapt.stack(made), batch, loss)
+    trials = [fadapt.Trial(p, lr=0.1, name=str(i)) for i, p in enumerate(made)]
+    with pytest.warns(fadapt.OneByOneWarning):
+        report = fadapt.sweep(
+            model, trials, [batch] * 3, loss_fn=loss, eval=[batch], progress=False
+        )
+    for i, p in enumerate(made):
+        alone = fadapt.fit(model, p, [batch] * 3, loss_fn=loss, lr=0.1, progress=False)
+        for a, b in zip(
+            fadapt.trainable(alone), fadapt.trainable(report.final[str(i)]), strict=True
+        ):
+            assert torch.equal(a, b)
+
+
+def test_a_complex_loss_is_refused() -> None:
+    model = Mixing(torch.tanh)
+    with pytest.raises(fadapt.ConfigError, match=r"complex.*abs\(\)"):
+        fadapt.run(model, members(model)[0], reals(4, 4), lambda o, _: o.mean() + 0j)

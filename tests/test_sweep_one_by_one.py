@@ -193,3 +193,22 @@ def test_losses_of_an_eval_of_another_kind_are_right() -> None:
         params = report.params[result.name]
         expected = fadapt.run(model, params, batch, loss_fn).item()
         assert result.score == pytest.approx(expected, rel=1e-5)
+
+
+def test_what_is_random_in_the_base_is_for_each_what_it_is_alone() -> None:
+    """One by one, each member draws the masks of dropout that it draws alone."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 2)).train()
+    batches = [torch.randn(6, 4) for _ in range(4)]
+    starts = [fadapt.init(model, fadapt.Config(fadapt.LoRA(r=2), seed=s)) for s in range(3)]
+
+    def loss(out, _):
+        return out.square().mean()
+
+    options = {"steps": 9, "loss_fn": loss, "progress": False, "seed": 5}
+    trials = [fadapt.Trial(p, lr=0.05, name=str(i)) for i, p in enumerate(starts)]
+    report = fadapt.sweep(model, trials, batches, max_adapters=1, eval=batches[:1], **options)
+    for i, start in enumerate(starts):
+        alone = fadapt.fit(model, start, batches, lr=0.05, **options)
+        pairs = zip(fadapt.trainable(alone), fadapt.trainable(report.final[str(i)]), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)

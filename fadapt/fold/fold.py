@@ -369,6 +369,12 @@ def fold_batch(batch: Any, stack: Stack, rows: int, per_adapter: bool) -> Any:
     def fold(t: Any) -> Any:
         if not isinstance(t, Tensor) or t.dim() == 0 or stack.per_row:
             return t
+        if t.layout is not torch.strided:
+            raise ConfigError(
+                f"a stack gives its adapters parts of a batch, which a tensor of layout {t.layout} "
+                "has not; pass its .to_dense(). "
+                f"{APART}"
+            )
         if per_adapter:
             return t.flatten(0, 1)
         if t.shape[0] == 1 and rows > 1:

@@ -158,6 +158,11 @@ def taken_apart(
 
 def scalar_loss(loss: Any, loss_fn: LossFn | None) -> Tensor:
     """The loss, which must be one number; of the model's own where there is no ``loss_fn``."""
+    if isinstance(loss, Tensor) and loss.is_complex():
+        raise ConfigError(
+            f"the loss is complex ({loss.dtype}), and has no gradient; return a real one, such as "
+            "its .abs()"
+        )
     if isinstance(loss, Tensor) and loss.dim() == 0:
         return loss
     if isinstance(loss, Tensor) and loss.shape == (1,):

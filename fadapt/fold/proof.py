@@ -5,8 +5,11 @@ first axis. No list of modules can say for which models that is so. So before th
 model with a structure of stack and a kind of batch, two members run together and alone, in eval
 mode: moved at random, since members that are still the identity could be mixed without a trace.
 Mixed rows then show as differences of the members' own size, far above rounding. One of the two is
-moved further, and sees one row again and again: what is shared by the whole batch, such as its mean
-or the places among the experts, must not come out the same for both.
+moved further, and sees one row again and again: what is shared by the whole batch, such as its
+mean, must not come out the same for both. Then the first runs beside itself: where rows compete for
+places, as among experts of a limited capacity, it would have to share all of its own.
+
+Then the same in training mode, without dropout.
 """
 
 from __future__ import annotations
@@ -20,13 +23,15 @@ import torch
 from torch import Tensor, nn
 
 from ..base.eval_mode import evaluating
-from ..base.sharded import agreed
+from ..base.memory import is_out_of_memory
+from ..base.sharded import agreed, groups_of
 from ..base.torch_private import is_transformed, pytree
 from ..errors import FadaptError
 from ..params.adapter import Adapter
 from ..params.params import Params
 from ..params.stack import Group, Stack, at_rank, subset, views
 from . import fold
+from .dropout_off import WithoutDropout
 from .losses import turnstile
 
 Named = dict[str, Tensor]
@@ -86,7 +91,7 @@ def difference(
     """
     if not whole.groups:  # rows of the base
         return ""
-    key = (kind, per_adapter, _structure(whole), _batch_kind(batch), _modes(model))
+    key = (kind, per_adapter, _structure(whole), batch_kind(batch), _modes(model))
     known = _verdicts.setdefault(model, {})
     if key not in known:
         devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
@@ -150,11 +155,10 @@ class _Proof:
             if not is_finite and finite:  # too far
                 return ""
             with torch.no_grad():
-                together = self.folded(moved, self.rows, fold.joined(self.parts, self.rows))
-            if not together:
+                together, why = self._together(moved)
+            if not together and not why:
                 return ""
-            pairs = zip(together, alone, strict=True)
-            why = next((w for got, want in pairs if (w := self._compare(got, want, alone))), "")
+            why = why or self._differs(together, alone)
             if agreed(self.model, bool(why), some=True):
                 return why or "the adapters of a stack are not independent on another process."
             if not is_finite:  # this was too far already, or the base itself is not finite
@@ -162,18 +166,64 @@ class _Proof:
                 continue
             finite, self.size = True, size
             if agreed(self.model, self._tell_apart(*alone[:2])) or not sizes:
+                with torch.no_grad():
+                    twins, why = self._together(moved, (0, 0))
+                why = why or self._differs(twins, [alone[0]] * 2)
+                if agreed(self.model, bool(why), some=True):
+                    return why or "the adapters of a stack are not independent on another process."
                 return self._compare_gradients(moved) if gradients else ""
         return ""
+
+    def _together(
+        self, moved: Stack, turns: Sequence[int] | None = None
+    ) -> tuple[list[Named], str]:
+        """What each gives in one pass; or what goes wrong there, as it does not alone."""
+        parts = self.parts
+        if turns is not None:
+            moved, parts = subset(moved, turns), [parts[i] for i in turns]
+        try:
+            return self.folded(moved, self.rows, fold.joined(parts, self.rows)), ""
+        except FadaptError:
+            raise
+        except Exception as error:
+            if is_out_of_memory(error) or groups_of(self.model):
+                raise
+            text = str(error).strip().split("\n")[0]
+            return [], (
+                "the adapters of a stack cannot share a pass over this model: test adapters work "
+                f"alone and raise in one pass, {type(error).__name__}: {text:.200}."
+            )
+
+    def _differs(self, together: list[Named], alone: list[Named]) -> str:
+        pairs = zip(together, alone, strict=True)
+        return next((why for got, want in pairs if (why := self._compare(got, want, alone))), "")
 
     def verdict_in_training(self) -> str:
         """The same of what only a model in training mode does, such as statistics of a batch.
 
-        Dropout draws other masks for a member alone. So the two run together twice, with the same
-        masks; the second time one of them is another adapter, which the first must not notice.
+        What else is random than dropout comes out otherwise for a member alone. So then the two
+        run together twice, from the same generators; the second time one of them is another
+        adapter, which the first must not notice.
         """
         if not self.size:
             return ""
         moved = _moved(self.members, self.size)
+        with torch.no_grad(), WithoutDropout():
+            torch.manual_seed(0)
+            before = _generators(self.model)
+            pairs = zip(views(moved), self.parts, strict=True)
+            alone = [self.single(params, part) for params, part in pairs]
+            together, why = self._together(moved)
+            now = _generators(self.model)
+        certain = all(torch.equal(a, b) for a, b in zip(before, now, strict=True))
+        if not together and not why:
+            return ""
+        if agreed(self.model, certain):
+            why = why or self._differs(together, alone)
+            if not agreed(self.model, bool(why), some=True):
+                return ""
+            why = why or "the adapters of a stack are not independent on another process."
+            return f"in training mode, {why} Call model.eval(), if that mode is not needed."
         once, other = self._in_training(moved), self._in_training(_moved_on(moved))
         if not once:
             return ""
@@ -252,6 +302,12 @@ class _Proof:
                         f"{error:.2g} in one pass with the other."
                     )
         return ""
+
+
+def _generators(model: nn.Module) -> list[Tensor]:
+    """The states of those that the model's forward may use."""
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    return [torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)]
 
 
 def named(tree: Any) -> Named:
@@ -342,7 +398,7 @@ def _structure(whole: Stack) -> Hashable:
     ), whole.per_row
 
 
-def _batch_kind(batch: Any) -> Hashable:
+def batch_kind(batch: Any) -> Hashable:
     """What the batches of one kind have in common: names, types, numbers of axes, axes of one."""
     leaves, spec = pytree.tree_flatten(batch)
     return spec, tuple(

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..base.eval_mode import evaluating
+from ..base.memory import is_out_of_memory
 from ..base.torch_private import pytree
 from ..batch import Batch
-from ..errors import FadaptError
+from ..errors import ConfigError, FadaptError
 from ..hugging_face import calls_loss_function
 from ..linalg import inverse_permutation
 from ..overlay.call import call, call_on_batch, is_bound_to
@@ -100,8 +102,11 @@ def one_by_one(
     name = type(model).__name__
     if loss_fn is None and not _may_come_apart(model, batch):
         return f"the loss of {name} is not one call of its loss function on each adapter's own rows"
-    # A batch that does not fit is the caller's error, not a reason.
-    fold.fold_batch(batch, stack, fold.batch_rows(batch, stack, per_adapter), per_adapter)
+    # A batch that no member could take is the caller's error, not a reason.
+    rows = fold.batch_rows(batch, stack, per_adapter)
+    if not per_adapter and (why := _misfit(model, stack, batch, loss_fn, rows)):
+        return why
+    fold.fold_batch(batch, stack, rows, per_adapter)
     try:
         fold.check_rows_apart(model)
         fold.folded_sites(stack, None)
@@ -111,6 +116,33 @@ def one_by_one(
     if not why and loss_fn is None and not _may_come_apart(model, batch):
         return f"{name} computes more than the loss function's value on each adapter's own rows"
     return why
+
+
+def _misfit(model: nn.Module, stack: Stack, batch: Batch, loss_fn: LossFn | None, rows: int) -> str:
+    """Why a batch has no rows for each adapter, though the model takes it whole."""
+    try:
+        fold.fold_batch(batch, stack, rows, False)
+    except ConfigError as error:
+        misfit = error
+    else:
+        return ""
+    known, kind = _misfits.setdefault(model, set()), proof.batch_kind(batch)
+    if kind in known:
+        return str(misfit)
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    try:
+        with evaluating(model), torch.no_grad(), torch.random.fork_rng(list(devices)):
+            run_one(model, views(stack)[0], batch, loss_fn, None)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise misfit from error
+    known.add(kind)
+    return str(misfit)
+
+
+# {model: the kinds of batches that it takes whole and that cannot be parted}
+_misfits: weakref.WeakKeyDictionary[nn.Module, set[Hashable]] = weakref.WeakKeyDictionary()
 
 
 def difference(

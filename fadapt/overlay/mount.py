@@ -90,10 +90,11 @@ class LinearForward:
 class _Overlaid(OnRead):
     """An overlay of a site's weight, made when the weight is read."""
 
-    __slots__ = ()
+    __slots__ = ("adapter",)
 
     def __init__(self, adapter: Adapted):
         super().__init__(functools.partial(_overlay_of, adapter))
+        self.adapter = adapter
 
 
 def _overlay_of(adapter: Adapted, weight: Tensor) -> Overlay:
@@ -247,13 +248,13 @@ class Mount:
         return adapter.within(module, self.draws.of(adapter, module))
 
     def _buffers(self) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
-        """(path, module, key, buffer) of those that training mode may write to."""
+        """(path, module, key, buffer) of those that a forward may write to."""
         for prefix, at in self.walk.buffered:
             module = self.modules[at]
-            if self.any_mode or module.training:
-                for key, buffer in own_tensors(buffers_of(module)).items():
-                    if buffer is not None and _may_be_updated(module, key, buffer):
-                        yield prefix, module, key, buffer
+            training = self.any_mode or module.training
+            for key, buffer in own_tensors(buffers_of(module)).items():
+                if buffer is not None and _may_be_updated(module, key, buffer, training):
+                    yield prefix, module, key, buffer
 
 
 def _seen_of(held: Held, adapter: Adapted | None) -> OnRead:
@@ -271,7 +272,7 @@ def _is_plain(adapter: Adapted) -> bool:
 def prepare(model: nn.Module, sites: Mapping[str, Adapted], any_mode: bool = False) -> Mount:
     """An overlay for every site, a detached alias for every other trainable base parameter.
 
-    And copies of the buffers that training mode may write to, such as the running statistics of
+    And copies of the buffers that a forward may write to, such as the running statistics of
     BatchNorm: the base stays as it is.
 
     Args:
@@ -387,15 +388,26 @@ class Gathered:
         return weight.detach() if adapter is None else overlay(weight.detach(), adapter)
 
 
-def _may_be_updated(module: nn.Module, key: str, buffer: Tensor) -> bool:
-    """Whether a forward in training mode may write to a buffer of the model's state.
+def _may_be_updated(module: nn.Module, key: str, buffer: Tensor, training: bool) -> bool:
+    """Whether a forward may write to a buffer of the model's state.
 
     Not to those outside the state dict, which a model makes anew from its configuration, nor to
-    matrices of integers, in which quantised layers of other libraries pack their weights.
+    matrices of integers, in which quantised layers of other libraries pack their weights, and the
+    scales beside them. torch's own modules write in training mode alone.
     """
     if not is_persistent(module, key) or buffer.is_meta:
         return False
+    if not training and (type(module).__module__.startswith("torch.nn.") or _packs(module)):
+        return False
     return buffer.is_floating_point() or buffer.is_complex() or buffer.dim() < 2
+
+
+def _packs(module: nn.Module) -> bool:
+    buffers = own_tensors(buffers_of(module)).values()
+    return any(
+        b is not None and b.dim() > 1 and not (b.is_floating_point() or b.is_complex())
+        for b in buffers
+    )
 
 
 def _check_site(

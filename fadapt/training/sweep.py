@@ -65,11 +65,12 @@ def sweep(
 
     With ``max_adapters=1`` each trial is, bit for bit, what :func:`fit` makes of it alone. With
     more in a pass it is that up to rounding: losses and gradients agree within a few units in the
-    last place, which an optimiser may enlarge where a gradient is almost zero. Before the first
-    step two members train together and alone (losses and gradients, in eval mode). Where rows of
-    different adapters meet, as in BatchNorm in training mode, or where the model's own loss is not
-    one call of its loss function on each adapter's rows, as in encoder-decoders, the trials run one
-    by one, bit for bit as alone, and a :class:`OneByOneWarning` says why.
+    last place, which an optimiser may enlarge where a gradient is almost zero; and masks of the
+    base's own dropout are drawn for each row. Before the first step two members train together and
+    alone: losses and gradients in eval mode, and the losses in training mode without dropout. Where
+    rows of different adapters meet, as in BatchNorm in training mode, or where the model's own loss
+    is not one call of its loss function on each adapter's rows, as in encoder-decoders, the trials
+    run one by one, bit for bit as alone, and a :class:`OneByOneWarning` says why.
 
     Args:
         model: the frozen base; it is not changed. Its training flag (dropout) is the caller's.
@@ -93,8 +94,8 @@ def sweep(
         halving: stop the worse trials early; see :class:`Halving`.
         max_adapters: the most adapters in one pass. "auto" begins with all and halves when memory
             runs out, as does a number; None never splits.
-        verify: compare two members together and alone before the first step, which takes two more
-            passes and calls ``loss_fn`` as often; False trusts that rows stay apart.
+        verify: compare two members together and alone before the first step, which takes a few
+            more passes and calls ``loss_fn`` as often; False trusts that rows stay apart.
         compile: compile the pass and its gradient, each as one graph; or options for
             torch.compile, such as {"mode": "reduce-overhead"}. The update is the optimiser's own
             fused kernel. New learning rates and diverged or stopped trials do not recompile.

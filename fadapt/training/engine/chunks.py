@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...adapted_map import drops_input
+from ...base.memory import is_out_of_memory
 from ...base.sharded import local_of
 from ...base.torch_private import pytree
 from ...batch import arguments
@@ -21,6 +22,7 @@ from ...params.params import Params, trainable_leaves
 from ...params.stack import Stack, alone
 from ...run import LossFn, apply, run
 from ..data import rows_of
+from ..generators import Generators
 from ..trial import Trial
 from .compiler import Compiler
 from .flat_params import FlatParams
@@ -103,6 +105,7 @@ class ChunkRunner:
         self._split(self.chosen or len(flat), bounds)
         self.idle: frozenset[int] = frozenset()
         self.partial = False
+        self._generators = Generators(compiler.device)
 
     @property
     def width(self) -> int:
@@ -171,7 +174,7 @@ class ChunkRunner:
         try:
             return one_by_one(self.model, whole, batch, *options)
         except RuntimeError as error:
-            if not self.halves or not _out_of_memory(error):
+            if not self.halves or not is_out_of_memory(error):
                 raise
         return None
 
@@ -278,11 +281,15 @@ class ChunkRunner:
     def _each(self, work: Callable[[Chunk], T], what: str) -> list[T | None]:
         """``work`` on every chunk, None for chunks of idle trials only."""
         results: list[T | None] = []
+        before = self._generators.state_dict()
         while len(results) < len(self.chunks):
             chunk = self.chunks[len(results)]
             if self.idle.issuperset(chunk.trials):
                 results.append(None)
                 continue
+            if self.width == 1 and results:
+                # What is random in the model (its dropout) is for each what it is alone.
+                self._generators.load_state_dict(before)
             fits, result = self._attempt(work, chunk, what)
             if fits:
                 results.append(result)
@@ -297,7 +304,7 @@ class ChunkRunner:
             return True, work(chunk)
         except Exception as error:
             size = chunk.high - chunk.low
-            if not isinstance(error, RuntimeError) or not _out_of_memory(error):
+            if not is_out_of_memory(error):
                 error.add_note(f"fadapt: {what} of {self._named(chunk)}")
                 raise
             if not self.halves or size == 1:
@@ -372,8 +379,3 @@ def bounds(low: int, high: int, width: int) -> list[tuple[int, int]]:
     count = -(-(high - low) // width)
     edges = [low + (high - low) * i // count for i in range(count + 1)]
     return list(itertools.pairwise(edges))
-
-
-def _out_of_memory(error: RuntimeError) -> bool:
-    signs = "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED"
-    return isinstance(error, torch.OutOfMemoryError) or any(s in str(error) for s in signs)
