@@ -5,6 +5,8 @@ Each says why, and what would replace it. Read in torch 2.11 to 2.13.
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Callable, MutableMapping
 from datetime import timedelta
 from typing import Any
@@ -94,7 +96,27 @@ def hand_to_backward(key: str, value: Any) -> None:
 
     Those take over torch's thread-local state, but neither Python's contexts nor threading.local.
     """
+    if _UNCOUNTED:  # before, so that an interrupt between the two leaks a reference at worst
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(value))
     torch._C._stash_obj_in_tls(key, value)  # type: ignore[attr-defined]
+
+
+def _stashes_uncounted() -> bool:
+    """Whether torch gives back a reference to what it stashed that it never took.
+
+    2.11 does: an object in use is freed when the next one takes its place, and the process crashes.
+    2.13 counts it. Remove with the last torch that does not.
+    """
+    probe = object()
+    before = sys.getrefcount(probe)
+    torch._C._stash_obj_in_tls("fadapt.probe", probe)  # type: ignore[attr-defined]
+    uncounted = sys.getrefcount(probe) == before
+    if uncounted:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(probe))
+    return uncounted
+
+
+_UNCOUNTED = _stashes_uncounted()
 
 
 def handed_to_backward(key: str) -> Any:
@@ -136,6 +158,9 @@ def grouped_mm(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
 GROUPED_MM: Callable[..., Tensor] = torch._grouped_mm  # type: ignore[attr-defined]
 """The function that an overlay sees, whether a model calls it or ``F.grouped_mm``, which passes its
 arguments on before torch asks them for an override."""
+
+SAME_KIND_OF_TENSOR: Callable[..., bool] = torch._has_compatible_shallow_copy_type  # type: ignore[attr-defined]
+"""What ``module.to`` asks before it writes to ``tensor.data``; only to know the question."""
 
 
 def is_wrapped(tensor: Tensor) -> bool:

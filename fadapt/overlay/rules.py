@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -10,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..base.linear_map import DenseMap
-from ..base.torch_private import GROUPED_MM, grouped_mm, known_values
+from ..base.scope import PARAMETERS, OnRead, View, open_view
+from ..base.torch_private import GROUPED_MM, SAME_KIND_OF_TENSOR, grouped_mm, known_values
 from ..errors import TargetError
 from ..params.adapter import Adapter
 from . import experts
@@ -127,6 +130,60 @@ def _getitem(weight: Tensor, index: Any) -> Any:
     count = len(index) if isinstance(index, Tensor) and index.dim() else 0
     adapter = experts.at(weight.adapter, index, count)
     return overlay(weight.frozen[index], adapter)
+
+
+def _cast(cast: Callable[..., Any], weight: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """No use of the weight yet, as in ``F.linear(x.float(), router.weight.float())``."""
+    if not isinstance(weight, Overlay):
+        return NotImplemented
+    moved = cast(weight.frozen, *args, **kwargs)
+    if moved is weight.frozen or isinstance(moved, str):
+        return moved if isinstance(moved, str) else weight
+    if not moved.is_floating_point() or moved.device != weight.frozen.device:
+        return NotImplemented
+    return overlay(moved, weight.adapter, weight.flipped, weight.required_grad)
+
+
+for _function in (
+    *(Tensor.to, Tensor.type, Tensor.type_as),
+    *(Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16),
+):
+    implements(_function)(partial(_cast, _function))
+
+
+@implements(SAME_KIND_OF_TENSOR)
+def _same_kind(weight: Tensor, new: Tensor) -> Any:
+    """``module.to(dtype)`` in a forward asks, and writes then to ``weight.data``."""
+    return True if isinstance(weight, Overlay) and isinstance(new, Overlay) else NotImplemented
+
+
+@implements(Tensor.data.__set__)  # type: ignore[attr-defined]
+def _set_data(weight: Tensor, new: Tensor) -> Any:
+    """What the call sees of the weight from now on; the base's own has not changed."""
+    if not isinstance(weight, Overlay) or not isinstance(new, Overlay):
+        return NotImplemented
+    if new.adapter is not weight.adapter or new.flipped != weight.flipped:
+        return NotImplemented
+    view, dtype = open_view(), new.frozen.dtype
+    if view is not None and dtype != weight.frozen.dtype:
+        _cast_in(view, weight.adapter, dtype)
+    weight.frozen = new.frozen
+    return None
+
+
+def _cast_in(view: View, adapter: Any, dtype: torch.dtype) -> None:
+    """The view sees the site of an adapter cast; it makes the overlay anew for each reading."""
+
+    def cast(own: Tensor) -> Tensor:
+        return overlay(own.detach().to(dtype), adapter, required_grad=own.requires_grad)
+
+    for (module, attribute), seen in [*view.seen.items()]:
+        if attribute != PARAMETERS:
+            continue
+        for key, value in seen.items():
+            if getattr(value, "adapter", None) is adapter:
+                seen[key] = OnRead(cast)
+                view.seen.pop((module, "forward"), None)
 
 
 @implements(Tensor.view, Tensor.reshape, torch.reshape)
