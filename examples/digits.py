@@ -54,6 +54,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     **{name: {"r": 4} for name in ("LoHa", "LoKr", "HiRA", "GraLoRA")},
     "MiSS": {"r": 8},
     "SHiRA": {"r": 4},
+    "RandLoRA": {"r": 8, "alpha": 80},
     "TinyLoRA": {"r": 16},
     "C3A": {"block_size": 8},
     "FourierFT": {"n_frequency": 200},

@@ -72,6 +72,7 @@ from .methods import MiCA as MiCA
 from .methods import MiSS as MiSS
 from .methods import OLoRA as OLoRA
 from .methods import PiSSA as PiSSA
+from .methods import RandLoRA as RandLoRA
 from .methods import ReFT as ReFT
 from .methods import RoAd as RoAd
 from .methods import RsLoRA as RsLoRA

@@ -384,6 +384,29 @@ IN: dict[str, In] = {
     "VeRA, Conv1D": In(other(peft.VeraConfig, r=3, target_modules=["c_attn", "c_fc"]), "Conv1D"),
     "SHiRA": In(other(peft.ShiraConfig, r=2)),
     "SHiRA, seeded": In(other(peft.ShiraConfig, r=1, random_seed=3)),
+    "RandLoRA": In(other(peft.RandLoraConfig, r=3, randlora_alpha=6)),
+    "RandLoRA, factors from the key": In(
+        other(
+            peft.RandLoraConfig,
+            r=5,
+            randlora_alpha=6,
+            projection_prng_key=5,
+            save_projection=False,
+        )
+    ),
+    "RandLoRA, very sparse, one layer": In(
+        other(
+            peft.RandLoraConfig,
+            r=3,
+            randlora_alpha=6,
+            very_sparse=True,
+            target_modules=r".*\.1\.up",
+        )
+    ),
+    "RandLoRA, Conv1D": In(
+        other(peft.RandLoraConfig, r=6, randlora_alpha=6, target_modules=["c_attn", "c_fc"]),
+        "Conv1D",
+    ),
     "LoRA, Conv1D": In(lora(target_modules=["c_attn", "c_fc"]), "Conv1D"),
     "DoRA, Conv1D": In(lora(target_modules=["c_attn"], use_dora=True), "Conv1D"),
     "PiSSA, Conv1D": In(
@@ -548,6 +571,11 @@ OUT: dict[str, Out] = {
     "VeRA, Conv1D": Out({"c_attn": fadapt.VeRA(r=3, projection_prng_key=7)}, "Conv1D"),
     "SHiRA": Out(fadapt.SHiRA(r=2)),
     "SHiRA, seeded, strength 0.5": Out(fadapt.SHiRA(r=1, random_seed=3), strength=0.5),
+    "RandLoRA": Out(fadapt.RandLoRA(r=3, alpha=6)),
+    "RandLoRA, sparse, strength 0.5": Out(
+        fadapt.RandLoRA(r=3, alpha=6, projection_prng_key=7, sparse=True), strength=0.5
+    ),
+    "RandLoRA, Conv1D": Out({"c_attn": fadapt.RandLoRA(r=6, alpha=6)}, "Conv1D"),
     "LoRA, Conv1D": Out({"c_attn|c_fc": LoRA(r=3)}, "Conv1D"),
     "DoRA, Conv1D": Out({"c_attn": fadapt.DoRA(r=3)}, "Conv1D"),
     "IA3, Conv1D": Out({"c_attn": fadapt.IA3(), "c_fc": fadapt.IA3FF()}, "Conv1D"),

@@ -59,6 +59,7 @@ FULL: dict[str, Method] = {
     "MiSS bat": fadapt.MiSS(r=4, mode="bat"),
     "C3A": fadapt.C3A(block_size=4),
     "SHiRA": fadapt.SHiRA(r=2),
+    "RandLoRA": fadapt.RandLoRA(r=2, alpha=10.0),
 }
 
 

@@ -34,6 +34,7 @@ ROWS: list[tuple[str, Method, int]] = [
     (QV, fadapt.PSOFT(r=32), 56 * (32 * 31 // 2 + 64)),
     (QV, fadapt.PSOFT(r=32, orth=False), 56 * (32 * 32 + 64)),
     (QV, fadapt.SHiRA(r=32), 4_587_520),
+    (QV, fadapt.RandLoRA(r=32), 56 * (32 * 32 + 32 * 1024)),
     (QV, fadapt.VeRA(r=256), 56 * 256 + 28 * 3072),
     (QV, fadapt.AdaLoRA(r=32), 4_587_520 + 56 * 32),
     ("k_proj|v_proj", IA3(), 57_344),

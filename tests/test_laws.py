@@ -50,6 +50,8 @@ ROWS = {
     "AdaLoRA": fadapt.AdaLoRA(r=3),
     "VeRA": fadapt.VeRA(r=3),
     "SHiRA": fadapt.SHiRA(r=1),
+    "RandLoRA": fadapt.RandLoRA(r=3, alpha=15.0),
+    "RandLoRA sparse": fadapt.RandLoRA(r=4, alpha=20.0, sparse=True),
     "SHiRA seeded": fadapt.SHiRA(r=2, random_seed=3),
     "EVA": fadapt.EVA(r=3, rho=1.0),
     "CorDA": fadapt.CorDA(r=3),

@@ -168,6 +168,19 @@ def psoft_row(method: fadapt.PSOFT, **options: Any) -> Row:
     return Row(method, peft.PsoftConfig, options, psoft_leaves, ODD)
 
 
+def randlora_row(**options: Any) -> Row:
+    return Row(
+        fadapt.RandLoRA(r=3, alpha=6, **options),
+        peft.RandLoraConfig,
+        {"r": 3, "randlora_alpha": 6, **options},
+        lambda p, w, f: {
+            "lambda": p["randlora_lambda"],
+            "g": p["randlora_gamma"] - 1 / max(p["randlora_gamma"].shape),
+        },
+        ODD,
+    )
+
+
 def lokr_row(method: fadapt.LoKr, **options: Any) -> Row:
     return Row(
         method,
@@ -254,6 +267,10 @@ ROWS = {
         vera_leaves,
         ODD,
     ),
+    # The shared factors come from the same key on both sides.
+    "RandLoRA": randlora_row(projection_prng_key=5),
+    "RandLoRA sparse": randlora_row(sparse=True),
+    "RandLoRA very sparse": randlora_row(very_sparse=True),
     # The places come from the same seed on both sides.
     "SHiRA": Row(
         fadapt.SHiRA(r=2, random_seed=3),

@@ -643,6 +643,18 @@ OTHERS = {
     "whole numbers": (fadapt.SHiRA(r=1), f"{UP}.shira_weight", lambda t: t.int(), "not a floating"),
     "a small factor": (fadapt.VeRA(r=2), "base_model.vera_A", lambda t: t[:, :3], "another base"),
     "no factor": (fadapt.VeRA(r=2), "base_model.vera_B", lambda t: None, "lacks base_model.vera_B"),
+    "a copy that differs": (
+        fadapt.RandLoRA(r=3),
+        f"{UP}.randlora_A",
+        lambda t: t + 1,
+        "differs from base_model.randlora_A",
+    ),
+    "small factors": (
+        fadapt.RandLoRA(r=3),
+        "base_model.randlora_B",
+        lambda t: t[:, :2],
+        "another base",
+    ),
 }
 FEW = torch.tensor([0, 5])
 

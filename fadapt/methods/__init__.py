@@ -36,6 +36,7 @@ from .oft import OFT as OFT
 from .olora import OLoRA as OLoRA
 from .pissa import PiSSA as PiSSA
 from .psoft import PSOFT as PSOFT
+from .randlora import RandLoRA as RandLoRA
 from .reft import ReFT as ReFT
 from .road import RoAd as RoAd
 from .shira import SHiRA as SHiRA

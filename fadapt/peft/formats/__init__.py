@@ -21,6 +21,7 @@ from .lora import LoRAFormat
 from .miss import MiSSFormat
 from .oft import OFTFormat
 from .psoft import PSOFTFormat
+from .randlora import RandLoRAFormat
 from .road import RoAdFormat
 from .shira import SHiRAFormat
 from .tiny_lora import TinyLoRAFormat
@@ -48,6 +49,7 @@ FORMATS: tuple[Format, ...] = (
     TinyLoRAFormat(),
     SHiRAFormat(),
     VeRAFormat(),
+    RandLoRAFormat(),
 )
 
 
