@@ -6,11 +6,16 @@ is then trained alone, by the same loop on the same batches, to see what one aft
 take, and that it is the same training.
 
     python examples/sweep.py [--picture out/sweep.png] [--directory out/sweep] [--steps 150]
+
+Over several processes, each of which trains its share of the trials, with the same report:
+
+    torchrun --nproc-per-node 2 examples/sweep.py
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from pathlib import Path
@@ -22,6 +27,7 @@ import fadapt
 
 STEPS, BATCH, EVALUATE_EVERY = 150, 8, 30
 SAMPLED = slice(None, None, 7)
+TOGETHER = 12  # in a pass: with a number, the passes are the same on any number of processes
 COMPARED = 20  # steps; later, rounding has grown into another trajectory
 
 
@@ -60,15 +66,18 @@ def main() -> None:
             eval=accuracy_on(digits.test_x, digits.test_y),
             eval_every=EVALUATE_EVERY,
             goal="max",
+            max_adapters=TOGETHER,
             **options,
         )
 
     start = time.perf_counter()
     report = train(trials, directory=arguments.directory)
     together = time.perf_counter() - start
-    print(report)
-    report.plot(arguments.picture)
-    print(f"curves: {arguments.picture}")
+    first = os.environ.get("RANK", "0") == "0"  # every process has the whole report
+    if first:
+        print(report)
+        report.plot(arguments.picture)
+        print(f"curves: {arguments.picture}")
 
     start = time.perf_counter()
     sample = trials[SAMPLED]
@@ -80,13 +89,14 @@ def main() -> None:
         for i, single in zip(range(len(trials))[SAMPLED], alone, strict=True)
         for step in steps
     )
-    print(
-        f"{len(trials)} trials x {number} steps of {BATCH} images ({8 * BATCH} tokens): "
-        f"{together:.1f} s together, {one_by_one:.1f} s one after the other (from {len(sample)} of "
-        f"them): {one_by_one / together:.1f}x. Losses of the first {compared} steps differ by at "
-        f"most {gap:.0e}"
-    )
-    print(f"everything: {time.perf_counter() - started:.0f} s")
+    if first:
+        print(
+            f"{len(trials)} trials x {number} steps of {BATCH} images ({8 * BATCH} tokens): "
+            f"{together:.1f} s together, {one_by_one:.1f} s one after the other (from "
+            f"{len(sample)} of them): {one_by_one / together:.1f}x. Losses of the first {compared} "
+            f"steps differ by at most {gap:.0e}"
+        )
+        print(f"everything: {time.perf_counter() - started:.0f} s")
     if gap > 1e-3 or (report.best.score < 0.7 and number >= STEPS):
         sys.exit("the sweep did not learn, or not as single runs do")
 

@@ -269,3 +269,20 @@ def test_killed_and_on_another_number(tmp_path):
     want, got = (torch.load(tmp_path / d / "last.pt") for d in ("whole", "broken"))
     for name, leaves in want.items():
         assert all(map(torch.equal, leaves, got[name])), name
+
+
+def test_the_example_prints_the_same_report(tmp_path):
+    pytest.importorskip("sklearn", exc_type=ImportError)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+    def report(*launcher: str) -> str:
+        command = [sys.executable, *launcher, str(ROOT / "examples" / "sweep.py"), "--steps", "2"]
+        done = subprocess.run(
+            command, env=environment, cwd=tmp_path, timeout=100, capture_output=True, text=True,
+            check=True,
+        )  # fmt: skip
+        return done.stdout.partition("\n48 trials, ")[0]
+
+    one = report()
+    assert "LoRA(r=8)" in one
+    assert report("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2") == one
