@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 import os
 import subprocess
 import sys
@@ -286,3 +287,21 @@ def test_the_example_prints_the_same_report(tmp_path):
     one = report()
     assert "LoRA(r=8)" in one
     assert report("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2") == one
+
+
+def test_the_benchmark_runs(tmp_path):
+    """Question b, small; a and c run by the same functions."""
+    options = "--question b --layers 2 --hidden 32 --heads 2 --kv 1 --head-dim 16 --inner 64"
+    options += " --vocab 64 --tokens 8 --trials 4 --together 2 --rank 2 --every 1 --rounds 1"
+    script = ROOT / "examples" / "benchmarks" / "distributed.py"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*launcher, str(script), *options.split(), "--json", str(tmp_path / "record.json")],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, timeout=100,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "record.json").read_text())
+    assert record["one"]["losses"][0] == pytest.approx(record["all"]["losses"][0], rel=0.01)
+    assert record["all"]["tokens a second"] > 0
+    assert record["exchange, % of a step"] > 0

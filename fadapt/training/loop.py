@@ -167,7 +167,9 @@ class Loop:
         mine = units[cuts[self.team.place] : cuts[self.team.place + 1]]
         self.own = [t for low, high in mine for t in order[low:high]]
         held = set(self.own or order[:1])
-        self.flat = whole.keep([i for i, t in enumerate(whole.order) if t in held])
+        if held != set(whole.order):
+            whole = whole.keep([i for i, t in enumerate(whole.order) if t in held])
+        self.flat = whole
         self.optimizer = self._make_optimizer()
         chunks = None
         if mine and fixed:
