@@ -213,6 +213,9 @@ def _control_group() -> Any:
     known = _control.get(id(whole))
     if known is None:
         group = dist.new_group(backend="gloo", timeout=timeout_of_default_group())
+        if not _control:
+            # Its threads must have ended before the interpreter does.
+            atexit.register(_control.clear)
         _control.clear()
         known = _control[id(whole)] = whole, group
     return known[1]
