@@ -178,6 +178,14 @@ MODEL_FACTS = frozenset(
 ``main_input_name`` what it counts, ``hf_device_map`` whether it moves the model.
 """
 
+
+def fact_of(model: nn.Module, name: str) -> Any:
+    """One of these, which must be there; asked for by its present name, as the former one warns."""
+    if name == "is_gradient_checkpointing" and hasattr(model, "is_activation_checkpointing"):
+        name = "is_activation_checkpointing"
+    return getattr(model, name)
+
+
 CHECKPOINTING_SWITCHES = frozenset(
     "gradient_checkpointing_enable gradient_checkpointing_disable activation_checkpointing_enable "
     "activation_checkpointing_disable".split()

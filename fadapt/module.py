@@ -18,7 +18,13 @@ from .base.checks import check_model
 from .base.eval_mode import evaluating, training
 from .batch import call_arguments
 from .errors import CheckpointError, ConfigError, FadaptError
-from .hugging_face import CALLS_FORWARD, CHECKPOINTING_SWITCHES, MODEL_FACTS, may_checkpoint
+from .hugging_face import (
+    CALLS_FORWARD,
+    CHECKPOINTING_SWITCHES,
+    MODEL_FACTS,
+    fact_of,
+    may_checkpoint,
+)
 from .method import STRENGTH, Leaves
 from .overlay.call import call
 from .params.adapter import Adapter
@@ -88,7 +94,9 @@ class AdapterModule(nn.Module):
         except AttributeError:
             if "_holder" not in self.__dict__:  # while a copy is made
                 raise
-            if name in MODEL_FACTS or name in CHECKPOINTING_SWITCHES:
+            if name in MODEL_FACTS:
+                return fact_of(self.model, name)
+            if name in CHECKPOINTING_SWITCHES:
                 return getattr(self.model, name)
             if name in CALLS_FORWARD and callable(getattr(self.model, name, None)):
                 return functools.partial(self._call, name)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from . import models
 datasets = pytest.importorskip("datasets")
 transformers = pytest.importorskip("transformers")
 accelerate = pytest.importorskip("accelerate")
+lightning: Any = pytest.importorskip("lightning")
 
 LR, ROWS, LENGTH = 1e-2, 24, 6
 
@@ -274,52 +276,91 @@ def test_accelerate_is_the_plain_loop(tmp_path: Path) -> None:
     assert 0 < size < 4 * sum(p.numel() for p in model.parameters()) / 4
 
 
-class Lesson(nn.Module):
-    """What a LightningModule is to its trainer: submodules, a step, an optimizer, a state."""
+def lightning_lesson(module: nn.Module) -> Any:
+    class Lesson(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.adapted = module
 
-    def __init__(self, module: nn.Module):
-        super().__init__()
-        self.adapted = module
+        def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
+            return self.adapted(**batch).loss
 
-    def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
-        return self.adapted(**batch).loss
+        def validation_step(self, batch: dict[str, Tensor], index: int) -> None:
+            self.log("held_out", self.adapted(**batch).loss, batch_size=len(batch["input_ids"]))
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameters(), lr=LR, weight_decay=0.0)
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.AdamW(self.parameters(), lr=LR, weight_decay=0.0)
 
-
-def lightning_loop(lesson: Any, batches: list[dict[str, Tensor]]) -> None:
-    """Automatic optimization: the step is a closure of the optimizer's."""
-    optimizer = lesson.configure_optimizers()
-    lesson.train()
-    for i, batch in enumerate(batches):
-
-        def closure(batch: dict[str, Tensor] = batch, i: int = i) -> Tensor:
-            loss = lesson.training_step(batch, i)
-            optimizer.zero_grad()
-            loss.backward()
-            return loss
-
-        optimizer.step(closure)
+    return Lesson()
 
 
-def test_a_lightning_module_holds_it() -> None:
+def lightning_trainer(path: Path, **options: Any) -> Any:
+    return lightning.Trainer(
+        accelerator="cpu",
+        devices=1,
+        default_root_dir=str(path),
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        gradient_clip_val=1.0,
+        accumulate_grad_batches=2,
+        **options,
+    )
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+@pytest.mark.filterwarnings("ignore:.*`isinstance.treespec, LeafSpec.` is deprecated")
+def test_lightning_is_the_plain_loop(tmp_path: Path) -> None:
     model = models.qwen3()
+    frozen = copy.deepcopy(model.state_dict())
+    noted = Noted()
+    rows = dataset().remove_columns("text")
+    loader = DataLoader(rows, batch_size=4, shuffle=True, collate_fn=noted)
+    evaluation = DataLoader(
+        dataset(8, seed=4).remove_columns("text"), batch_size=8, collate_fn=Noted()
+    )
+    saved = lightning.pytorch.callbacks.ModelCheckpoint(
+        dirpath=tmp_path, monitor="held_out", save_top_k=1, save_last=True, filename="best"
+    )
+    lesson = lightning_lesson(fadapt.as_module(model, start(model)))
+    trainer = lightning_trainer(tmp_path, max_epochs=2, callbacks=[saved])
+    trainer.fit(lesson, loader, evaluation)
+
     params = start(model)
-    lesson = Lesson(fadapt.as_module(model, params))
-    rows = models.tokens(ROWS, LENGTH)
-    batches = [{"input_ids": part, "labels": part} for part in rows.split(4)]
-    lightning_loop(lesson, batches)
-    own: Callable[[], fadapt.Params] = lambda: lesson.adapted.params  # noqa: E731
     leaves = fadapt.trainable(params)
     optimizer = torch.optim.AdamW(leaves, lr=LR, weight_decay=0.0)
-    for batch in batches:
-        optimizer.zero_grad()
-        fadapt.run(model, params, batch).backward()
-        optimizer.step()
-    assert same(own(), params)
-    state = lesson.state_dict()  # what its checkpoints hold
+    assert len(noted.batches) == 2 * ROWS // 4
+    for i, batch in enumerate(noted.batches):
+        (fadapt.run(model, params, batch) / 2).backward()
+        if i % 2:
+            torch.nn.utils.clip_grad_norm_(leaves, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+    assert same(lesson.adapted.params, params)
+    assert not same(params, start(model))
+    assert all(torch.equal(t, frozen[k]) for k, t in model.state_dict().items())
+    with torch.no_grad():
+        wanted = fadapt.run(model, params, next(iter(evaluation)))
+    assert trainer.callback_metrics["held_out"] == wanted
+
+    # A checkpoint holds the adapter alone, and a process that begins anew goes on from it.
+    state = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+    assert state.keys() == lesson.state_dict().keys()
     assert all(key.startswith("adapted.model/layers/") for key in state)
-    again = Lesson(fadapt.as_module(model, start(model)))
-    again.load_state_dict(state)
-    assert same(again.adapted.params, params)
+    resumed = lightning_lesson(fadapt.as_module(model, start(model)))
+    again = lightning_trainer(tmp_path, max_epochs=2, enable_checkpointing=False)
+    again.fit(resumed, loader, evaluation, ckpt_path=str(tmp_path / "last.ckpt"))
+    assert same(resumed.adapted.params, params)  # nothing was left to do
+    other = lightning_lesson(
+        fadapt.as_module(model, fadapt.init(model, {"q_proj": fadapt.LoRA(r=2)}))
+    )
+    again = lightning_trainer(tmp_path, max_epochs=2, enable_checkpointing=False)
+    with pytest.raises(fadapt.CheckpointError, match="has the unknown keys"):
+        again.fit(other, loader, evaluation, ckpt_path=str(tmp_path / "last.ckpt"))
+
+
+def test_a_former_name_of_transformers_does_not_warn() -> None:
+    module = fadapt.as_module(models.qwen3(), start(models.qwen3()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert module.is_gradient_checkpointing is module.is_activation_checkpointing is False
