@@ -322,41 +322,43 @@ def test_lightning_is_the_plain_loop(tmp_path: Path) -> None:
     saved = lightning.pytorch.callbacks.ModelCheckpoint(
         dirpath=tmp_path, monitor="held_out", save_top_k=1, save_last=True, filename="best"
     )
-    lesson = lightning_lesson(fadapt.as_module(model, start(model)))
+    first = lightning_lesson(fadapt.as_module(model, start(model)).train())
+    lightning_trainer(tmp_path, max_epochs=1, callbacks=[saved]).fit(first, loader, evaluation)
+    # A checkpoint holds the adapter alone, and a process that begins anew goes on from it.
+    last = str(tmp_path / "last.ckpt")
+    state = torch.load(last, weights_only=True)["state_dict"]
+    assert state.keys() == first.state_dict().keys()
+    assert all(key.startswith("adapted.model/layers/") for key in state)
+    second = lightning_lesson(fadapt.as_module(model, start(model)).train())
     trainer = lightning_trainer(tmp_path, max_epochs=2, callbacks=[saved])
-    trainer.fit(lesson, loader, evaluation)
+    trainer.fit(second, loader, evaluation, ckpt_path=last)
 
     params = start(model)
     leaves = fadapt.trainable(params)
     optimizer = torch.optim.AdamW(leaves, lr=LR, weight_decay=0.0)
     assert len(noted.batches) == 2 * ROWS // 4
     for i, batch in enumerate(noted.batches):
+        if i == ROWS // 4:
+            assert same(first.adapted.params, params)
         (fadapt.run(model, params, batch) / 2).backward()
         if i % 2:
             torch.nn.utils.clip_grad_norm_(leaves, 1.0)
             optimizer.step()
             optimizer.zero_grad()
-    assert same(lesson.adapted.params, params)
-    assert not same(params, start(model))
+    assert same(second.adapted.params, params)
+    assert not same(params, first.adapted.params)
     assert all(torch.equal(t, frozen[k]) for k, t in model.state_dict().items())
+    assert not model.training
     with torch.no_grad():
         wanted = fadapt.run(model, params, next(iter(evaluation)))
     assert trainer.callback_metrics["held_out"] == wanted
 
-    # A checkpoint holds the adapter alone, and a process that begins anew goes on from it.
-    state = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
-    assert state.keys() == lesson.state_dict().keys()
-    assert all(key.startswith("adapted.model/layers/") for key in state)
-    resumed = lightning_lesson(fadapt.as_module(model, start(model)))
-    again = lightning_trainer(tmp_path, max_epochs=2, enable_checkpointing=False)
-    again.fit(resumed, loader, evaluation, ckpt_path=str(tmp_path / "last.ckpt"))
-    assert same(resumed.adapted.params, params)  # nothing was left to do
     other = lightning_lesson(
         fadapt.as_module(model, fadapt.init(model, {"q_proj": fadapt.LoRA(r=2)}))
     )
-    again = lightning_trainer(tmp_path, max_epochs=2, enable_checkpointing=False)
+    again = lightning_trainer(tmp_path, max_epochs=3, callbacks=[saved])
     with pytest.raises(fadapt.CheckpointError, match="has the unknown keys"):
-        again.fit(other, loader, evaluation, ckpt_path=str(tmp_path / "last.ckpt"))
+        again.fit(other, loader, evaluation, ckpt_path=last)
 
 
 def test_a_former_name_of_transformers_does_not_warn() -> None:
