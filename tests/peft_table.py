@@ -104,6 +104,15 @@ def moe() -> nn.Module:
     return seeded(Qwen3MoeForCausalLM(config))
 
 
+def tied() -> nn.Module:
+    """A Qwen3 whose head is its embedding."""
+    from transformers import Qwen3ForCausalLM
+
+    config = qwen3().config
+    config.tie_word_embeddings = True
+    return seeded(Qwen3ForCausalLM(config))
+
+
 BASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "linear": (lambda: seeded(Net()), lambda: reals(5, 12)),
     "Conv2d": (lambda: seeded(Pictures()), lambda: reals(2, 3, 9, 9)),
@@ -111,6 +120,7 @@ BASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "norms": (lambda: seeded(Normed()), lambda: reals(5, 12)),
     "Conv1D": (gpt2, tokens),
     "Qwen3": (qwen3, tokens),
+    "tied Qwen3": (tied, tokens),
     "experts": (moe, tokens),
 }
 
@@ -366,6 +376,31 @@ IN: dict[str, In] = {
     "LoRA, modules_to_save, Conv1D": In(
         lora(target_modules=["c_attn"], modules_to_save=["c_fc"]), "Conv1D"
     ),
+    "TrainableTokens": In(lambda: peft.TrainableTokensConfig(token_indices=[47, 5, 19]), "Qwen3"),
+    "TrainableTokens, embedding and head": In(
+        other(
+            peft.TrainableTokensConfig,
+            token_indices=[47, 5],
+            target_modules=["embed_tokens", "lm_head"],
+        ),
+        "Qwen3",
+    ),
+    "TrainableTokens, tied": In(
+        lambda: peft.TrainableTokensConfig(token_indices=[47, 5, 19]), "tied Qwen3"
+    ),
+    "LoRA, trainable_token_indices": In(
+        lora(target_modules=["q_proj"], trainable_token_indices=[47, 5, 19]), "Qwen3"
+    ),
+    "LoRA, trainable_token_indices, tied": In(
+        lora(target_modules=["q_proj"], trainable_token_indices=[47, 5, 19]), "tied Qwen3"
+    ),
+    "LoRA, trainable_token_indices of two": In(
+        lora(
+            target_modules=["q_proj"],
+            trainable_token_indices={"embed_tokens": [47, 5], "lm_head": [2]},
+        ),
+        "tied Qwen3",
+    ),
     "TinyLoRA": In(other(peft.TinyLoraConfig, u=5)),
     "TinyLoRA, bias=tinylora_only": In(other(peft.TinyLoraConfig, u=5, bias="tinylora_only")),
     "TinyLoRA, all tied": In(other(peft.TinyLoraConfig, r=3, u=5, weight_tying=1.0)),
@@ -559,6 +594,18 @@ OUT: dict[str, Out] = {
         {"first.weight": fadapt.LoHa(r=2), "second.weight": fadapt.Full()}, "Conv2d"
     ),
     "LoRA beside Full, Conv1D": Out({"c_attn": LoRA(r=2), "c_fc": fadapt.Full()}, "Conv1D"),
+    "TrainableTokens": Out(fadapt.TrainableTokens(token_indices=(47, 19)), "Qwen3"),
+    "TrainableTokens, tied, strength": Out(
+        fadapt.TrainableTokens(token_indices=(47, 4)), "tied Qwen3", strength=-0.5
+    ),
+    "LoRA beside TrainableTokens": Out(
+        {"q_proj": LoRA(r=2), "": fadapt.TrainableTokens(token_indices=(47, 19))}, "Qwen3"
+    ),
+    "LoRA beside TrainableTokens, tied, strength": Out(
+        {"q_proj": LoRA(r=2), "": fadapt.TrainableTokens(token_indices=(47, 19))},
+        "tied Qwen3",
+        strength=-0.5,
+    ),
     "TinyLoRA": Out(fadapt.TinyLoRA(r=3, u=5)),
     "TinyLoRA, all tied, strength 0.5": Out(fadapt.TinyLoRA(u=5, weight_tying=True), strength=0.5),
     "TinyLoRA, embedding": Out(
@@ -598,6 +645,7 @@ QUIET = (
     "merging LoRA weights won't be possible",  # a bias where the layer has none
     "Could not find a config file",
     "Unsupported layer type",  # of norms, which LN tuning is for
+    "no implementation exists to tie the adapters",  # trained tokens follow ties
     "Setting `save_embedding_layers`",
     "is_gradient_checkpointing",
 )

@@ -19,7 +19,7 @@ from fadapt import CheckpointError, FadaptWarning, LoRA
 from fadapt.peft import adapters_in, from_peft_dict, load_peft, peft_dict, save_peft
 from fadapt.peft.formats import FORMATS
 from tests.models import SharedModule, TiedLinear, mlp, perturb, qwen3, seeded
-from tests.peft_table import Net
+from tests.peft_table import Net, tied
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FIRST = "base_model.model.layers.0.up.lora_A.weight"
@@ -105,7 +105,9 @@ BAD: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "huge number": (text(f'{{"peft_type": "LORA", "r": {HUGE}}}'), (CONFIG,)),
     "not UTF-8": (lambda p: (p / CONFIG).write_bytes(b'{"r": "\xff"}'), (CONFIG,)),
     "no peft_type": (config(peft_type=None), ("peft_type", "None", "LORA")),
-    "unknown peft_type": (config(peft_type="SHADOW"), ("SHADOW", "LORA")),
+    "unknown peft_type": (config(peft_type="TOMORROW"), ("TOMORROW", "LORA")),
+    "a gate over adapters": (config(peft_type="XLORA"), ("XLORA", "gate", "LORA")),
+    "a prompt": (config(peft_type="PREFIX_TUNING"), ("PREFIX_TUNING", "no weight", "LORA")),
     "r of another type": (config(r="2"), ("r is '2'",)),
     "r true": (config(r=True), ("r is True",)),
     "r other than the tensors": (config(r=3), ("layers.0.up", "(2, 12)", "(3, 12)")),
@@ -155,7 +157,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
         replaced("base_model.model.layers.0.up.base_layer.weight", torch.zeros(16, 13)),
         ("(16, 13)", "another base"),
     ),
-    "trained tokens": (config(trainable_token_indices=[1]), ("trainable_token_indices",)),
+    "trained tokens": (config(trainable_token_indices=[1]), ("trainable_token_indices", "0 mod")),
     "repeated layers": (config(layer_replication=[[0, 2]]), ("layer_replication",)),
     "CorDA without its start": (config(init_lora_weights="corda"), ("corda", "initial=")),
     "PiSSA of niter": (config(init_lora_weights="pissa_niter_4"), ("pissa_niter_4", "initial=")),
@@ -380,6 +382,57 @@ def test_modules_that_cannot_be_saved_as_a_whole():
     values["base_model.model.norm.count"] = torch.ones(4)
     with pytest.raises(CheckpointError, match=r"norm\.count.*is no parameter"):
         from_peft_dict(model, made, values)
+
+
+def test_rows_of_embeddings(tmp_path):
+    model, tokens = tied(), (4, 47)
+    method = fadapt.TrainableTokens(token_indices=tokens)
+    rules: dict[str, Any] = {"q_proj": LoRA(r=2), "": method}
+    for cfg in (method, rules):
+        params = perturb(fadapt.init(model, cfg))
+        made, values = peft_dict(model, params)
+        again = from_peft_dict(model, made, values)
+        assert again.keys() == params.keys()  # the head's rows, too, and one d for both
+        one, two = (p["shared:TrainableTokens"].train["d"] for p in (again, params))
+        torch.testing.assert_close(one, two, rtol=0, atol=1e-6)
+    field, name = "trainable_token_indices", "model.embed_tokens"
+    key = f"base_model.model.{name}.token_adapter.trainable_tokens_delta"
+    for tokens, words in (
+        ({name: [4, 64]}, "64 rows, and a token is 64"),
+        ({name: [4]}, "for 1 tokens"),
+        ({name: [4, 4]}, "not distinct"),
+        ({name: [4, True]}, "not distinct"),
+        ({"lm_head": [4, 47]}, "0 lists of tokens"),
+        ([4, 47, 5], "for 3 tokens"),
+    ):
+        with pytest.raises(CheckpointError, match=words):
+            from_peft_dict(model, {**made, field: tokens}, values)
+    with pytest.raises(CheckpointError, match="rows of 0 modules"):
+        from_peft_dict(model, made, {k: t for k, t in values.items() if k != key})
+    made, values = peft_dict(model, fadapt.init(model, method))
+    head = "base_model.model.lm_head.trainable_tokens_delta"
+    with pytest.raises(CheckpointError, match="its rows are not the embedding's"):
+        from_peft_dict(model, made, {**values, head: values[head] + 1})
+
+
+def test_rows_that_peft_moves_otherwise():
+    model = tied()
+    rows = fadapt.init(model, fadapt.TrainableTokens(token_indices=(4,)))
+    alone = fadapt.Params({k: a for k, a in rows.items() if k != "lm_head.weight"})
+    with pytest.raises(CheckpointError, match="adapt all of them by one"):
+        peft_dict(model, alone)
+    every = fadapt.init(model, fadapt.TrainableTokens())
+    with pytest.raises(CheckpointError, match="names its tokens"):
+        peft_dict(model, every)
+    cfg = {"q_proj": fadapt.HRA(r=2), "": fadapt.TrainableTokens(token_indices=(4,))}
+    with pytest.raises(CheckpointError, match="HRA trains no rows of an embedding"):
+        peft_dict(model, fadapt.init(model, cfg))
+    cfg = {"q_proj": fadapt.Full(), "": fadapt.TrainableTokens(token_indices=(4,))}
+    with pytest.raises(CheckpointError, match="saves no whole modules"):
+        peft_dict(model, fadapt.init(model, cfg))
+    head = seeded(nn.Sequential(nn.Embedding(6, 4), nn.Linear(4, 6)))
+    with pytest.raises(CheckpointError, match="has a bias, which PEFT leaves out"):
+        peft_dict(head, fadapt.init(head, {"1.weight": fadapt.TrainableTokens((2,))}))
 
 
 def test_norms_are_copied_as_a_whole():

@@ -17,7 +17,7 @@ from ..method import DROPOUT_KEY, STRENGTH, Leaves, Method
 from ..params.adapter import Adapter
 from .files import is_number
 from .matching import exact_pattern, pattern_value, targets_for
-from .places import CONV1D, LINEAR, PARAMETER, QUANTIZED, ROOT, Place, Places
+from .places import CONV1D, LINEAR, PARAMETER, QUANTIZED, ROOT, TIED, Place, Places
 
 Tensors = dict[str, Tensor]
 Find = Callable[[Mapping[str, Any], str], tuple[str, Any] | None]
@@ -152,10 +152,10 @@ def _of_shape(tensor: Tensor, shape: Sequence[int], what: str, needed_by: str) -
 
 
 class Shared:
-    """The tensors of a file that belong to no module."""
+    """The tensors of a file that belong to no module; and the model's ``places``."""
 
-    def __init__(self, tensors: Mapping[str, Tensor], where: str):
-        self._tensors, self._where = dict(tensors), where
+    def __init__(self, tensors: Mapping[str, Tensor], where: str, places: Places):
+        self._tensors, self._where, self.places = dict(tensors), where, places
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
@@ -192,6 +192,8 @@ class Format:
     shared: ClassVar[tuple[str, ...]] = ()
     """The names of tensors that belong to the file and no module: their keys are
     ``base_model.<name>`` or, of several, ``base_model.<name>.<index>``."""
+    saves_modules: ClassVar[bool] = True
+    """Whether its config has ``modules_to_save``."""
     bias_only: ClassVar[str] = ""
     """The value of ``bias`` that saves the biases of the adapted modules."""
 
@@ -242,6 +244,10 @@ class Format:
         """(suffix, tensor) of such an increment; None where the format has none."""
         return None
 
+    def arrange(self, places: Places, adapters: Mapping[Place, Adapter]) -> Mapping[Place, Adapter]:
+        """The adapters at what a file has for them; or what it cannot hold of this model."""
+        return adapters
+
     def settings(self, adapters: Mapping[Place, Adapter]) -> dict[str, Any]:
         """The config fields that hold for all adapters of a file."""
         raise NotImplementedError
@@ -272,7 +278,7 @@ class Format:
 
     def targets(self, adapters: Mapping[Place, Adapter], modules: Sequence[str]) -> list[str] | str:
         """``target_modules`` for these places, of all modules of the model."""
-        wanted = [place.module for place in adapters if place.layer != PARAMETER]
+        wanted = [p.module for p in adapters if p.layer not in (PARAMETER, TIED)]
         return targets_for(wanted, modules) if wanted else []
 
     def finish(self, settings: Settings) -> None:

@@ -25,8 +25,9 @@ from .files import PathLike, check_tensors, read_directory
 from .format import Format, Read, Settings, Shared, Taken, build
 from .formats import format_named
 from .matching import ALL_LINEAR, check_patterns, is_parameter_targeted, is_targeted
-from .places import NESTED, PARAMETER, PREFIX, ROOT, UNKNOWN, Place, Places
+from .places import NESTED, PARAMETER, PREFIX, ROOT, TIED, UNKNOWN, Place, Places
 from .saved import take_saved
+from .tokens import take_tokens
 
 # Fields of every config, which say nothing of the map.
 COMMON = frozenset(
@@ -135,6 +136,7 @@ def _read(
         found = _sort(form, places, tensors, config, where)
         start = None if initial is None else _sort(form, places, initial, config, f"{where}: start")
         _check_targets(form, places, found, settings)
+        rows, row_banks = take_tokens(places, found.rest, config, where)
         saved = take_saved(places, found.rest, config, where)
         biases = _biases(places, found, where)
         taken: dict[Place, Taken] = {}
@@ -144,13 +146,13 @@ def _read(
                 own = start.own.get(place.site.name, {})
                 before = Taken(own, place, f"{where}: the initial adapter")
             taken[place] = Taken(found.own[place.site.name], place, where, before)
-        reads, banks = build(lambda: _read_places(form, settings, taken, found.shared), where)
+        shared = Shared(found.shared, where, places)
+        reads, banks = build(lambda: _read_places(form, settings, taken, shared), where)
         adapters = {}
         for place, one in reads.items():
-            parts = (
-                biases.pop(place.site.bias or "", None),
-                form.read_bias(settings, place, taken[place]),
-            )
+            parts = [biases.pop(place.site.bias or "", None)]
+            if place in taken:
+                parts.append(form.read_bias(settings, place, taken[place]))
             if found_biases := [d for d in parts if d is not None]:
                 if any(one.method == bank.method for bank in banks):
                     raise settings.fail(
@@ -159,8 +161,10 @@ def _read(
                     )
                 one = with_bias(one, sum(found_biases[1:], found_biases[0]))
             adapters[place.site.name] = _adapter(place, one, where)
-        adapters.update(_holders(reads, banks))
-        for place, one in saved.items():
+        adapters.update(_holders({**reads, **rows}, [*banks, *row_banks]))
+        for place, one in [*rows.items(), *saved.items()]:
+            if place.site.name in adapters:
+                raise settings.fail(f"it adapts {place.site.name} in two ways")
             bias = biases.pop(place.site.bias or "", None)
             one = one if bias is None else with_bias(one, bias)
             adapters[place.site.name] = _adapter(place, one, where)
@@ -170,17 +174,14 @@ def _read(
 
 
 def _read_places(
-    form: Format,
-    settings: Settings,
-    taken: Mapping[Place, Taken],
-    shared: Mapping[str, Tensor],
+    form: Format, settings: Settings, taken: Mapping[Place, Taken], shared: Shared
 ) -> tuple[Mapping[Place, Read], Sequence[Read]]:
     """What a file says of every place, and what places share."""
     reads = {
         place: form.with_dropout(settings, place, form.read(settings, place, tensors))
         for place, tensors in taken.items()
     }
-    return form.read_shared(settings, reads, Shared(shared, settings.where))
+    return form.read_shared(settings, reads, shared)
 
 
 def _holders(reads: Mapping[Place, Read], banks: Sequence[Read]) -> dict[str, Adapter]:
@@ -269,7 +270,7 @@ def _no_place(where: str, full: str, path: str, place: Place | None, places: Pla
 def _check_targets(form: Format, places: Places, found: _Sorted, settings: Settings) -> None:
     config, where = settings.config, settings.where
     targets = config.get("target_modules")
-    present = {p.module for p in found.places.values() if p.layer != PARAMETER}
+    present = {p.module for p in found.places.values() if p.layer not in (PARAMETER, TIED)}
     if targets and targets != ALL_LINEAR:
         known = form.modules(places)
         meant = {m for m in known if is_targeted(config, m)}

@@ -22,7 +22,7 @@ NESTED = ".base_layer"
 
 LINEAR, CONV1D, QUANTIZED = "linear", "transposed linear", "quantized linear"
 EMBEDDING, CONVOLUTION, PARAMETER = "embedding", "convolution", "parameter"
-VECTOR = "vector"
+VECTOR, TIED = "vector", "tied"
 UNKNOWN = "other"
 
 
@@ -35,7 +35,8 @@ class Place:
         weight: the frozen weight.
         site: its address, without a fingerprint.
         key: the path that the file's keys have before the tensor's own name.
-        layer: what PEFT takes it for: "linear", "embedding", ..., "parameter", or "vector".
+        layer: what PEFT takes it for: "linear", "embedding", ..., "parameter", "vector", or "tied"
+            to a place that leads.
     """
 
     module: str
@@ -129,6 +130,11 @@ class Places:
         if weight.kind is Kind.LINEAR:
             return CONV1D if weight.transposed else LINEAR
         return {Kind.QUANTIZED: QUANTIZED, Kind.EMBEDDING: EMBEDDING}.get(weight.kind, UNKNOWN)
+
+    def place(self, weight: BaseWeight) -> Place:
+        """The place of a module's weight."""
+        module = weight.name.rpartition(".")[0]
+        return Place(module, weight, self.site(weight), module, self.layer(module, weight))
 
     def in_order(self, places: Iterable[Place]) -> list[Place]:
         """Places in the order of the model's modules."""

@@ -21,6 +21,7 @@ from .matching import is_parameter_targeted
 from .places import PARAMETER, PREFIX, ROOT, UNKNOWN, Place, Places
 from .saved import split_saved, written_saved
 from .serving import as_served
+from .tokens import FIELD, split_tokens, written_tokens
 
 Adapters = Params | Mapping[str, Params]
 
@@ -115,7 +116,14 @@ def peft_dict(
                 "PEFT has no format for trained biases alone, nor for whole modules (Full); its "
                 "files hold them beside another adapter: fadapt.Chain((method, fadapt.BitFit()))"
             )
+        adapters, rows = split_tokens(adapters)
         form = _one_format(adapters)
+        if rows and FIELD not in form.fields:
+            raise CheckpointError(
+                f"{next(iter(rows)).site.name}: PEFT's {form.peft_type} trains no rows of an "
+                f"embedding beside its adapters, and LORA does ({FIELD}): save them apart"
+            )
+        adapters = form.arrange(places, adapters)
         _check_places(form, adapters)
         settings = {**form.settings(adapters), **form.written_dropout(adapters)}
         tensors: dict[str, Tensor] = {}
@@ -124,7 +132,13 @@ def peft_dict(
                 tensors[f"{PREFIX}{place.key}.{suffix}"] = tensor.detach().contiguous()
         for name, tensor in form.write_shared(adapters, settings).items():
             tensors[f"{ROOT}{name}"] = tensor.detach().contiguous()
-        whole, kept = written_saved(places, saved, adapters, biases)
+        if saved and not form.saves_modules:
+            raise CheckpointError(
+                f"{next(iter(saved)).site.name}: PEFT's {form.peft_type} saves no whole modules "
+                "(Full) beside its adapters, and LORA does: save them apart"
+            )
+        tokens, moved = written_tokens(places, rows, adapters)
+        whole, kept = written_saved(places, saved, {**adapters, **rows}, biases)
         bias, trained = written_biases(form, places, adapters, biases)
         if whole and bias.get("bias") == "all":
             raise CheckpointError(
@@ -132,9 +146,9 @@ def peft_dict(
                 "modules (Full) hold keys that PEFT does not read: use fadapt.Full() for those "
                 "layers, too"
             )
-        tensors.update({**trained, **kept})
+        tensors.update({**trained, **kept, **moved})
         targets = _targets(form, places, adapters)
-        config = {**config_fields(model, form), **targets, **settings, **bias, **whole}
+        config = {**config_fields(model, form), **targets, **settings, **bias, **whole, **tokens}
     check_tensors(tensors, "params")
     return config, tensors
 
@@ -150,7 +164,7 @@ def config_fields(model: nn.Module, form: Format) -> dict[str, Any]:
         "base_model_name_or_path": getattr(model, "name_or_path", "") or None,
         "revision": None,
         "inference_mode": True,
-        "modules_to_save": None,
+        **({"modules_to_save": None} if form.saves_modules else {}),
         # A format without a field for biases has none for this either.
         **({"bias": "none"} if form.bias_only else {}),
     }

@@ -25,6 +25,7 @@ from .randlora import RandLoRAFormat
 from .road import RoAdFormat
 from .shira import SHiRAFormat
 from .tiny_lora import TinyLoRAFormat
+from .trainable_tokens import TrainableTokensFormat
 from .vera import VeRAFormat
 
 FORMATS: tuple[Format, ...] = (
@@ -47,10 +48,23 @@ FORMATS: tuple[Format, ...] = (
     LoKrFormat(),
     MiSSFormat(),
     TinyLoRAFormat(),
+    TrainableTokensFormat(),
     SHiRAFormat(),
     VeRAFormat(),
     RandLoRAFormat(),
 )
+
+
+PROMPTS = (
+    "PROMPT_TUNING MULTITASK_PROMPT_TUNING P_TUNING PREFIX_TUNING CPT CARTRIDGE ADAPTION_PROMPT"
+)
+NEVER = {
+    **dict.fromkeys(PROMPTS.split(), "it adds tokens, or keys and values, and changes no weight"),
+    "XLORA": "a gate mixes several LoRAs by what the model says in a pass before",
+    "POLY": "a router mixes several LoRAs by the task",
+    "SHADOW": "it runs another network beside the model",
+}
+"""What no increment of a weight is, by ``peft_type``, and why."""
 
 
 def format_named(peft_type: object, where: str) -> Format:
@@ -58,8 +72,10 @@ def format_named(peft_type: object, where: str) -> Format:
     for one in FORMATS:
         if one.peft_type == peft_type:
             return one
+    named = str(peft_type)[:80]
+    why = f", and {NEVER[named]}" if named in NEVER else ""
     raise CheckpointError(
-        f"{where}: peft_type is {str(peft_type)[:80]!r}; fadapt reads "
+        f"{where}: peft_type is {named!r}{why}; fadapt reads "
         f"{', '.join(f.peft_type for f in FORMATS)}"
     )
 

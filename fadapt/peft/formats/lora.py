@@ -70,7 +70,7 @@ class LoRAFormat(Format):
         "r lora_alpha use_rslora use_dora init_lora_weights rank_pattern alpha_pattern lora_bias "
         "fan_in_fan_out target_parameters lora_dropout eva_config corda_config lora_ga_config "
         "loftq_config megatron_config megatron_core runtime_config velora_config qalora_group_size "
-        "kasa_config "
+        "kasa_config trainable_token_indices "
         "ensure_weight_tying".split()
     )
     refused: ClassVar[Mapping[str, str]] = {
@@ -80,7 +80,6 @@ class LoRAFormat(Format):
         "use_bdlora": "its factors are block diagonal over devices",
         "arrow_config": "it routes between adapters",
         "monteclora_config": "it samples its weights",
-        "trainable_token_indices": "it replaces rows of the embedding",
     }
     patterns = ("rank_pattern", "alpha_pattern")
     dropout = "lora_dropout"
