@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.func import functional_call
 
 import fadapt
@@ -596,3 +597,39 @@ def test_params_train_through_fit_and_sweep(kind: str) -> None:
     assert {r.status for r in report.results} == {"finished"}
     with pytest.raises(fadapt.ConfigError, match="another base model"):
         fadapt.fit(other, params, [x], lr=1e-2, **options)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_derivatives_of_autograd_without_torch_func(kind: str) -> None:
+    """First, second, batched and forward-mode ones, of a product that is tanh's argument."""
+    layer = quantized_linear(seeded(nn.Linear(64, 64)), kind)
+    base = quantized_map(layer)
+    assert base is not None
+    weight = base.weight()
+    x, g = torch.randn(3, 64, requires_grad=True), torch.randn(3, 64)
+
+    def own(x: Tensor) -> Tensor:
+        return base.linear(x).tanh()
+
+    def dense(x: Tensor) -> Tensor:
+        return (x @ weight.mT).tanh()
+
+    found, wanted = (
+        (
+            (first := torch.autograd.grad(f(x), x, g, create_graph=True)[0]).detach(),
+            torch.autograd.grad(first.square().sum(), x)[0],
+            torch.autograd.grad(f(x), x, torch.stack([g, 2 * g]), is_grads_batched=True)[0],
+            _along(f, x.detach(), g),
+        )
+        for f in (own, dense)
+    )
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    assert not base.linear(x.detach()).requires_grad
+    with torch.no_grad():
+        assert not base.linear(x).requires_grad
+
+
+def _along(f: Any, x: Tensor, tangent: Tensor) -> Tensor:
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(f(forward_ad.make_dual(x, tangent))).tangent

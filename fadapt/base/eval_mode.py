@@ -19,9 +19,21 @@ _lock = threading.RLock()
 _turns: list[_Turn] = []
 
 
+def modules_by_id(model: nn.Module) -> dict[int, nn.Module]:
+    """What a turn has to itself."""
+    return {id(module): module for module in model.modules()}
+
+
 class _Turn(Block):
-    def __init__(self, model: nn.Module):
-        self.modules = {id(module): module for module in model.modules()}
+    """A turn.
+
+    Args:
+        model: whose modules it has to itself.
+        modules: these, where they are known.
+    """
+
+    def __init__(self, model: nn.Module, modules: dict[int, nn.Module] | None = None):
+        self.modules = modules_by_id(model) if modules is None else modules
         self.thread, self.has = threading.get_ident(), False
 
     def __enter__(self) -> None:

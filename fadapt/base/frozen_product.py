@@ -10,6 +10,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
+
+from .torch_private import is_transformed
 
 KERNEL, LINEAR, TRANSPOSE = "kernel", "linear", "transpose"
 
@@ -25,7 +28,37 @@ class FrozenMap(Protocol):
 def product(x: Tensor, base: FrozenMap, part: str) -> Any:
     """One of the products of ``base``, differentiable in x."""
     # Dynamo refuses a Function that has a jvp.
-    return (_Traced if torch.compiler.is_compiling() else _Product).apply(x, base, part)
+    if torch.compiler.is_compiling():
+        return _Traced.apply(x, base, part)
+    if is_transformed() or unpack_dual(x).tangent is not None:
+        return _Product.apply(x, base, part)
+    if not torch.is_grad_enabled():
+        return base.part(x, part)
+    if x.requires_grad:
+        return _Recorded.apply(x, base, part)
+    with torch.no_grad():
+        return base.part(x, part)
+
+
+def _derivative(part: str) -> str:
+    return LINEAR if part == TRANSPOSE else TRANSPOSE
+
+
+class _Recorded(torch.autograd.Function):
+    """A product as autograd alone sees it.
+
+    torch binds the arguments of a Function with ``setup_context`` to a signature that it looks up
+    anew in every call, which takes longer than a small product.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, base: FrozenMap, part: str) -> Tensor:  # type: ignore[override]
+        ctx.base, ctx.part, ctx.dtype = base, part, x.dtype
+        return base.part(x, part)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, None, None]:  # type: ignore[override]
+        return product(grad.to(ctx.dtype), ctx.base, _derivative(ctx.part)), None, None
 
 
 class _Traced(torch.autograd.Function):
@@ -43,8 +76,7 @@ class _Traced(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, None, None]:  # type: ignore[override]
-        into = LINEAR if ctx.part == TRANSPOSE else TRANSPOSE
-        return ctx.base.part(grad.to(ctx.dtypes[0]), into), None, None
+        return ctx.base.part(grad.to(ctx.dtypes[0]), _derivative(ctx.part)), None, None
 
 
 class _Product(_Traced):
@@ -57,8 +89,8 @@ class _Product(_Traced):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, None, None]:  # type: ignore[override]
-        into = LINEAR if ctx.part == TRANSPOSE else TRANSPOSE
-        return _Product.apply(grad.to(ctx.dtypes[0]), ctx.base, into), None, None
+        x = grad.to(ctx.dtypes[0])
+        return _Product.apply(x, ctx.base, _derivative(ctx.part)), None, None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> Any:  # type: ignore[override]

@@ -13,6 +13,7 @@ batch; the derivative is that of the map without this rounding of x.
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 from typing import Any
 
@@ -25,6 +26,14 @@ from .fingerprint import fingerprint
 from .frozen_product import KERNEL, LINEAR, TRANSPOSE, product
 
 BLOCK_ROWS = 32  # of the layout that bitsandbytes uses on CPUs with AVX512-BF16
+
+
+@functools.cache
+def _library() -> Any:
+    """bitsandbytes, which a quantised layer has imported."""
+    import bitsandbytes
+
+    return bitsandbytes
 
 
 class QuantizedMap:
@@ -102,10 +111,12 @@ class QuantizedMap:
     def part(self, x: Tensor, part: str) -> Tensor:
         """One of the three products that are each other's derivatives; itself without one."""
         if part == KERNEL:
-            y = self.kernel(x if x.dim() < 4 else x.flatten(0, -2))
-            return y.reshape(*x.shape[:-1], y.shape[-1])
+            if x.dim() < 4:
+                return self.kernel(x)
+            return self.kernel(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
         weight = self.weight(x.dtype)
-        return F.linear(x, weight if part == LINEAR else weight.mT).to(x.dtype)
+        y = F.linear(x, weight if part == LINEAR else weight.mT)
+        return y if y.dtype is x.dtype else y.to(x.dtype)  # under autocast
 
 
 class FourBitMap(QuantizedMap):
@@ -124,31 +135,30 @@ class FourBitMap(QuantizedMap):
         return self.module.compute_dtype or self.state.dtype
 
     def kernel(self, x: Tensor) -> Tensor:
-        import bitsandbytes
-
-        dtype, module = self._compute_dtype(x), self.module
-        bias = None if module.bias is None else module.bias.to(x.dtype).to(dtype)
-        y = bitsandbytes.matmul_4bit(  # type: ignore[attr-defined]
-            x.to(dtype), module.weight, bias=bias, quant_state=self.state
-        )  # fmt: skip
+        dtype, bias = self._compute_dtype(x), self.module.bias
+        if bias is not None:
+            bias = bias.to(x.dtype).to(dtype)
+        weight = self.module.weight
+        state = getattr(weight, "quant_state", None) or self.module.quant_state
+        y = _library().matmul_4bit(x.to(dtype), weight, bias=bias, quant_state=state)
         return y.to(x.dtype)
 
     def part(self, x: Tensor, part: str) -> Tensor:
-        if part != TRANSPOSE:
-            return super().part(x, part)
         # The rounding of the layer's own backward.
-        return super().part(x.to(self._compute_dtype(x)), part).to(x.dtype)
+        dtype = self._compute_dtype(x) if part == TRANSPOSE else x.dtype
+        if dtype is x.dtype:
+            return super().part(x, part)
+        return super().part(x.to(dtype), part).to(x.dtype)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        from bitsandbytes.functional import dequantize_4bit
-
         state = self.state
         if self.packed_for_cpu:
             per_value = state.absmax.mT.repeat_interleave(state.blocksize, -1)
             return (state.code[self._unpack().long()] * per_value).to(dtype)
-        state = copy.copy(state)
-        state.dtype = dtype
-        return dequantize_4bit(self.module.weight.data, state)
+        if state.dtype is not dtype:
+            state = copy.copy(state)
+            state.dtype = dtype
+        return _library().functional.dequantize_4bit(self.module.weight.data, state)
 
     def codes(self) -> Tensor:
         if not self.packed_for_cpu:
@@ -208,15 +218,13 @@ class EightBitMap(QuantizedMap):
         return torch.float16 if self.module.bias is None else self.module.bias.dtype
 
     def kernel(self, x: Tensor) -> Tensor:
-        import bitsandbytes
-
         # A copy, because the kernel notes its outlier columns there.
         state = copy.copy(self.module.state)
         state.is_training = self.module.training
         state.CB, state.SCB = self._values()
         bias = None if self.module.bias is None else self.module.bias.to(x.dtype)
         weight = self.module.weight
-        return bitsandbytes.matmul(x, weight, bias=bias, state=state)  # type: ignore[attr-defined]
+        return _library().matmul(x, weight, bias=bias, state=state)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         codes, scales = self._values()

@@ -33,6 +33,7 @@ from .torch_private import (
     buffers_of,
     is_compiled,
     parameters_of,
+    plain_attributes,
 )
 
 _LINEAR_FORWARD = nn.Linear.forward
@@ -199,6 +200,13 @@ def _facts(modules: list[nn.Module]) -> list[Any]:
     Before every call: so it asks as little as it can, and only then those whose answers matter.
     """
     facts: list[Any] = [nn.Linear.forward is _LINEAR_FORWARD, F.linear is _FUNCTIONAL_LINEAR]
+    # A subclass of Tensor may ask for each attribute itself, as bitsandbytes' does.
+    with plain_attributes():
+        _add_facts(facts, modules)
+    return facts
+
+
+def _add_facts(facts: list[Any], modules: list[nn.Module]) -> None:
     for module in modules:
         attributes = module.__dict__
         facts.append(module.__class__)
@@ -222,4 +230,3 @@ def _facts(modules: list[nn.Module]) -> list[Any]:
             facts.append(offload_hook(module))
         if COMPILED_CALL in attributes:
             facts.append(is_compiled(module))
-    return facts

@@ -69,6 +69,10 @@ def buffers_of(module: nn.Module) -> MutableMapping[str, Tensor | None]:
     return module._buffers
 
 
+plain_attributes: Any = torch._C.DisableTorchFunctionSubclass
+"""A block in which the attributes of a subclass of Tensor are read without its own function."""
+
+
 def saving_is_hooked() -> bool:
     """Whether someone has hooks on what autograd saves, as activation checkpointing has.
 

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..base.eval_mode import evaluating, training_pass
+from ..base.eval_mode import evaluating, modules_by_id, training_pass
 from ..base.torch_private import pytree
 from ..distributed.rows import part_of, share_of
 from ..distributed.shares import cost, edges
@@ -54,6 +54,7 @@ class Loop:
         seconds: spent before the last restart.
         chunk: the most adapters in one pass.
         whole: whether the state is that between two steps, which a checkpoint may hold.
+        modules: of the model, by id.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class Loop:
         check_weights(model)
         self.steps = s.checked(batches, trials)
         self.model, self.settings, self.trials = model, s, list(trials.values())
+        self.modules = modules_by_id(model)
         self.device = device_of(model)
         seeds = [t.data_seed for t in self.trials]
         self.data = Feed(batches, seeds, s.order, s.per_adapter, self.device)
@@ -298,7 +300,7 @@ class Loop:
             if self.team.several:
                 self._step_of_several(batch)
                 return
-            with training_pass(self.model):
+            with training_pass(self.model, self.modules):
                 if self.runner.chosen is None:
                     self.runner.choose(batch)
                     if self.runner.chosen == 1:
@@ -316,7 +318,7 @@ class Loop:
     def _step_of_several(self, batch: Any) -> None:
         """This process's part of a step."""
         self._last_batch, team = batch, self.team
-        with training_pass(self.model):
+        with training_pass(self.model, self.modules):
             if self.runner.chosen is None or self.step == 0:
                 if self.own:
                     self.runner.choose(batch)

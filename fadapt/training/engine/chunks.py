@@ -334,6 +334,8 @@ class ChunkRunner:
 
     def _join(self, parts: Sequence[Tensor | None]) -> Tensor:
         like = next(p for p in parts if p is not None)
+        if len(parts) == 1:
+            return like
         return torch.cat(
             [
                 like.new_full((c.high - c.low,), torch.nan) if p is None else p.to(like.device)

@@ -249,7 +249,7 @@ class FlatGroup:
             grads = self.grads[first.buffer][:, :, first.start : last.stop]
             zero = grads.new_zeros(()).expand(stop - start, *first.shape)
             some = [found[i] for i in members]
-            new = _stacked([zero if g is None else g.reshape(zero.shape) for g in some])
+            new = _stacked([zero if g is None else g for g in some], zero.shape)
             new = new.unsqueeze(1) if first.axis is None else new.movedim(first.axis, 1)
             for rows, own in self.buffers[first.buffer].runs(start, stop):
                 total = grads[rows, :own]
@@ -259,8 +259,10 @@ class FlatGroup:
     def project(self) -> None:
         """Moves every member into its methods' constraints."""
         for name, adapter in self._group.params.items():
+            if type(adapter.method).project is Method.project:
+                continue
             leaves = {p.leaf: p.view(self.values) for p in self.places if p.site == name}
-            if type(adapter.method).project is Method.project or not leaves:
+            if not leaves:
                 continue
             for leaf, new in torch.func.vmap(adapter.method.project)(leaves).items():
                 leaves[leaf].copy_(new)
@@ -396,13 +398,16 @@ def _members(
     )
 
 
-def _stacked(tensors: Sequence[Tensor]) -> Tensor:
-    """The (n, ...) tensors side by side, (n, tensors, ...), in the order of memory of the first.
+def _stacked(tensors: Sequence[Tensor], shape: torch.Size) -> Tensor:
+    """Tensors of one shape (n, ...) side by side, (n, tensors, ...), in the first's memory order.
 
     The gradient of a batched product is often a transposed tensor, and to copy hundreds of these
-    one by one takes longer than all of them at once.
+    one by one takes longer than all of them at once. Those of one adapter may lack its axis.
     """
-    inner = sorted(range(1, tensors[0].dim()), key=tensors[0].stride, reverse=True)
+    if all(t.dim() < len(shape) and t.is_contiguous() for t in tensors):
+        return torch.stack(list(tensors))[None]
+    tensors = [t if t.shape == shape else t.reshape(shape) for t in tensors]
+    inner = sorted(range(1, len(shape)), key=tensors[0].stride, reverse=True)
     joined = torch.stack([t.permute(0, *inner) for t in tensors], 1)
     back = inverse_permutation([0, *inner])
     return joined.permute(0, *(1 + i for i in back))
