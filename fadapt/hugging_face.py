@@ -145,11 +145,13 @@ def calls_loss_function(model: nn.Module) -> bool:
     Others (T5, BART, Whisper) compute their loss in place, from logits of which they know the
     width. ``loss_function`` is a property that gives what was set, or the loss of the type.
     """
-    return isinstance(getattr(type(model), "loss_function", None), property) and any(
-        "loss_function" in code.co_names
-        for kind in type(model).__mro__
-        if (code := getattr(inspect.unwrap(vars(kind).get("forward", id)), "__code__", None))
-    )
+    if not isinstance(getattr(type(model), "loss_function", None), property):
+        return False
+    for kind in type(model).__mro__:  # a loop, which Dynamo follows on every torch
+        forward = inspect.unwrap(vars(kind).get("forward", id))
+        if "loss_function" in getattr(getattr(forward, "__code__", None), "co_names", ()):
+            return True
+    return False
 
 
 def checkpoints(module: nn.Module) -> bool:
