@@ -50,7 +50,7 @@ MODEST = ("BitFit",)
 # Methods that are not named here run with their defaults.
 SETTINGS: dict[str, dict[str, Any]] = {
     **{name: {"r": 4} for name in ("LoRA", "RsLoRA", "PiSSA", "DoRA", "DeLoRA", "EVA", "CorDA")},
-    **{name: {"r": 4} for name in ("OLoRA", "MiCA", "KaSA", "ReFT", "AdaLoRA", "PSOFT")},
+    **{name: {"r": 4} for name in ("OLoRA", "MiCA", "KaSA", "LoRAGA", "ReFT", "AdaLoRA", "PSOFT")},
     **{name: {"r": 4} for name in ("LoHa", "LoKr", "HiRA", "GraLoRA")},
     "MiSS": {"r": 8},
     "SHiRA": {"r": 4},
@@ -90,7 +90,15 @@ def fresh(model: Reader, method: fadapt.Method, digits: Digits) -> fadapt.Params
     try:
         return fadapt.init(model, rules)
     except fadapt.CalibrationError:
-        return fadapt.init(model, rules, calib=[x for x, _ in digits.batches(4)])
+        batches = list(digits.batches(4))
+        labels = iter([y for _, y in batches])
+        return fadapt.init(
+            model,
+            rules,
+            calib=[x for x, _ in batches],
+            # For LoRAGA, which starts at the gradient of the loss.
+            loss_fn=lambda logits, _: F.cross_entropy(logits, next(labels)),
+        )
 
 
 def adapt(

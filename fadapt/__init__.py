@@ -67,6 +67,7 @@ from .methods import LNTuning as LNTuning
 from .methods import LoHa as LoHa
 from .methods import LoKr as LoKr
 from .methods import LoRA as LoRA
+from .methods import LoRAGA as LoRAGA
 from .methods import LoRAXS as LoRAXS
 from .methods import MiCA as MiCA
 from .methods import MiSS as MiSS

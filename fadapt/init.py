@@ -21,6 +21,7 @@ from .calibration.stats import Stats
 from .config import Config, Rules, as_config
 from .dropout import dropout_key
 from .errors import CalibrationError, ConfigError, FadaptWarning, TargetError
+from .fold.losses import LossFn
 from .method import DROPOUT_KEY, Leaves, Method, Planned
 from .params.adapter import Adapter
 from .params.params import Params, trainable_leaves
@@ -33,7 +34,11 @@ Found = list[tuple[BaseWeight, Site, Method]]
 
 
 def as_stats(
-    model: nn.Module, config: Config, found: Found, calib: Stats | Iterable[Any] | None
+    model: nn.Module,
+    config: Config,
+    found: Found,
+    calib: Stats | Iterable[Any] | None,
+    loss_fn: LossFn | None = None,
 ) -> Stats | None:
     """The statistics that the methods of ``config`` need; None if they need none.
 
@@ -60,7 +65,7 @@ def as_stats(
         return calib
     from .calibration.observe import observe
 
-    return observe(model, config, () if calib is None else calib)
+    return observe(model, config, () if calib is None else calib, loss_fn=loss_fn)
 
 
 def prepare(found: Found, stats: Stats | None) -> tuple[Found, Callable[[Site, Method], Any]]:
@@ -109,7 +114,11 @@ def _plan(found: Found, statistic: Callable[[Site, Method], Any]) -> Found:
 
 
 def init(
-    model: nn.Module, cfg: Config | Rules, calib: Stats | Iterable[Any] | None = None
+    model: nn.Module,
+    cfg: Config | Rules,
+    calib: Stats | Iterable[Any] | None = None,
+    *,
+    loss_fn: LossFn | None = None,
 ) -> Params:
     """Makes fresh adapters; the adapted model equals the base to the last bit.
 
@@ -119,6 +128,8 @@ def init(
             :class:`Config`.
         calib: batches, or the :class:`Stats` of an earlier pass over this model, for the methods
             that are calibrated.
+        loss_fn: ``loss_fn(output, batch)``, for batches whose gradient a method starts from
+            (LoRAGA); without it the loss that the model returns.
 
     Returns:
         Params, with trainable leaves that require grad, in the config's dtype, on the devices of
@@ -143,7 +154,7 @@ def init(
     with torch.no_grad():
         found, covered = resolve_with_coverage(model, config)
         _check_finite([weight for weight, _, _ in found])
-    stats = as_stats(model, config, found, calib)
+    stats = as_stats(model, config, found, calib, loss_fn)
     with torch.no_grad():
         before = {site.name: weight for weight, site, _ in found}
         found, statistic = prepare(found, stats)

@@ -76,7 +76,8 @@ class Case:
     def fresh(self, model: nn.Module, method: Method, **config: Any) -> Params:
         calib = self.calib(self) if self.calib else None
         rules = {self.rule: method} if self.rule else method
-        return init(model, Config(rules, seed=self.seed, **config), calib)
+        cfg = Config(rules, seed=self.seed, **config)
+        return init(model, cfg, calib, loss_fn=lambda out, _: _loss(out))
 
     def trained(self, model: nn.Module, method: Method, offset: int = 0) -> Params:
         """Params as training leaves them: every trainable entry moved at random."""
@@ -401,7 +402,8 @@ def local_seeded_init(method: Method, case: Case) -> None:
     assert torch.equal(state, torch.get_rng_state()), "init advanced the global generator"
     torch.manual_seed(1)
     calib = case.calib(case) if case.calib else None
-    alone = init(model, Config({"^2": method}, seed=case.seed), calib)
+    config = Config({"^2": method}, seed=case.seed)
+    alone = init(model, config, calib, loss_fn=lambda out, _: _loss(out))
     own, others = alone["2.weight"], {**both["2.weight"].train, **both["2.weight"].fixed}
     for leaf, tensor in {**own.train, **own.fixed}.items():
         other = others[leaf]

@@ -30,7 +30,8 @@ def improvement(row: str, dtype: torch.dtype, calib) -> float:
         # A teacher that every method can approach: turned and rescaled hidden units.
         gain = 1 + 0.5 * torch.randn(24, generator=rng)
         target = model[2](gain * model[1](model[0](x * 1.5))) * 0.7
-    params = fadapt.init(model, fadapt.Config({NAMED.get(row, ""): ROWS[row]}, dtype=dtype), calib)
+    config = fadapt.Config({NAMED.get(row, ""): ROWS[row]}, dtype=dtype)
+    params = fadapt.init(model, config, calib, loss_fn=lambda out, _: out.square().mean())
     assert all(t.dtype == dtype for t in fadapt.trainable(params))
     optimiser = torch.optim.AdamW(fadapt.trainable(params), lr=LR)
     losses = []

@@ -33,6 +33,8 @@ ROWS = {
     "PiSSA randomised": fadapt.PiSSA(r=3, niter=2),
     "OLoRA": fadapt.OLoRA(r=3, alpha=5.0),
     "MiCA": fadapt.MiCA(r=3),
+    "LoRAGA": fadapt.LoRAGA(r=2, alpha=5.0),
+    "LoRAGA randomised": fadapt.LoRAGA(r=2, direction="ArBr", niter=2),
     "KaSA": fadapt.KaSA(r=3, alpha=5.0),
     "DeLoRA": fadapt.DeLoRA(r=4),
     "DeLoRA peft": fadapt.DeLoRA(r=4, lambda0=0.5, form="peft"),
@@ -131,6 +133,8 @@ def pairs(case: Case) -> list[tuple[dict, dict]]:
 CALIB = {
     **dict.fromkeys(
         (
+            "LoRAGA",
+            "LoRAGA randomised",
             "EVA",
             "CorDA",
             "CorDA kpm",

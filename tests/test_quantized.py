@@ -96,6 +96,8 @@ def methods() -> dict[str, fadapt.Method]:
         "RoAd": {"group_size": 16},
         "C3A": {"block_size": 8},
         "FourierFT": {"n_frequency": 50},
+        # Of two directions, which the rounding of the 8-bit kernel does not turn into others.
+        "LoRAGA": {"r": 1},
         "SSVD": {"k": 4},
         "AntiPaSTORotation": {"r": 4, "block_size": 2},
         "AntiPaSTOAblate": {"r": 4, "k": 1},
@@ -126,7 +128,7 @@ def calibration(method: Any) -> list[Any] | None:
 
 
 def fresh(model: nn.Module, method: Any, **config: Any) -> Params:
-    return fadapt.init(model, Config(method, **config), calibration(method))
+    return fadapt.init(model, Config(method, **config), calibration(method), loss_fn=loss)
 
 
 def trained(model: nn.Module, method: Any, seed: int = 1) -> Params:

@@ -123,7 +123,7 @@ def _index(file: TensorFile, streams: Streams) -> dict[tuple[Stream, Reduction],
             raise ValueError("it holds no states")
         for i, (site, side, kind, fields) in enumerate(entries):
             where = f"the state {i} of {site}"
-            if side not in ("in", "out") or site not in streams:
+            if side not in ("in", "out", "grad") or site not in streams:
                 raise ValueError(f"{where} is of no known stream ({side!r})")
             if side == "in" and streams[site] != site:
                 raise ValueError(f"{where} belongs to {streams[site]}, whose stream it shares")

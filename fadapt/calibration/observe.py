@@ -17,17 +17,18 @@ from ..base.checks import check_model
 from ..base.eval_mode import evaluating
 from ..base.weights import BaseWeight, Kind
 from ..config import Config, Rules, as_config
-from ..errors import CalibrationError, FadaptWarning
+from ..errors import CalibrationError, ConfigError, FadaptWarning
+from ..fold.losses import LossFn, scalar_loss
 from ..hugging_face import output_head
 from ..method import Method
 from ..overlay.call import Bound
 from ..site import Site
-from ..statistics.reduction import Reduction, State, Statistic, Stream, statistics_of
+from ..statistics.reduction import Reduction, State, Statistic, Stream, statistics_of, width_of
 from ..targeting import resolve
 from .memory_plan import plan_passes
 from .recorder import Discovery, Probe, Recorder, See, zero_states
 from .stats import Stats, base_fingerprints, check_tolerance
-from .token_mask import RowFilter, arguments, halves
+from .token_mask import RowFilter, arguments, halves, without_padded_labels
 
 
 def observe(
@@ -41,11 +42,13 @@ def observe(
     tolerance: float = 0.0,
     share: bool = True,
     progress: bool = True,
+    loss_fn: LossFn | None = None,
 ) -> Stats:
     """Runs the frozen, unadapted model over the batches and collects what the methods ask for.
 
-    The model runs in eval mode without gradients, and is left as it was, also after an exception.
-    Rows are dropped where ``attention_mask`` is 0.
+    The model runs in eval mode, and is left as it was, also after an exception; gradients are
+    taken where a statistic is of them, and reach nothing of the model's. Rows are dropped where
+    ``attention_mask`` is 0; for a loss, the labels there are -100.
 
     Args:
         model: the frozen base.
@@ -60,6 +63,8 @@ def observe(
         tolerance: the share of rows with NaN or Inf to accept at a site.
         share: let sites that are fed by the same tensor share their input statistics.
         progress: show a progress bar in a terminal, where rich is installed.
+        loss_fn: ``loss_fn(output, batch)``, for statistics of gradients (LoRAGA); without it the
+            loss that the model returns.
 
     Raises:
         CalibrationError: nothing to observe, no batches, a batch without the mask it needs, rows
@@ -84,7 +89,10 @@ def observe(
     sites = {site.name: site for _, site, _ in found}
     weights = {site.name: weight for weight, site, _ in found}
     feed = _Feed(
-        model, label_mask, head=any(weight.module is output_head(model) for weight, _, _ in found)
+        model,
+        label_mask,
+        head=any(weight.module is output_head(model) for weight, _, _ in found),
+        loss_fn=loss_fn,
     )
     source, again = _source(batches)
 
@@ -101,7 +109,7 @@ def observe(
 
     by_stream = _by_stream(wanted, streams)
     widths: dict[Stream, int] = {
-        (site, side): weights[site].shape[side == "in"] for site, side in by_stream
+        (site, side): width_of(side, weights[site].shape) for site, side in by_stream
     }
     plan = plan_passes(by_stream, widths, max_memory, again)
     if plan.note:
@@ -110,7 +118,7 @@ def observe(
     for kinds in plan.passes:
         recorder = Recorder(streams, zero_states(kinds, weights))
         count = 0
-        with _recording(model, sites, recorder.see):
+        with _recording(model, sites, recorder.see, bool(recorder.gradients)):
             for batch in _bar(source, progress):
                 feed.observe(batch, f"batch {count}", recorder)
                 count += 1
@@ -140,13 +148,29 @@ def _check_options(statistics: Any, max_memory: Any, tolerance: Any) -> tuple[St
 class _Feed:
     """Runs batches through the model for a recorder."""
 
-    def __init__(self, model: nn.Module, label_mask: bool, head: bool):
-        self.model, self.label_mask, self.head = model, label_mask, head
+    def __init__(
+        self, model: nn.Module, label_mask: bool, head: bool, loss_fn: LossFn | None = None
+    ):
+        self.model, self.label_mask, self.head, self.loss_fn = model, label_mask, head, loss_fn
         self.masked: bool | None = None
 
     def run(self, batch: Any, where: str) -> None:
         args, kwargs = arguments(self.model, batch, where, self.head)
         self.model(*args, **kwargs)
+
+    def loss(self, batch: Any, where: str) -> Tensor:
+        """The batch's loss, in which padded tokens do not count."""
+        batch = without_padded_labels(self.model, batch)
+        args, kwargs = arguments(self.model, batch, where, head=True)
+        output = self.model(*args, **kwargs)
+        given = self.loss_fn(output, batch) if self.loss_fn else getattr(output, "loss", output)
+        try:
+            return scalar_loss(given, self.loss_fn)
+        except ConfigError as error:
+            raise CalibrationError(
+                f"{where}: a method starts from the gradient of the loss, and there is {error}, "
+                "here to fadapt.init or fadapt.observe"
+            ) from error
 
     def observe(self, batch: Any, where: str, recorder: Recorder) -> None:
         parts = halves(batch)
@@ -165,7 +189,10 @@ class _Feed:
                 )
             self.masked = bool(rows.masks)
             recorder.begin(rows)
-            self.run(part, where)
+            if recorder.gradients:
+                recorder.gradient_of(self.loss(part, where), where)
+            else:
+                self.run(part, where)
             last.append(recorder.end())
         if len(parts) == 2:
             recorder.add_pairs(last[0], last[1], where)
@@ -226,10 +253,12 @@ def _check_weights(found: list[tuple[BaseWeight, Site, Method]]) -> None:
 
 
 @contextmanager
-def _recording(model: nn.Module, sites: Mapping[str, Site], see: See) -> Iterator[None]:
-    """Inside, the model runs in eval mode without gradients, and ``see`` sees every site."""
+def _recording(
+    model: nn.Module, sites: Mapping[str, Site], see: See, gradients: bool = False
+) -> Iterator[None]:
+    """Inside, the model runs in eval mode, and ``see`` sees every site."""
     probes = {name: Probe(site, see) for name, site in sites.items()}
-    with Bound(model, lambda: probes, probes), torch.no_grad(), evaluating(model):
+    with Bound(model, lambda: probes, probes), torch.set_grad_enabled(gradients), evaluating(model):
         yield
 
 

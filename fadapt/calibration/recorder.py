@@ -16,7 +16,7 @@ from ..base.torch_private import version_of
 from ..base.weights import BaseWeight
 from ..errors import CalibrationError
 from ..site import Site
-from ..statistics.reduction import Reduction, State, Stream, as_rows
+from ..statistics.reduction import Reduction, State, Stream, as_rows, exact_products, width_of
 from .memory_plan import Kinds
 from .token_mask import RowFilter
 
@@ -110,6 +110,7 @@ class Recorder:
         self.streams, self.states = streams, states
         self._leaders = {leader for site, leader in streams.items() if leader != site}
         self._rows: RowFilter | None = None
+        self.gradients = {site for site, side in states if side == "grad"}
         self.paired = any(r.paired for kinds in states.values() for r in kinds)
 
     def begin(self, rows: RowFilter) -> None:
@@ -118,6 +119,8 @@ class Recorder:
         self._calls: Counter[str] = Counter()
         self._seen: dict[str, list[_Seen]] = {leader: [] for leader in self._leaders}
         self._last: dict[Stream, list[Tensor]] = {}
+        # Added to what is watched, so that a graph leads there from the loss and nothing else.
+        self.root = torch.zeros((), requires_grad=True) if self.gradients else None
 
     def end(self) -> Last:
         """Ends a batch.
@@ -147,7 +150,47 @@ class Recorder:
         elif call >= len(self._seen[leader]) or self._seen[leader][call] != x:
             self._refuse(site, leader)
         self._feed((site, "out"), y, base.bias)
+        return self._watched(site, x, y) if site in self.gradients else y
+
+    def _watched(self, site: str, x: Tensor, y: Tensor) -> Tensor:
+        """The output, whose gradient will be noted together with the input."""
+        assert self.root is not None
+        version = version_of(x)
+
+        def note(g: Tensor) -> None:
+            if version_of(x) != version:
+                raise CalibrationError(
+                    f"{site}: the model has written into the layer's input since, and its gradient "
+                    "cannot be known; leave the site out"
+                )
+            rows, of_rows = (t.detach().reshape(-1, t.shape[-1]) for t in (x, g))
+            wide = torch.promote_types(rows.dtype, torch.float32)
+            with exact_products(rows.device.type):
+                product = of_rows.to(wide).mT @ rows.to(wide)
+            before = self._products.get(site)
+            self._products[site] = product if before is None else before + product
+
+        y = y + self.root.to(y.device, y.dtype)
+        y.register_hook(note)
         return y
+
+    def gradient_of(self, loss: Tensor, where: str) -> None:
+        """Adds the gradients of a batch's loss, a row for each site that it depends on."""
+        assert self.root is not None
+        self._products: dict[str, Tensor] = {}
+        if not any(self._calls[site] for site in self.gradients):
+            return  # None was seen, which the statistics will say.
+        if not loss.requires_grad:
+            raise CalibrationError(
+                f"{where}: the loss does not depend on {sorted(self.gradients)[:3]}; it must be "
+                "computed from the model's output, without detaching it"
+            )
+        torch.autograd.grad(loss, self.root, allow_unused=True)
+        for site, product in self._products.items():
+            states = self.states[site, "grad"]
+            rows = as_rows(product.reshape(1, -1))
+            for reduction in states:
+                states[reduction] = reduction.add(states[reduction], rows)
 
     def add_pairs(
         self, plus: dict[Stream, Tensor], minus: dict[Stream, Tensor], where: str
@@ -201,7 +244,7 @@ def zero_states(kinds: Kinds, weights: Mapping[str, BaseWeight]) -> States:
     return {
         (site, side): {
             r: r.zero(
-                weights[site].shape[side == "in"],
+                width_of(side, weights[site].shape),
                 weights[site].device,
                 weights[site].map.weight() if r.constants else None,
             )

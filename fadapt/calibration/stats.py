@@ -16,7 +16,7 @@ from torch import nn
 from ..base.weights import BaseWeight, find_weights, weights_by_name
 from ..errors import CalibrationError
 from ..statistics.moments import PCA
-from ..statistics.reduction import Reduction, Side, State, Statistic, Stream
+from ..statistics.reduction import Reduction, Side, State, Statistic, Stream, width_of
 from ..statistics.sketch import Sketch
 from ..statistics.spectrum import Spectrum
 from . import files
@@ -135,10 +135,10 @@ class Stats:
             for reduction, state in kinds.items():
                 width = next(len(state[k]) for k, shape in reduction.leaves(1).items() if shape)
                 weight = weights.get(site)
-                if weight is None or weight.shape[side == "in"] != width:
+                if weight is None or width_of(side, weight.shape) != width:
                     has = "no such weight" if weight is None else f"the shape {weight.shape}"
                     raise CalibrationError(
-                        f"the {side}put statistics of {site} are {width} wide; the model has {has}"
+                        f"the {_of(side)} of {site} are {width} wide; the model has {has}"
                     )
 
     def save(self, path: str | PathLike[str]) -> None:
@@ -193,13 +193,14 @@ class Stats:
             if reduction.covers(wanted):
                 return reduction, kinds[reduction]
         raise CalibrationError(
-            f"{site}: {wanted} of its {stream[1]}puts was not observed (but {list(kinds)}); "
+            f"{site}: {wanted} of the {_of(stream[1])} was not observed (but {list(kinds)}); "
             "observe with the config that init gets"
         )
 
     def _check(self, site: str, statistic: Statistic, state: State) -> None:
         n, bad = int(state["n"]), int(state["bad"])
-        what = "pairs" if statistic.reduction.paired else "tokens"
+        what = "batches" if statistic.side == "grad" else "tokens"
+        what = "pairs" if statistic.reduction.paired else what
         if bad > self.tolerance * (n + bad):
             raise CalibrationError(
                 f"{site}: {bad} of {n + bad} {what} hold NaN or Inf; the model overflows on this "
@@ -211,6 +212,10 @@ class Stats:
                 f"{site}: {n} {what} were counted, at least {statistic.at_least} are needed. "
                 + ("Give more batches or a lower rank" if n else f"None reached it: {UNSEEN}")
             )
+
+
+def _of(side: str) -> str:
+    return "gradients" if side == "grad" else f"{side}puts"
 
 
 UNSEEN = "the layer did not run, or its weight is used by an operation without an overlay rule"

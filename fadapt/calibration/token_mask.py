@@ -57,6 +57,17 @@ def _to_device(value: Any, device: torch.device) -> Any:
     return value.to(device) if isinstance(value, Tensor) else value
 
 
+def without_padded_labels(model: nn.Module, batch: Any) -> Any:
+    """The batch with the labels of padded tokens ignored."""
+    if not isinstance(batch, Mapping):
+        return batch
+    labels = batch.get("labels")
+    mask = batch.get(MASKS[1] if is_encoder_decoder(model) else MASKS[0])
+    if not isinstance(labels, Tensor) or not isinstance(mask, Tensor) or labels.shape != mask.shape:
+        return batch
+    return {**batch, "labels": labels.masked_fill(mask.to(labels.device) == 0, IGNORED)}
+
+
 class RowFilter:
     """The rows of one batch that count.
 

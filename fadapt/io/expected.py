@@ -14,6 +14,7 @@ from ..errors import CheckpointError
 from ..method import DROPOUT_KEY, RUNTIME_LEAVES, STRENGTH, Leaves, Method, RankPadded
 from ..seeds import generator
 from ..site import Site, SiteView
+from ..statistics.reduction import width_of
 from .tensors import TensorSpec
 
 INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -161,7 +162,7 @@ def _statistic(wanted: Any, site: Site) -> Any:
     if isinstance(wanted, tuple):
         return tuple(_statistic(part, site) for part in wanted)
     stored = wanted.reduction.stored
-    width = site.in_features if wanted.side == "in" else site.out_features
+    width = width_of(wanted.side, site.matrix_shape)
     state = stored.zero(width, "meta", torch.empty(site.matrix_shape, device="meta"))
     counts = {"n": torch.tensor(1e9, device="cpu"), "bad": torch.tensor(0.0, device="cpu")}
     return wanted.reduction.finalise(stored.convert({**state, **counts}, wanted.reduction))

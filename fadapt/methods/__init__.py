@@ -29,6 +29,7 @@ from .loha import LoHa as LoHa
 from .lokr import LoKr as LoKr
 from .lora import LoRA as LoRA
 from .lora import RsLoRA as RsLoRA
+from .lora_ga import LoRAGA as LoRAGA
 from .lora_xs import LoRAXS as LoRAXS
 from .mica import MiCA as MiCA
 from .miss import MiSS as MiSS

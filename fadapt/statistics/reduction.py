@@ -161,9 +161,15 @@ class Reduction:
         return state
 
 
-Side = Literal["in", "out"]
+Side = Literal["in", "out", "grad"]
 Stream = tuple[str, Side]
 """Where rows come from: a site's name and side."""
+
+
+def width_of(side: str, shape: tuple[int, int]) -> int:
+    """The width of a side's rows, at a weight (out, in)."""
+    d_out, d_in = shape
+    return {"in": d_in, "out": d_out, "grad": d_out * d_in}[side]
 
 
 @dataclass(frozen=True)
@@ -172,7 +178,8 @@ class Statistic:
 
     Args:
         reduction: over which statistic.
-        side: "in", the rows that enter the linear map, or "out", its outputs without the bias.
+        side: "in", the rows that enter the linear map; "out", its outputs without the bias; or
+            "grad", a batch's gradient of the loss by the weight, (out, in) as one row.
         at_least: rows (pairs, for a paired reduction) that are needed.
 
     Raises:
@@ -191,7 +198,7 @@ class Statistic:
     at_least: int = 1
 
     def __post_init__(self) -> None:
-        if self.side not in ("in", "out"):
-            raise ConfigError(f'side must be "in" or "out", got {self.side!r}')
+        if self.side not in ("in", "out", "grad"):
+            raise ConfigError(f'side must be "in", "out" or "grad", got {self.side!r}')
         if self.reduction.paired and self.side != "out":
             raise ConfigError(f'{self.reduction} is of outputs; write Statistic(..., side="out")')

@@ -74,7 +74,7 @@ class Loop:
         self.device = device_of(model)
         seeds = [t.data_seed for t in self.trials]
         self.data = Feed(batches, seeds, s.order, s.per_adapter, self.device)
-        self.starts = initial(model, trials, s.calib)
+        self.starts = initial(model, trials, s.calib, s.loss_fn)
         self.board = Leaderboard(trials, self.starts, s.goal)
         self.compiler = Compiler(s.compile, self.device)
         self.members = self.own = list(range(len(self.trials)))

@@ -10,6 +10,7 @@ from torch import nn
 from ..base.weights import weights_by_name
 from ..config import Config
 from ..errors import ConfigError, require
+from ..fold.losses import LossFn
 from ..init import init
 from ..params.adapter import Adapter
 from ..params.params import Params
@@ -17,7 +18,10 @@ from .trial import Trial
 
 
 def initial(
-    model: nn.Module, trials: Mapping[str, Trial], calib: Iterable[Any] | None
+    model: nn.Module,
+    trials: Mapping[str, Trial],
+    calib: Iterable[Any] | None,
+    loss_fn: LossFn | None = None,
 ) -> list[Params]:
     """The adapters that the trials begin with. Trials of one config and seed share an init.
 
@@ -35,7 +39,7 @@ def initial(
             params = config
         else:
             if config not in made:
-                made[config] = init(model, config, calib)
+                made[config] = init(model, config, calib, loss_fn=loss_fn)
             params = made[config]
         require(bool(params.trainable()), f"{name} has nothing to train: {params!r}")
         _check_leaves(name, trial, params)
