@@ -14,6 +14,14 @@ from .seeds import number
 LANES, LEVELS = 4, 2**16
 """Each hash of 64 bits decides for four entries, in steps of 2⁻¹⁶ of the probability."""
 
+PART = 48
+"""The bit of a draw from which on it says which part of the rows is at hand; see :func:`of_part`."""
+
+
+def of_part(draw: int, part: int) -> int:
+    """The draw for one of several equal parts of the rows, whose masks are those of the whole."""
+    return draw + (part << PART)
+
 
 def dropout_key(*parts: object) -> Tensor:
     """A key that depends on the texts of ``parts`` alone: int64, without axes."""
@@ -45,9 +53,11 @@ def _drop(x: Tensor, share: float, key: Tensor | None, draw: Tensor) -> Tensor:
     count = min(max(1, round(share * LEVELS)), LEVELS - 1)
     step = -(-width // LANES)
     draw = draw.to(x.device)
+    first = (draw >> PART) * (rows * step)
+    draw = draw & ((1 << PART) - 1)
     seed = _mixed(draw if key is None else draw + _mixed(key.to(x.device)))
     place = torch.arange(rows * step, device=x.device).view(rows, step)
-    bits = _mixed(seed + place)
+    bits = _mixed(seed + (first + place))
     # Not as a view of int16, which torch.compile (2.13) takes for as many numbers.
     shifts = torch.arange(0, 64, 64 // LANES, device=x.device)
     lanes = ((bits.unsqueeze(-1) >> shifts) & (LEVELS - 1)).flatten(-2)

@@ -13,7 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 
 import fadapt
 from fadapt import DoRA, LoRA
@@ -132,6 +137,9 @@ def precision_and_checkpoints(rank: int, world: int, _: Path) -> None:
     assert abs(float(fadapt.run(half, got, batch)) - float(loss)) < 0.05
     again = fadapt.init(half, config)  # after a forward, whose weights were in bfloat16
     assert [a.site for a in again.values()] == [a.site for a in want.values()]
+    away = sharded(whole, offload_policy=CPUOffloadPolicy(pin_memory=False))
+    got = moved(fadapt.init(away, config))
+    close(gradients(fadapt.run(away, got, batch), got.trainable()), alone)
     model = sharded(whole)
     got = moved(fadapt.init(model, config))
     model.gradient_checkpointing_enable({"use_reentrant": False})

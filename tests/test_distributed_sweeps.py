@@ -23,7 +23,9 @@ from torch.distributed.fsdp import fully_shard
 import fadapt
 from fadapt import DoRA, LoRA
 from fadapt.distributed import team
+from fadapt.statistics.reduction import statistics_of
 from tests import models, ranks
+from tests.test_laws import ROWS
 
 ROOT = Path(__file__).parents[1]
 
@@ -151,6 +153,18 @@ def differences(rank: int, world: int, directory: Path) -> None:
     mine = ZeroDivisionError if rank == 1 else team.PeerError
     with pytest.raises(mine, match="mine"):
         train(model, loss_fn=broken, verify=False)
+
+    def full(model, stack):
+        if os.environ["RANK"] == "1":
+            raise torch.OutOfMemoryError("mine")
+        return torch.zeros(len(stack))
+
+    mine = torch.OutOfMemoryError if rank == 1 else team.PeerError
+    with pytest.raises(mine, match="mine") as caught:
+        train(model, eval=full)
+    report = caught.value.report
+    assert len(report.names) == len(report.results) == 7
+    assert 0 < len(report.params) < 7  # of its own trials
     with pytest.raises(fadapt.ConfigError, match="mesh has the dimensions"):
         train(model, mesh=init_device_mesh("cpu", (world,), mesh_dim_names=("data",)))
     equal(train(model), alone(model), 1e-5)  # the group is as good as before
@@ -190,6 +204,9 @@ def rows_over_ranks(rank: int, world: int, directory: Path) -> None:
         assert all(map(torch.equal, other, everyone[0]))
     with pytest.raises(fadapt.ConfigError, match="3 rows does not divide over 2"):
         fadapt.sweep(model, trials(), batches(rows=3), mesh=mesh, verify=False)
+    apart = [{k: torch.stack([t] * 7) for k, t in b.items()} for b in batches(rows=3)]
+    with pytest.raises(fadapt.ConfigError, match="3 rows does not divide over 2"):
+        fadapt.sweep(model, trials(), apart, mesh=mesh, per_adapter=True, verify=False)
     some = fadapt.grid({"proj": LoRA(r=2)}, lr=[1e-3], accumulate=2)
     with pytest.raises(fadapt.ConfigError, match="accumulate"):
         fadapt.sweep(model, some, batches(), mesh=mesh)
@@ -199,7 +216,45 @@ def rows_over_ranks(rank: int, world: int, directory: Path) -> None:
         train(model, mesh=mesh, compile=True)
 
 
-TWO = {f.__name__: f for f in (trials_over_ranks, differences, rows_over_ranks)}
+def every_method_over_rows(rank: int, world: int, directory: Path) -> None:
+    """Each row of the laws' table, and dropout, trained over a sharded base and a split batch."""
+    whole = models.qwen3().requires_grad_(False)
+    mesh = init_device_mesh("cpu", (1, world), mesh_dim_names=("sweep", "shard"))
+    model = sharded(whole, mesh=mesh["shard"])
+    dropout = {"dropout": LoRA(r=2, dropout=0.3), "DoRA's": DoRA(r=2, dropout=0.3)}
+    pairs = [(b, c) for b, c in zip(batches(4)[:2], batches(4)[2:], strict=True)]
+    kinds: dict = {}
+    for name, method in {**ROWS, **dropout}.items():
+        rule = {"q_proj|down_proj": method} if method.usual_kind == "linear" else method
+        config = fadapt.Config(rule, layers=[0] if method.usual_kind != "embedding" else None)
+        if method.statistic is None:
+            calib = None
+        elif any(s.reduction.paired for s in statistics_of(method.statistic)):
+            calib = pairs
+        else:
+            calib = batches(2)
+        if fadapt.init(whole, config, calib).trainable():  # not SSteer
+            trial = fadapt.Trial(config, lr=1e-2, clip=1.0, name=name)
+            kinds.setdefault(id(calib) if calib is pairs else bool(calib), []).append(trial)
+    data = batches(2)
+    for batch in data:
+        batch["labels"] = batch["labels"].clone()
+        batch["labels"][0, :4] = -100
+    for kind, some in kinds.items():
+        calib = batches(2) if kind is True else pairs if kind else None
+        options: dict = {"calib": calib, "optimizer": torch.optim.SGD, "verify": False}
+        whole.train(), model.train()
+        got = fadapt.sweep(model, some, data, mesh=mesh, **options)
+        joined = dist.is_initialized
+        dist.is_initialized = lambda: False
+        try:
+            want = fadapt.sweep(whole, some, data, **options)
+        finally:
+            dist.is_initialized = joined
+        equal(got, want, 1e-5)
+
+
+TWO = {f.__name__: f for f in (trials_over_ranks, differences, every_method_over_rows)}
 FOUR = {f.__name__: f for f in (rows_over_ranks,)}
 
 
@@ -270,6 +325,68 @@ def test_killed_and_on_another_number(tmp_path):
     want, got = (torch.load(tmp_path / d / "last.pt") for d in ("whole", "broken"))
     for name, leaves in want.items():
         assert all(map(torch.equal, leaves, got[name])), name
+
+
+ALONE = """
+import os, signal, sys, time
+import torch, fadapt
+import torch.distributed as dist
+from datetime import timedelta
+from torch.distributed.device_mesh import init_device_mesh
+from fadapt.distributed import team
+from tests.test_distributed_sweeps import batches, models, sharded, trials
+torch.set_num_threads(1)
+team.TOLD_WITHIN = 1.0
+where, how, rank = sys.argv[1], sys.argv[2], int(os.environ["RANK"])
+dist.init_process_group("gloo", f"file://{where}/{how}", timeout=timedelta(seconds=60), rank=rank,
+                        world_size=2)
+model, options = models.qwen3().requires_grad_(False), {}
+if how == "memory":
+    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("sweep", "shard"))
+    model, options = sharded(model, mesh=mesh["shard"]), {"mesh": mesh}
+
+def loss_fn(output, batch):
+    loss_fn.calls += 1
+    if loss_fn.calls > 10 and os.environ["RANK"] == "1":
+        if "mesh" not in options:
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise torch.OutOfMemoryError("no memory")
+    return output.loss
+
+loss_fn.calls = 0
+try:
+    fadapt.sweep(model, trials(), batches(), loss_fn=loss_fn, log_every=1, verify=False, **options)
+except Exception as error:
+    print(type(error).__name__, error, "report of", len(error.report.params), flush=True)
+    os._exit(3)
+"""
+
+
+def test_one_of_two_processes_ends(tmp_path):
+    """Killed; or without memory in the middle of a pass over a shared base. The other ends, too."""
+    script = tmp_path / "script.py"
+    script.write_text(ALONE)
+    started = {}
+    for how in ("killed", "memory"):
+        for rank in (0, 1):
+            environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+            started[how, rank] = subprocess.Popen(
+                [sys.executable, str(script), str(tmp_path), how],
+                env={**environment, "RANK": str(rank), "WORLD_SIZE": "2"}, text=True,
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+    said = {}
+    for key, process in started.items():
+        try:
+            said[key] = process.communicate(timeout=100)[0]
+        finally:
+            process.kill()
+    assert started["killed", 1].returncode == -9
+    assert "OutOfMemoryError no memory" in said["memory", 1]
+    for how in ("killed", "memory"):
+        assert started[how, 0].returncode == 3, said[how, 0]
+        assert "PeerError process 0 of 2 cannot reach the others" in said[how, 0]
+        assert "report of" in said[how, 0]
 
 
 def test_the_example_prints_the_same_report(tmp_path):

@@ -161,8 +161,13 @@ class Team:
         try:
             yield
         except Exception as error:
-            if self.several and self._control is not None and not isinstance(error, PeerError):
-                self._tell(f"{type(error).__name__}: {error}", error)
+            if not self.several or self._control is None or isinstance(error, PeerError):
+                raise
+            if _is_of_exchange(error):
+                new = PeerError(self._unreachable(error))
+                new.report = getattr(error, "report", None)
+                raise new from error
+            self._tell(f"{type(error).__name__}: {error}", error)
             raise
 
     def _tell(self, text: str, error: Exception) -> None:
@@ -196,12 +201,24 @@ class Team:
         try:
             dist.all_gather_object(everyone, value, self._control)
         except RuntimeError as error:
-            raise PeerError(
-                f"process {self.rank} of {self.world} cannot reach the others: one was killed, or "
-                "did not answer within the timeout of the process group. The same command goes on "
-                f"from the last checkpoint, on any number of processes ({error})"
-            ) from error
+            raise PeerError(self._unreachable(error)) from error
         return everyone
+
+    def _unreachable(self, error: Exception) -> str:
+        return (
+            f"process {self.rank} of {self.world} cannot reach the others: one was killed or "
+            "failed, or did not answer within the timeout of the process group. The same command "
+            f"goes on from the last checkpoint, on any number of processes ({error})"
+        )
+
+
+def _is_of_exchange(error: Exception) -> bool:
+    """Whether an error comes from an exchange between processes, which a peer did not take part in.
+
+    gloo's are plain RuntimeErrors, which name its source file.
+    """
+    known = dist.DistBackendError, dist.DistNetworkError
+    return isinstance(error, known) or "gloo/" in str(error)
 
 
 _control: dict[int, tuple[Any, Any]] = {}
@@ -239,4 +256,10 @@ def _leave() -> None:
 
 
 class PeerError(FadaptError):
-    """Another process of the sweep failed or ended."""
+    """Another process of the sweep failed or ended.
+
+    Attributes:
+        report: the outcome so far, once training had begun, with this process's weights.
+    """
+
+    report: Any = None

@@ -175,7 +175,10 @@ class Leaderboard:
     def report(
         self, last: Mapping[int, Train], step: int, record: History, seconds: float, chunk: int
     ) -> Report:
-        """The outcome so far; ``last`` holds the weights of the trials in the stack."""
+        """The outcome so far; ``last`` holds the weights of the trials in the stack.
+
+        Trials of which no weights are known, as another process has them, are without params.
+        """
         last = {**last, **self.left}
         results = [
             Result(
@@ -184,13 +187,13 @@ class Leaderboard:
             )
             for t, (name, x) in enumerate(zip(self.names, self.standings, strict=True))
         ]  # fmt: skip
-        final = {r.name: self._params(t, last[t]) for t, r in enumerate(results)}
+        final = {r.name: self._params(t, last[t]) for t, r in enumerate(results) if t in last}
         best = {
             r.name: self._params(t, self.best[t]) for t, r in enumerate(results) if t in self.best
         }
-        results = ranked(results, self.goal)
+        results, known = ranked(results, self.goal), final | best
         return Report(
-            results, {r.name: best.get(r.name, final[r.name]) for r in results}, final, self.names,
+            results, {r.name: known[r.name] for r in results if r.name in known}, final, self.names,
             record.losses, record.scores, self.metric, self.goal, seconds, chunk,
         )  # fmt: skip
 

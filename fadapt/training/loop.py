@@ -21,6 +21,7 @@ from ..base.torch_private import pytree
 from ..distributed.rows import part_of, share_of
 from ..distributed.shares import cost, edges
 from ..distributed.team import Team
+from ..dropout import of_part
 from ..errors import CheckpointError, ConfigError, OneByOneWarning
 from ..params.stack import stack
 from . import checkpoint, identity
@@ -120,15 +121,24 @@ class Loop:
 
     def report(self) -> Report:
         """The outcome so far."""
-        last = {t: block.train(row) for t, block, row in self.flat.rows() if t in self.own}
         if self.team.several:
+            last = self._last()
             mine = last, self.board.best, self.board.left, self.chunk
             parts = self.team.gather(mine)
             last, self.board.best, self.board.left = (
                 {t: tree for part in parts for t, tree in part[k].items()} for k in range(3)
             )
             self.chunk = max(part[3] for part in parts)
+            return self.board.report(last, self.step, self.history, self.elapsed(), self.chunk)
+        return self._report_of_own()
+
+    def _report_of_own(self) -> Report:
+        last = self._last()
         return self.board.report(last, self.step, self.history, self.elapsed(), self.chunk)
+
+    def _last(self) -> dict[int, Any]:
+        """The weights of this process's own trials that are in the stack."""
+        return {t: block.train(row) for t, block, row in self.flat.rows() if t in self.own}
 
     def elapsed(self) -> float:
         """Seconds of this sweep, over all restarts."""
@@ -345,7 +355,7 @@ class Loop:
             kept = self.generators.state_dict()
             self.generators.seed(pass_seed(self.settings.seed, self.step, team.rank))
             try:
-                losses = self.runner.gradients(batch, weights, self.step)
+                losses = self.runner.gradients(batch, weights, of_part(self.step, team.shard))
             finally:
                 self.generators.load_state_dict(kept)
             if share is not None:
@@ -625,14 +635,13 @@ class Loop:
             yield
         except Exception as error:
             kept = ""
-            if self.team.several:  # the others may be anywhere, and hold their own trials
-                error.add_note(f"fadapt: after step {self.step} of {self.steps}")
-                raise
-            if self.settings.path is not None and not isinstance(error, CheckpointError):
+            if self.team.several:  # the others may be anywhere, and have trials of their own
+                kept = ", which has the weights of this process's trials"
+            elif self.settings.path is not None and not isinstance(error, CheckpointError):
                 kept = self._rescue()
             # The device may be what failed, and an error may refuse attributes.
             with contextlib.suppress(Exception):
-                error.report = self.report()  # type: ignore[attr-defined]
+                error.report = self._report_of_own()  # type: ignore[attr-defined]
                 error.add_note(
                     f"fadapt: after step {self.step} of {self.steps}; the outcome so far is the "
                     f"error's .report{kept}"

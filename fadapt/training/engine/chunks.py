@@ -118,7 +118,8 @@ class ChunkRunner:
         Args:
             batch: of this step.
             weights: one for each trial.
-            step: the number of the batch, from which masks of dropout follow.
+            step: the number of the batch, from which masks of dropout follow; see
+                :func:`of_part` for a part of its rows.
         """
         device = self.compiler.device
         self.draw.fill_(step)
