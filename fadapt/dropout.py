@@ -15,7 +15,7 @@ LANES, LEVELS = 4, 2**16
 """Each hash of 64 bits decides for four entries, in steps of 2⁻¹⁶ of the probability."""
 
 PART = 48
-"""The bit of a draw from which on it says which part of the rows is at hand; see :func:`of_part`."""
+"""The bits of a draw from here on say which part of the rows is at hand; see :func:`of_part`."""
 
 
 def of_part(draw: int, part: int) -> int:

@@ -5,6 +5,7 @@ The reference is the same sweep in one process.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import json
@@ -46,14 +47,21 @@ def train(model: nn.Module, chosen=None, **options) -> fadapt.Report:
     return fadapt.sweep(model, chosen or trials(), batches(), **options)
 
 
-def alone(model: nn.Module, *args, **options) -> fadapt.Report:
-    """The same sweep in one process, whatever group there is."""
+@contextlib.contextmanager
+def no_group():
+    """Sweeps in one process, whatever group there is."""
     joined = dist.is_initialized
     dist.is_initialized = lambda: False
     try:
-        return train(model, *args, **options)
+        yield
     finally:
         dist.is_initialized = joined
+
+
+def alone(model: nn.Module, *args, **options) -> fadapt.Report:
+    """The same sweep in one process."""
+    with no_group():
+        return train(model, *args, **options)
 
 
 def equal(got: fadapt.Report, want: fadapt.Report, tolerance: float = 0.0) -> None:
@@ -117,19 +125,14 @@ def stop_at(model: nn.Module, path: Path, step: int) -> None:
         def __reduce__(self):
             return list, (list(self),)
 
-    joined = dist.is_initialized
-    dist.is_initialized = lambda: False
     kept = fadapt.Checkpoints(path, every=1)
     data = Ends(batches())
     data.__class__.__name__ = "list"
-    try:
-        with pytest.raises(StopError):
-            fadapt.sweep(
-                model, trials(), data, steps=4, eval=batches(1), eval_every=2, halving=HALVING,
-                max_adapters=2, directory=kept,
-            )  # fmt: skip
-    finally:
-        dist.is_initialized = joined
+    with no_group(), pytest.raises(StopError):
+        fadapt.sweep(
+            model, trials(), data, steps=4, eval=batches(1), eval_every=2, halving=HALVING,
+            max_adapters=2, directory=kept,
+        )  # fmt: skip
 
 
 def differences(rank: int, world: int, directory: Path) -> None:
@@ -191,12 +194,8 @@ def rows_over_ranks(rank: int, world: int, directory: Path) -> None:
     options = {"eval": batches(1), "eval_every": 2, "halving": HALVING, **sgd}
     path = directory / "sweep"
     got = fadapt.sweep(model, trials(), data, mesh=mesh, directory=path, **options)
-    joined = dist.is_initialized
-    dist.is_initialized = lambda: False
-    try:
+    with no_group():
         want = fadapt.sweep(whole, trials(), data, **options)
-    finally:
-        dist.is_initialized = joined
     equal(got, want, 1e-5)
     everyone: list = [None] * world
     dist.all_gather_object(everyone, [t for p in got.final.values() for t in p.trainable()])
@@ -223,34 +222,29 @@ def every_method_over_rows(rank: int, world: int, directory: Path) -> None:
     model = sharded(whole, mesh=mesh["shard"])
     dropout = {"dropout": LoRA(r=2, dropout=0.3), "DoRA's": DoRA(r=2, dropout=0.3)}
     pairs = [(b, c) for b, c in zip(batches(4)[:2], batches(4)[2:], strict=True)]
-    kinds: dict = {}
+    groups: dict = {}  # {(what to calibrate on, whether they share a pass): trials}
+    calibs = {"": None, "rows": batches(2), "pairs": pairs}
     for name, method in {**ROWS, **dropout}.items():
-        rule = {"q_proj|down_proj": method} if method.usual_kind == "linear" else method
+        linear = method.usual_kind == "linear"
+        rule = {"q_proj|down_proj": method} if linear else method
         config = fadapt.Config(rule, layers=[0] if method.usual_kind != "embedding" else None)
-        if method.statistic is None:
-            calib = None
-        elif any(s.reduction.paired for s in statistics_of(method.statistic)):
-            calib = pairs
-        else:
-            calib = batches(2)
-        if fadapt.init(whole, config, calib).trainable():  # not SSteer
+        needs = "" if method.statistic is None else "rows"
+        if any(s.reduction.paired for s in statistics_of(method.statistic)):
+            needs = "pairs"
+        if fadapt.init(whole, config, calibs[needs]).trainable():  # not SSteer
             trial = fadapt.Trial(config, lr=1e-2, clip=1.0, name=name)
-            kinds.setdefault(id(calib) if calib is pairs else bool(calib), []).append(trial)
+            groups.setdefault((needs, linear), []).append(trial)
     data = batches(2)
     for batch in data:
         batch["labels"] = batch["labels"].clone()
         batch["labels"][0, :4] = -100
-    for kind, some in kinds.items():
-        calib = batches(2) if kind is True else pairs if kind else None
-        options: dict = {"calib": calib, "optimizer": torch.optim.SGD, "verify": False}
-        whole.train(), model.train()
+    whole.train(), model.train()
+    for (needs, linear), some in groups.items():
+        options = {"calib": calibs[needs], "optimizer": torch.optim.SGD, "verify": False}
+        options["max_adapters"] = None if linear else 1
         got = fadapt.sweep(model, some, data, mesh=mesh, **options)
-        joined = dist.is_initialized
-        dist.is_initialized = lambda: False
-        try:
+        with no_group():
             want = fadapt.sweep(whole, some, data, **options)
-        finally:
-            dist.is_initialized = joined
         equal(got, want, 1e-5)
 
 
