@@ -7,11 +7,20 @@ import torch
 from torch import Tensor, nn
 
 import fadapt
-from fadapt.recomputed import product
+from fadapt.recomputed import again, product
 
 from .models import reals, seeded
 
-METHODS = {"SHiRA": fadapt.SHiRA(r=2), "RandLoRA": fadapt.RandLoRA(r=8)}
+METHODS = {
+    "SHiRA": fadapt.SHiRA(r=2),
+    "RandLoRA": fadapt.RandLoRA(r=8),
+    "HiRA": fadapt.HiRA(r=4),
+    "MiSS bat": fadapt.MiSS(r=8, mode="bat"),
+    "LoHa": fadapt.LoHa(r=3),
+    "LoHa, whole": fadapt.LoHa(r=8),
+    "LoKr": fadapt.LoKr(r=2),
+    "FourierFT": fadapt.FourierFT(n_frequency=99),
+}
 
 
 def leaves(*lead: int) -> list[Tensor]:
@@ -83,3 +92,39 @@ def test_training_keeps_no_matrix_of_the_weights_size(name: str, tokens: int) ->
         kept.pop(own.data_ptr(), None)
     # A product of the inputs with a frozen factor may be.
     assert not [s for s in kept.values() if len(s) < 2 or s[-2] != tokens], kept
+
+
+def test_a_function_that_is_evaluated_again() -> None:
+    x, b, a = leaves(3)
+
+    def function(x: Tensor, b: Tensor) -> Tensor:
+        return (x @ a.detach().mT).exp() @ b.mT
+
+    weight = reals(3, 5, 7, seed=9).double()
+    parts = []
+    for out in (again(function, x, b), function(x, b)):
+        first = torch.autograd.grad((out * weight).sum().square(), (x, b), create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), (x, b))
+        parts.append((*first, *second))
+    for one, other in zip(*parts, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_matrix_over_another_adapter_has_its_gradient() -> None:
+    """What a method reads of its base may itself train: HiRA over LoRA."""
+    model, x = seeded(nn.Sequential(nn.Linear(8, 6))).double(), reals(5, 8).double()
+    chain = fadapt.Chain((fadapt.LoRA(r=2), fadapt.HiRA(r=2)))
+    params = fadapt.init(model, chain)
+    with torch.no_grad():
+        for leaf in fadapt.trainable(params):
+            leaf.copy_(reals(*leaf.shape, seed=leaf.numel()))
+    p = {k: t.detach().requires_grad_() for k, t in params["0.weight"].train.items()}
+    lora = 8.0 * p["0.B"] @ p["0.A"]
+    whole = model[0].weight.detach() + lora
+    ref = x @ (whole + whole * (p["1.B"] @ p["1.A"])).mT + model[0].bias.detach()
+    out = fadapt.apply(model, params, x)
+    torch.testing.assert_close(out, ref)
+    expected = torch.autograd.grad(ref.sin().sum(), [p[k] for k in sorted(p)])
+    found = torch.autograd.grad(out.sin().sum(), [params["0.weight"].train[k] for k in sorted(p)])
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)

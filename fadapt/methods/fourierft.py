@@ -8,7 +8,8 @@ Neither C nor ΔW is made. A transform is a product of one for each axis:
     y' = y + s Re F⁻¹_out S(spectrum ∘ (F⁻¹_in x)[v]),  S adds the k-th entry to place u_k.
 Identity at the start: spectrum = 0. The bias is untouched. The increment has rank at most 2 n.
 PEFT starts at a standard normal spectrum, which changes the model: ``init_weights=False``.
-Numerics: Fourier transforms are in float32 or better. On CUDA the sums of S are in no fixed order.
+Numerics: Fourier transforms are in float32 or better, and made again in the backward pass: the n
+complex values a token are more than x. On CUDA the sums of S are in no fixed order.
 Pitfall: one step of a value moves all of W by 150 / (out in); PEFT's comparison trains it badly at
 its defaults, so search the learning rate.
 
@@ -29,6 +30,7 @@ from torch import Tensor
 from ..errors import require
 from ..linalg import full_precision
 from ..method import Factors, Leaves, Method
+from ..recomputed import again
 
 if TYPE_CHECKING:
     from ..base.linear_map import LinearMap
@@ -95,13 +97,17 @@ class FourierFT(Method):
     def delta(self, p: Mapping[str, Tensor], x: Tensor, y: Tensor, base: LinearMap) -> Tensor:
         wide, d_out = torch.promote_types(x.dtype, torch.float32), y.shape[-1]
         u, v = (p["indices"][..., k : k + 1, :] for k in (0, 1))  # (..., 1, n)
-        with full_precision(x):
-            waves = torch.fft.ifft(x.to(wide))
-            rows = (*x.shape[:-1], self.n_frequency)
-            values = waves.gather(-1, v.expand(rows)) * (p["spectrum"].to(wide) * self.scaling)
-            places = values.new_zeros(*x.shape[:-1], d_out)
-            out = torch.fft.ifft(places.scatter_add(-1, u.expand(rows), values))
-        return out.real.to(x.dtype)
+
+        def increment(x: Tensor, spectrum: Tensor) -> Tensor:
+            with full_precision(x):
+                waves = torch.fft.ifft(x.to(wide))
+                rows = (*x.shape[:-1], self.n_frequency)
+                values = waves.gather(-1, v.expand(rows)) * (spectrum.to(wide) * self.scaling)
+                places = values.new_zeros(*x.shape[:-1], d_out)
+                out = torch.fft.ifft(places.scatter_add(-1, u.expand(rows), values))
+            return out.real.to(x.dtype)
+
+        return again(increment, x, p["spectrum"])
 
     def low_rank(self, p: Mapping[str, Tensor], base: LinearMap) -> Factors | None:
         d_out, d_in = base.weight().shape[-2:]

@@ -5,7 +5,8 @@ Count: 2 r (in + out).
 Identity at the start: w2_a = 0, as in LyCORIS (PEFT starts at w2_b = 0). The bias is untouched.
 The increment has rank at most r²: it is B A with the products of all pairs of columns in
 B (out, r²) and of rows in A (r², in). Where r² (in + out) < in out it is applied so, and no matrix
-of in x out is made; for larger r the product itself is cheaper, and is made.
+of in x out is made; for larger r the product itself is cheaper, and is made, and made again in the
+backward pass. At r = 16 either way costs as a LoRA of rank 256 does.
 Pitfall: the gradient of each factor carries the other's size, so moderate ranks want a larger
 learning rate than LoRA's.
 
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 
 from ..method import Factors, Leaves, RankPadded
+from ..recomputed import product
 from ._ranks import check_rank_range
 
 if TYPE_CHECKING:
@@ -72,9 +74,9 @@ class LoHa(RankPadded):
         (d_out, r), d_in = p["w1_a"].shape[-2:], p["w1_b"].shape[-1]
         s = p.get("s", self.alpha / self.r)
         if r * r * (d_in + d_out) < d_in * d_out:
-            a, b = _pairs(p)
-            return s * (x @ a.mT) @ b.mT
-        return s * (x @ ((p["w1_a"] @ p["w1_b"]) * (p["w2_a"] @ p["w2_b"])).mT)
+            h = product(x, _row_pairs, p["w1_b"], p["w2_b"])
+            return product(s * h, _column_pairs, p["w1_a"], p["w2_a"])
+        return s * product(x, _hadamard, *(p[name] for name in ("w1_a", "w1_b", "w2_a", "w2_b")))
 
     def low_rank(self, p: Mapping[str, Tensor], base: LinearMap) -> Factors | None:
         a, b = _pairs(p)
@@ -89,8 +91,20 @@ class LoHa(RankPadded):
         return {"s": self.alpha / self.r}
 
 
+def _hadamard(w1_a: Tensor, w1_b: Tensor, w2_a: Tensor, w2_b: Tensor) -> Tensor:
+    return (w1_a @ w1_b) * (w2_a @ w2_b)
+
+
+def _row_pairs(first: Tensor, second: Tensor) -> Tensor:
+    """(..., r², in): the products of all pairs of rows."""
+    return (first.unsqueeze(-2) * second.unsqueeze(-3)).flatten(-3, -2)
+
+
+def _column_pairs(first: Tensor, second: Tensor) -> Tensor:
+    """(..., out, r²): the products of all pairs of columns."""
+    return (first.unsqueeze(-1) * second.unsqueeze(-2)).flatten(-2)
+
+
 def _pairs(p: Mapping[str, Tensor]) -> Factors:
     """A (..., r², in) and B (..., out, r²) with B A the Hadamard product."""
-    a = p["w1_b"].unsqueeze(-2) * p["w2_b"].unsqueeze(-3)
-    b = p["w1_a"].unsqueeze(-1) * p["w2_a"].unsqueeze(-2)
-    return a.flatten(-3, -2), b.flatten(-2)
+    return _row_pairs(p["w1_b"], p["w2_b"]), _column_pairs(p["w1_a"], p["w2_a"])

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from ..errors import require
 from ..method import Factors, Leaves, Method
+from ..recomputed import again
 from ._ranks import check_rank_range
 
 if TYPE_CHECKING:
@@ -102,18 +103,14 @@ class LoKr(Method):
         return train, {}
 
     def delta(self, p: Mapping[str, Tensor], x: Tensor, y: Tensor, base: LinearMap) -> Tensor:
-        (b1, a1), (b2, a2) = _factors(p, "w1"), _factors(p, "w2")
-        c = (b1 if a1 is None else a1).shape[-1]
-        # (..., tokens c, d), then (..., tokens b, c): one plain product for each factor.
-        h = x.unflatten(-1, (c, -1))
-        tokens = h.shape[-3]
-        h = h.flatten(-3, -2)
-        h = (h if a2 is None else h @ a2.mT) @ b2.mT
-        h = h.unflatten(-2, (tokens, c)).mT
-        b = h.shape[-2]
-        h = h.flatten(-3, -2)
-        h = (h if a1 is None else h @ a1.mT) @ b1.mT
-        return h.unflatten(-2, (tokens, b)).mT.flatten(-2) * (self.alpha / self.r)
+        names = [name for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b") if name in p]
+        scale = self.alpha / self.r
+        # What lies between the products is larger than x.
+        return again(
+            lambda x, *leaves: _applied(dict(zip(names, leaves, strict=True)), x) * scale,
+            x,
+            *(p[name] for name in names),
+        )
 
     def low_rank(self, p: Mapping[str, Tensor], base: LinearMap) -> Factors | None:
         (b1, a1), (b2, a2) = (_thin(*_factors(p, name)) for name in ("w1", "w2"))
@@ -121,6 +118,22 @@ class LoKr(Method):
         if a.shape[0] >= min(a.shape[1], b.shape[0]):
             return None
         return a, b * (self.alpha / self.r)
+
+
+def _applied(p: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    """x (w1 ⊗ w2)ᵀ."""
+    (b1, a1), (b2, a2) = _factors(p, "w1"), _factors(p, "w2")
+    c = (b1 if a1 is None else a1).shape[-1]
+    # (..., tokens c, d), then (..., tokens b, c): one plain product for each factor.
+    h = x.unflatten(-1, (c, -1))
+    tokens = h.shape[-3]
+    h = h.flatten(-3, -2)
+    h = (h if a2 is None else h @ a2.mT) @ b2.mT
+    h = h.unflatten(-2, (tokens, c)).mT
+    b = h.shape[-2]
+    h = h.flatten(-3, -2)
+    h = (h if a1 is None else h @ a1.mT) @ b1.mT
+    return h.unflatten(-2, (tokens, b)).mT.flatten(-2)
 
 
 def factorization(n: int, factor: int) -> tuple[int, int]:

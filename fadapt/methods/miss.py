@@ -5,7 +5,8 @@ Every block of r columns of W gets the same increment Dᵀ.
     mini: D (r, mini_r), repeated along the outputs. Rank min(r, mini_r). Count: r mini_r.
     bat (block affine transformation, formerly Bone): D (out / r, r, r), the block of outputs a and
         inputs c becomes W_ac + (W_ac + I) D_a. Full rank. Count: out r. It makes one matrix of
-        in x out in every pass (a quantized W is dequantized for it).
+        in x out in every pass (a quantized W is dequantized for it), which is not kept; three
+        products of the size of W's own make a training step about twice LoRA's.
 Trainable: D zero. Identity at the start: D = 0. The bias is untouched.
 Pitfall: r sets the number of values and, in "miss", what is summed: r = in is the full increment,
 small r sums many entries of x into one, so the sizes of the steps grow as in / r.
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from ..errors import require
 from ..method import Factors, Leaves, Method
+from ..recomputed import frozen_weight, product
 from ._ranks import check_rank_range
 
 if TYPE_CHECKING:
@@ -94,11 +96,16 @@ class MiSS(Method):
     def delta(self, p: Mapping[str, Tensor], x: Tensor, y: Tensor, base: LinearMap) -> Tensor:
         d, r = p["D"], self.r
         if self.mode == "bat":
-            weight = base.weight().to(x.dtype).unflatten(-1, (-1, r)).unflatten(-3, (-1, r))
-            # (out / r, r, in / r, r): the rows of the blocks of one a, in one product with D_a.
-            blocks = weight + torch.eye(r, dtype=x.dtype, device=x.device).unsqueeze(-2)
-            change = blocks.flatten(-3, -2) @ d
-            return x @ change.unflatten(-2, (r, -1)).flatten(-2).flatten(-3, -2).mT
+            weight, own = frozen_weight(base)
+
+            def make(d: Tensor, *own: Tensor) -> Tensor:
+                # (out / r, r, in / r, r): the rows of the blocks of one a, in one product with D_a.
+                blocks = weight(*own).to(x.dtype).unflatten(-1, (-1, r)).unflatten(-3, (-1, r))
+                blocks = blocks + torch.eye(r, dtype=x.dtype, device=x.device).unsqueeze(-2)
+                change = blocks.flatten(-3, -2) @ d
+                return change.unflatten(-2, (r, -1)).flatten(-2).flatten(-3, -2)
+
+            return product(x, make, d, *own)
         sums = F.pad(x, (0, -x.shape[-1] % r)).unflatten(-1, (-1, r)).sum(-2)
         out = sums @ d
         if self.mode == "mini":
