@@ -13,9 +13,11 @@ from ..as_lora import TruncatedLoRA, as_lora
 from ..base.weights import Kind
 from ..errors import ConfigError, FadaptWarning
 from ..io.adapters import load, save
+from ..io.hub import ADAPTER, HubId
 from ..merge import merge as merged_weights
 from ..params.params import Params
 from ..params.summary import summary
+from ..peft.files import CONFIG
 from ..peft.load import load_peft
 from ..peft.save import save_peft
 from .describe import describe
@@ -186,7 +188,12 @@ def _load(
     initial: str | None = None,
     other: bool = False,
 ) -> Params:
-    if Path(text).is_dir():
+    hub = HubId.read(text)
+    if hub is not None and not hub.file:
+        has_config = ADAPTER not in hub.fetch([ADAPTER, CONFIG])
+    else:
+        has_config = Path(text).is_dir()
+    if has_config:
         return load_peft(text, model, adapter=adapter, initial=initial)
     if adapter is not None or initial is not None:
         raise ConfigError(f"--adapter and --initial are for directories of PEFT's: not {text}")

@@ -23,6 +23,7 @@ from ..params.stack import Stack
 from ..site import Site
 from ..targeting import coverage_of
 from .expected import check_shared_specs, check_specs
+from .hub import local_adapter, upload_advice
 from .tensors import FORMAT_VERSION, TensorFile, TensorSpec, as_path, open_tensors, write_tensors
 
 
@@ -34,7 +35,8 @@ def save(params: Params, path: str | os.PathLike[str]) -> None:
 
     Args:
         params: from :func:`fadapt.init`, trained or not.
-        path: of the file; an earlier one is replaced.
+        path: of the file; an earlier one is replaced. It is always a local one: a file is brought
+            to the Hub by ``huggingface_hub.upload_file``.
 
     Raises:
         CheckpointError: nothing to save, meta tensors, or a directory or disk that refuses.
@@ -75,6 +77,8 @@ def save(params: Params, path: str | os.PathLike[str]) -> None:
             for name, adapter in params.items()
         },
     }
+    if advice := upload_advice(as_path(path)):
+        raise CheckpointError(f"could not write {path}: {advice}")
     write_tensors(tensors, meta, path)
 
 
@@ -84,7 +88,9 @@ def load(
     """Reads params for a model; calibration data is never needed.
 
     Args:
-        path: a file written by :func:`save`.
+        path: a file written by :func:`save`; or, where nothing has that name here, the id of a
+            Hugging Face Hub repository that holds it as adapter.safetensors, "owner/name", or under
+            another name, "owner/name/file", either with "@revision" (the ``hub`` extra).
         model: the base that the params were made for.
         allow_other_base: accept a base whose values differ (shapes must still agree).
 
@@ -92,8 +98,9 @@ def load(
         Params on the devices of the model's weights, with trainable leaves that require grad.
 
     Raises:
-        CheckpointError: a missing, damaged, foreign or newer file; missing or extra keys; wrong
-            shapes; a method that this process does not know; another base. Names the key.
+        CheckpointError: a missing, damaged, foreign or newer file, or a repository that cannot be
+            had; missing or extra keys; wrong shapes; a method that this process does not know;
+            another base. Names the key.
 
     Example:
         >>> fadapt.save(fadapt.init(model, fadapt.LoRA(r=2)), "adapter.safetensors")
@@ -102,7 +109,7 @@ def load(
     """
     as_path(path)
     check_model(model)
-    with open_tensors(path) as file:
+    with open_tensors(local_adapter(path)) as file:
         config, records = _records(file)
         refuse_adapted(model, "fadapt.load")
         weights = weights_by_name(model)

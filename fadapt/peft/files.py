@@ -23,6 +23,7 @@ from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..io.hub import HubId
 from ..io.tensors import DTYPES
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -52,6 +53,25 @@ def adapters_in(path: PathLike) -> list[str]:
         raise CheckpointError(f"{root} is not a directory")
     found = [DEFAULT] if (root / CONFIG).is_file() else []
     return found + sorted(p.parent.name for p in root.glob(f"*/{CONFIG}"))
+
+
+def local_directory(path: PathLike, adapter: str | None) -> PathLike:
+    """A directory as it is, or the cached one of a repository on the Hub.
+
+    Raises:
+        CheckpointError: a repository that cannot be had.
+    """
+    hub = HubId.read(path)
+    if hub is None:
+        return path
+    parts = [hub.file] if hub.file else []
+    if adapter is not None:
+        check_name(adapter)
+        parts += [] if adapter == DEFAULT else [adapter]
+    names = ["/".join([*parts, name]) for name in (CONFIG, WEIGHTS)]
+    found = hub.fetch(names)
+    root = next(iter(found.values())).parent
+    return root.parent if parts and parts[-1] == adapter else root
 
 
 def read_directory(path: PathLike, adapter: str | None) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -21,7 +21,7 @@ from ..params.adapter import Adapter
 from ..params.params import Params, trainable_leaves
 from ..site import shared_site
 from .bias import with_bias
-from .files import PathLike, check_tensors, read_directory
+from .files import PathLike, check_tensors, local_directory, read_directory
 from .format import Format, Read, Settings, Shared, Taken, build
 from .formats import format_named
 from .matching import ALL_LINEAR, check_patterns, is_parameter_targeted, is_targeted
@@ -57,7 +57,9 @@ def load_peft(
     float32 or better, as PEFT has them.
 
     Args:
-        path: a directory with adapter_config.json and adapter_model.safetensors.
+        path: a directory with adapter_config.json and adapter_model.safetensors; or, where nothing
+            has that name here, the id of a Hugging Face Hub repository that holds them,
+            "owner/name", also with "@revision" (the ``hub`` extra).
         model: the base; for a start that changes the weight (PiSSA, OLoRA, CorDA) the original one.
         adapter: of several adapters in one directory, the name; None for the one that lies in it.
         initial: the directory of the same adapter before training, for LoRA starts that change the
@@ -82,8 +84,10 @@ def load_peft(
         >>> fadapt.peft.load_peft(folder, model)
         Params(LoRA(r=2, ...) x 1; 32 trainable)
     """
-    config, tensors = read_directory(path, adapter)
-    before = None if initial is None else read_directory(initial, None)[1]
+    config, tensors = read_directory(local_directory(path, adapter), adapter)
+    before = None
+    if initial is not None:
+        before = read_directory(local_directory(initial, None), None)[1]
     return _read(model, config, tensors, before, str(path))
 
 
