@@ -67,7 +67,7 @@ def test_the_one_file_of_another_name(cache: Path) -> None:
     fadapt.save(params, folder / "mine.safetensors")
     assert same(fadapt.load("user/name", model), params)
     fadapt.save(params, folder / "more.safetensors")
-    with pytest.raises(fadapt.CheckpointError, match='write "user/name/mine.safetensors"'):
+    with pytest.raises(fadapt.CheckpointError, match=r'write "user/name/mine\.safetensors"'):
         fadapt.load("user/name", model)
 
 

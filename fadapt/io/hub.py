@@ -80,18 +80,22 @@ class HubId:
 
     def names(self) -> list[str]:
         """The names of the repository's files, as the Hub or else the cache knows them."""
-        import huggingface_hub
-
         for listed in (self._listed, self._cached):
             with contextlib.suppress(Exception):
-                return listed(huggingface_hub)
+                return listed()
         return []
 
-    def _listed(self, package: Any) -> list[str]:
-        return sorted(package.list_repo_files(self.repo, revision=self.revision))
+    def _listed(self) -> list[str]:
+        import huggingface_hub
 
-    def _cached(self, package: Any) -> list[str]:
-        root = package.snapshot_download(self.repo, revision=self.revision, local_files_only=True)
+        return sorted(huggingface_hub.list_repo_files(self.repo, revision=self.revision))
+
+    def _cached(self) -> list[str]:
+        import huggingface_hub
+
+        root = huggingface_hub.snapshot_download(
+            self.repo, revision=self.revision, local_files_only=True
+        )
         return sorted(p.relative_to(root).as_posix() for p in Path(root).rglob("*") if p.is_file())
 
     def __str__(self) -> str:
