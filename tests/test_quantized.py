@@ -11,6 +11,7 @@ import gc
 import itertools
 import logging
 import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -635,3 +636,39 @@ def test_derivatives_of_autograd_without_torch_func(kind: str) -> None:
 def _along(f: Any, x: Tensor, tangent: Tensor) -> Tensor:
     with forward_ad.dual_level():
         return forward_ad.unpack_dual(f(forward_ad.make_dual(x, tangent))).tangent
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_dora_is_that_of_the_dequantised_weight_and_pefts_where_it_reads_that(
+    training: bool, tmp_path: Path
+) -> None:
+    """In eval mode bitsandbytes repacks its codes on some CPUs, which PEFT's norm does not know."""
+    peft = pytest.importorskip("peft")
+    model = quantize(seeded(nn.Sequential(nn.Linear(128, 64), nn.Tanh(), nn.Linear(64, 64))), "nf4")
+    model.train(training)
+    dense, x = dequantize(model).train(training), reals(4, 128)
+    config = peft.LoraConfig(r=4, lora_alpha=8, use_dora=True, target_modules=["0", "2"])
+    theirs = peft.get_peft_model(copy.deepcopy(model), config).train(training)
+    reference = peft.get_peft_model(copy.deepcopy(dense), config).train(training)
+    rng = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, leaf in theirs.named_parameters():
+            if "lora_" in name:
+                leaf.add_(torch.randn(leaf.shape, generator=rng) * 0.1)
+                reference.get_parameter(name).copy_(leaf)
+    theirs.save_pretrained(str(tmp_path))
+    params = fadapt.peft.load_peft(tmp_path, model)
+    with torch.no_grad():
+        want = reference(x)
+        torch.testing.assert_close(fadapt.apply(model, params, x), want, rtol=1e-5, atol=1e-5)
+        found = theirs(x)
+    repacked = any(
+        getattr(m.weight.quant_state, "packing_format_for_cpu", False)
+        for m in theirs.modules()
+        if isinstance(m, bnb.nn.Linear4bit)
+    )
+    assert not (training and repacked)
+    if repacked:
+        assert (found - want).abs().max() > 0.1  # its norm is of codes in another order
+    else:
+        torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5)
