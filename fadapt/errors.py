@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
 
 class FadaptError(Exception):
     """Base class of all errors raised by fadapt.
@@ -95,6 +99,22 @@ class OneByOneWarning(FadaptWarning):
         >>> caught[0].category.__name__
         'OneByOneWarning'
     """
+
+
+def require_takes(function: Any, arguments: Sequence[str], name: str) -> None:
+    """Raises ConfigError where a function cannot be called with so many arguments."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # C functions have none
+        return
+    try:
+        signature.bind(*arguments)
+    except TypeError as error:
+        call = f"{name}({', '.join(arguments)})"
+        raise ConfigError(
+            f"{name} is called as {call}, which {function!r:.80} does not take ({error}); "
+            f"write def {call}"
+        ) from None
 
 
 def require(condition: bool, message: str) -> None:

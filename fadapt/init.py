@@ -51,6 +51,12 @@ def as_stats(
         FadaptError: the model is inside ``bound``.
     """
     refuse_adapted(model, "calibrating")
+    if calib is not None and not isinstance(calib, Stats):
+        reads = hasattr(calib, "__iter__") or hasattr(calib, "__getitem__")
+        if not reads or isinstance(calib, (str, bytes, type)):
+            raise CalibrationError(
+                f"calib must be batches (a list, a DataLoader) or fadapt.Stats, got {calib!r:.80}"
+            )
     for _, site, method in found:
         if calib is None and any(True for _ in statistics_of(method.statistic)):
             raise CalibrationError(

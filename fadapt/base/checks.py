@@ -51,6 +51,11 @@ def check_module(name: str, module: nn.Module) -> None:
             "replaces the weights during the forward; load the model onto one device (without "
             "device_map or offload_folder), or quantised"
         )
+    if isinstance(module, torch.jit.ScriptModule):
+        raise TargetError(
+            f"{name} is a ScriptModule, whose weights cannot be replaced: put the module in its "
+            "place that it was scripted or traced from"
+        )
     if is_compiled(module):
         raise TargetError(
             f"{name or 'the model'} is compiled on its own (module.compile() or torch.compile("

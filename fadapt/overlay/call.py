@@ -54,6 +54,11 @@ def call(
         try:
             return function(*args, **kwargs)
         except RuntimeError as error:
+            if "Inference tensors cannot be saved" in str(error):
+                raise TargetError(
+                    "the model or the batch was made under torch.inference_mode, and its tensors "
+                    "can be part of no gradient; make it outside, or call under torch.no_grad()"
+                ) from error
             transformed = "functorch" in str(error) or "torch.func" in str(error)
             if not mount.checkpoints or not transformed:
                 raise

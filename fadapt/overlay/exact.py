@@ -116,7 +116,10 @@ def marked_like(tensor: Tensor, required_grad: bool) -> Tensor:
     Without autograd alone, where the mark costs nothing; else torch would compute its gradient.
     """
     if required_grad and not (
-        torch.is_grad_enabled() or torch.compiler.is_compiling() or is_transformed()
+        torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or is_transformed()
+        or tensor.is_inference()
     ):
         return tensor.detach().requires_grad_()
     return tensor

@@ -45,9 +45,10 @@ def batch_of(batch: Any) -> str:
 
 
 def code_of(function: Any, depth: int = DEPTH) -> str:
-    """The name of a function, a fingerprint of its code, and the plain values that it closes over.
+    """The name of a function, a fingerprint of its code, and the values that it closes over.
 
-    A method or a callable object counts by its class; functions that it calls by their names.
+    A method or a callable object counts by its class and by the plain attributes that a call does
+    not set; functions that it calls by their names, and those that it holds by their code.
     """
     if function is None or depth == 0:
         return type(function).__name__
@@ -56,19 +57,20 @@ def code_of(function: Any, depth: int = DEPTH) -> str:
         inner = code_of(function.func, depth - 1)
         return f"partial of {inner}, {_digest(_values(list(values.items())))}"
     if isinstance(function, MethodType):
-        return code_of(function.__func__, depth - 1)
+        return f"{code_of(function.__func__, depth - 1)}{_attributes(function.__self__, depth)}"
     if isinstance(function, nn.Module):
-        return f"{function!r}"
+        return f"{function!r}{_attributes(function, depth)}"
     if isinstance(function, FunctionType):
         digest = hashlib.sha256()
         for piece in _code(function.__code__):
             digest.update(piece.encode() + b"\0")
-        for piece in _constants(function):
+        for piece in _constants(function, depth):
             digest.update(piece.encode() + b"\0")
         return f"{function.__qualname__}, code {digest.hexdigest()[:12]}"
     if hasattr(function, "__qualname__"):  # a class, or a function in C
         return function.__qualname__
-    return f"{type(function).__name__}: {code_of(type(function).__call__, depth - 1)}"
+    call = code_of(type(function).__call__, depth - 1)
+    return f"{type(function).__name__}: {call}{_attributes(function, depth)}"
 
 
 def _code(code: CodeType) -> Iterator[str]:
@@ -83,8 +85,38 @@ def _code(code: CodeType) -> Iterator[str]:
             yield repr(constant)
 
 
-def _constants(function: FunctionType) -> Iterator[str]:
-    """Defaults and closed-over numbers and words, but for those that the function itself sets."""
+def _attributes(instance: Any, depth: int) -> str:
+    """Of an object's attributes, those that only its making sets; not the functions, callbacks."""
+    attributes = {
+        name: value
+        for name, value in getattr(instance, "__dict__", {}).items()
+        if name != "training" and not isinstance(value, (FunctionType, MethodType))
+    }
+    for cls in type(instance).__mro__[:-1]:
+        for name, member in vars(cls).items():
+            if cls is not nn.Module and name != "__init__" and isinstance(member, FunctionType):
+                for step in dis.get_instructions(member.__code__):
+                    if step.opname == "STORE_ATTR":
+                        attributes.pop(step.argval, None)
+    pieces = [piece for n, value in attributes.items() for piece in _plain(n, value, depth)]
+    return f", {_digest(pieces)}" if pieces else ""
+
+
+def _plain(name: Any, value: Any, depth: int) -> Iterator[str]:
+    if value is None or isinstance(value, (bool, int, float, str)):
+        yield f"{name}={value!r}"
+    elif isinstance(value, tuple):
+        for at, item in enumerate(value):
+            yield from _plain(f"{name}.{at}", item, depth)
+    elif isinstance(value, Tensor):
+        if value.numel() <= SAMPLED:
+            yield f"{name}={fingerprint(value)}"
+    elif callable(value):
+        yield f"{name}={code_of(value, depth - 1)}"
+
+
+def _constants(function: FunctionType, depth: int) -> Iterator[str]:
+    """Defaults and what is closed over, but for what the function itself sets."""
     named: dict[Any, Any] = dict(function.__kwdefaults__ or {})
     named |= dict(enumerate(function.__defaults__ or ()))
     own = {i.argval for i in dis.get_instructions(function.__code__) if i.opname == "STORE_DEREF"}
@@ -96,8 +128,7 @@ def _constants(function: FunctionType) -> Iterator[str]:
         if name not in own:
             named[name] = value
     for name, value in named.items():
-        if value is None or isinstance(value, (bool, int, float, str)):
-            yield f"{name}={value!r}"
+        yield from _plain(name, value, depth)
 
 
 def _values(tree: Any) -> Iterator[str]:

@@ -17,7 +17,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..base.sharded import compute_device
-from ..errors import ConfigError, require
+from ..errors import ConfigError, require, require_takes
+from ..fields import LARGEST_INT
 from ..run import LossFn
 from .data import Order, check_batches
 from .directory import Checkpoints
@@ -93,8 +94,8 @@ class Settings(SimpleNamespace):
         if steps is None and hasattr(batches, "__len__"):
             steps = len(batches)
         require(
-            type(steps) is int and steps >= 1,
-            f"steps must be an int of at least 1, got {steps!r}"
+            type(steps) is int and 1 <= steps <= LARGEST_INT,
+            f"steps must be an int from 1 to {LARGEST_INT}, got {steps!r:.80}"
             + ("" if steps is not None else "; these batches have no length, so pass steps="),
         )
         assert steps is not None
@@ -139,6 +140,8 @@ class Settings(SimpleNamespace):
                 callable(value) or (value is None and name == "loss_fn"),
                 f"{name} must be callable, got {value!r}",
             )
+        if self.loss_fn is not None:
+            require_takes(self.loss_fn, ("output", "batch"), "loss_fn")
         if isinstance(self.optimizer, functools.partial):
             held = sorted(self.optimizer.keywords.keys() & {"lr", "weight_decay", "params"})
             require(
@@ -157,7 +160,9 @@ class Settings(SimpleNamespace):
                 self.halving is None and self.eval_every is None,
                 "halving and eval_every need eval=: batches, or a function of (model, stack)",
             )
-        elif not callable(self.eval):
+        elif callable(self.eval):
+            require_takes(self.eval, ("model", "stack"), "eval")
+        else:
             check_batches(self.eval)
             if isinstance(self.eval, Iterator):
                 self.eval = list(self.eval)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..config import Config, Rules
-from ..errors import ConfigError, require
+from ..errors import ConfigError, require, require_takes
 from ..method import Method
 from ..params.params import Params
 
@@ -91,6 +91,8 @@ class Trial:
             f"Trial: schedule must be one of {list(SCHEDULES)} or a function, "
             f"got {self.schedule!r}",
         )
+        if callable(self.schedule):
+            require_takes(self.schedule, ("fraction",), "schedule")
         require(
             self.seed is None or type(self.seed) is int,
             f"Trial: seed must be an int or None, got {self.seed!r}",

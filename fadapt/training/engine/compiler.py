@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...base.torch_private import pytree
+from ...errors import ConfigError
 from ...params.params import Params
 from ...params.stack import Stack
 from ...run import run
@@ -45,6 +46,13 @@ class Compiler:
         if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
             self.options.setdefault("isolate_recompiles", True)
         self._made: dict[Any, Callable[..., Tensor]] = {}
+        if self.compiles:
+            try:  # which compiles nothing yet
+                torch.compile(run, **self.options)
+            except (TypeError, RuntimeError, ValueError) as error:
+                raise ConfigError(
+                    f"compile={options!r:.200} is not what torch.compile takes: {error}"
+                ) from None
 
     def run(self, params: Stack | Params) -> Callable[..., Tensor]:
         """:func:`fadapt.run`, compiled for params of this structure."""
