@@ -18,7 +18,7 @@ import fadapt
 from fadapt import CalibrationError, CheckpointError, Config, FadaptWarning
 from fadapt.calibration import (
     PCA,
-    CentredGram,
+    CenteredGram,
     Gram,
     MaxAbs,
     PairedSums,
@@ -108,7 +108,7 @@ def test_padding_batching_and_order_do_not_matter() -> None:
     singles = [{"input_ids": ids[i : i + 1, :n]} for i, n in enumerate(lengths)]
     cuts = [[whole], [longer], singles, singles[::-1]]
     cuts.append([{"input_ids": ids[s], "attention_mask": mask[s]} for s in ([4, 0], [2, 1, 3])])
-    wanted = [Statistic(CentredGram()), GRAM_OUT, Statistic(Sketch(4))]
+    wanted = [Statistic(CenteredGram()), GRAM_OUT, Statistic(Sketch(4))]
     observed = [fadapt.observe(model, PROJ, cut, statistics=wanted) for cut in cuts]
     for stats in observed[1:]:
         for stream, kinds in observed[0].states.items():
@@ -254,10 +254,10 @@ def test_one_pass_serves_all_methods() -> None:
     assert len(calls) == 1 + len(batches)  # the first batch once more, to see what is shared
     kinds = {site.split(".")[-2]: set(k) for (site, _), k in stats.states.items()}
     assert kinds == {
-        "q_proj": {CentredGram()},
+        "q_proj": {CenteredGram()},
         "o_proj": {Gram()},
-        "gate_proj": {CentredGram()},
-        "down_proj": {CentredGram()},
+        "gate_proj": {CenteredGram()},
+        "down_proj": {CenteredGram()},
     }
     at_once, reused = fadapt.init(model, config, batches), fadapt.init(model, config, stats)
     for name, adapter in at_once.items():
@@ -412,7 +412,7 @@ def test_a_layer_that_never_ran_says_so() -> None:
 
 
 ALL = [
-    *map(Statistic, (SumSq(), MaxAbs(), CentredGram(), Sketch(3))),
+    *map(Statistic, (SumSq(), MaxAbs(), CenteredGram(), Sketch(3))),
     Statistic(PairedSums(2), "out"),
 ]
 
@@ -637,4 +637,4 @@ def test_every_reduction_can_be_asked_for() -> None:
     model, x = zoo.mlp().double(), zoo.reals(30, 8).double()
     reductions: list[Reduction] = [Sketch(2), PCA(2), Gram(), SumSq()]
     stats = fadapt.observe(model, fadapt.LoRA(), [x], statistics=[Statistic(r) for r in reductions])
-    assert set(stats.states["0.weight", "in"]) == {Sketch(2), CentredGram()}
+    assert set(stats.states["0.weight", "in"]) == {Sketch(2), CenteredGram()}

@@ -20,7 +20,7 @@ from torch import Tensor
 from fadapt import CalibrationError
 from fadapt.calibration import (
     PCA,
-    CentredGram,
+    CenteredGram,
     Gram,
     MaxAbs,
     PairedSums,
@@ -42,7 +42,7 @@ REDUCTIONS = [
     SumAbs(),
     MaxAbs(),
     Gram(),
-    CentredGram(),
+    CenteredGram(),
     PCA(3),
     PCA(2, center=False),
     Sketch(3),
@@ -137,7 +137,7 @@ def test_statistics_are_those_of_numpy(seed: int, n: int) -> None:
     a = x.numpy()
 
     def of(reduction: Reduction) -> np.ndarray:
-        return reduction.finalise(reduction.update(zero(reduction), x)).numpy()  # type: ignore[attr-defined]
+        return reduction.finalize(reduction.update(zero(reduction), x)).numpy()  # type: ignore[attr-defined]
 
     np.testing.assert_allclose(of(Sum()), a.mean(0), rtol=1e-12)
     np.testing.assert_allclose(of(SumSq()), (a**2).mean(0), rtol=1e-12)
@@ -146,12 +146,12 @@ def test_statistics_are_those_of_numpy(seed: int, n: int) -> None:
     np.testing.assert_allclose(of(Gram()), a.T @ a / n, rtol=1e-10)
     covariance = np.cov(a.T, bias=True)
     np.testing.assert_allclose(
-        of(CentredGram()), covariance, rtol=1e-9, atol=1e-11 * np.abs(a).max() ** 2
+        of(CenteredGram()), covariance, rtol=1e-9, atol=1e-11 * np.abs(a).max() ** 2
     )
 
 
 @pytest.mark.parametrize("target", [Sum(), SumSq(), Gram(), PCA(2, center=False)], ids=ids)
-@pytest.mark.parametrize("source", [Gram(), CentredGram()], ids=ids)
+@pytest.mark.parametrize("source", [Gram(), CenteredGram()], ids=ids)
 def test_a_wider_state_holds_the_narrower_ones(source: Reduction, target: Reduction) -> None:
     x = data(0, 30, target)
     assert source.covers(target)
@@ -162,7 +162,7 @@ def test_a_wider_state_holds_the_narrower_ones(source: Reduction, target: Reduct
 def test_no_other_state_is_read_from_another() -> None:
     for source in REDUCTIONS:
         assert source.stored.covers(source)
-        for target in (SumAbs(), MaxAbs(), CentredGram(), Sketch(9), PairedSums(2)):
+        for target in (SumAbs(), MaxAbs(), CenteredGram(), Sketch(9), PairedSums(2)):
             if source.stored != target:
                 assert not source.stored.covers(target), (source, target)
 
@@ -170,7 +170,7 @@ def test_no_other_state_is_read_from_another() -> None:
 @pytest.mark.parametrize("center", [True, False])
 def test_pca_is_sklearns(center: bool) -> None:
     x = data(3, 200, Sum())
-    spectrum = PCA(4, center).finalise(PCA(4, center).update(zero(PCA(4, center)), x))
+    spectrum = PCA(4, center).finalize(PCA(4, center).update(zero(PCA(4, center)), x))
     if center:
         reference = decomposition.PCA(4, svd_solver="full").fit(x.numpy())
         vectors, ratios = reference.components_, reference.explained_variance_ratio_
@@ -194,13 +194,13 @@ def test_a_mean_far_above_the_deviation_costs_no_digits() -> None:
         state = zero(reduction)
         for block in x.split(1000):
             state = reduction.update(state, block)
-        moment = CentredGram().finalise(state) if reduction == CentredGram() else None
+        moment = CenteredGram().finalize(state) if reduction == CenteredGram() else None
         if moment is None:
             mean = state["sum"] / state["n"]
             moment = state["gram"] / state["n"] - torch.outer(mean, mean)
         return np.abs(moment.numpy() - exact).max()
 
-    assert error(CentredGram()) < 1e-6
+    assert error(CenteredGram()) < 1e-6
     assert error(Gram()) > 1e-4  # what the centred update is for
 
 
@@ -258,9 +258,9 @@ def test_sketch_is_exact_for_low_rank_and_below_the_truth_otherwise() -> None:
     for x, exact in ((low, True), (noisy, False)):
         for center in (True, False):
             sketch = Sketch(4 * r, center)
-            got = sketch.finalise(sketch.update(sketch.zero(d), x))
-            centred = x - x.mean(0) * center
-            values, vectors = np.linalg.eigh((centred.mT @ centred / len(x)).numpy())
+            got = sketch.finalize(sketch.update(sketch.zero(d), x))
+            centered = x - x.mean(0) * center
+            values, vectors = np.linalg.eigh((centered.mT @ centered / len(x)).numpy())
             values, vectors = values[::-1], vectors[:, ::-1]
             overlap = np.linalg.svd(got.vectors[:, :r].mT.numpy() @ vectors[:, :r])[1]
             assert overlap.min() > (1 - 1e-9 if exact else 0.99)
@@ -287,14 +287,14 @@ def test_pairs_by_the_definition() -> None:
     plus, minus = x[:, :D].numpy(), x[:, D:].numpy()
     reduction = PairedSums(3)
     state = reduction.update(zero(reduction), x)
-    pairs = reduction.finalise(state)
+    pairs = reduction.finalize(state)
     u = np.linalg.svd(WEIGHT.numpy())[0][:, :3]
     turned = np.sign((u * pairs.basis.numpy()).sum(0))
     np.testing.assert_allclose(pairs.basis.numpy() * turned, u, atol=1e-12)
     np.testing.assert_allclose(pairs.difference.numpy(), (plus - minus).mean(0), rtol=1e-10)
     ahead = ((plus - minus) @ pairs.basis.numpy() > 0).sum(0)
     np.testing.assert_array_equal(pairs.majority.numpy(), np.where(2 * ahead >= 9, 1, -1))
-    turned_over = PairedSums(3).finalise(
+    turned_over = PairedSums(3).finalize(
         {**state, "basis": -state["basis"], "wins": 9 - state["wins"]}
     )
     torch.testing.assert_close(turned_over.majority, -pairs.majority)
@@ -309,7 +309,7 @@ def test_a_tie_of_pairs_does_not_depend_on_the_signs_of_the_basis() -> None:
     x[2:, 0] += 1  # two wins of four along every direction, but not the same mean
     state = PairedSums(3).update(zero(PairedSums(3)), x)
     assert (2 * state["wins"] == state["n"]).all()
-    pairs = PairedSums(3).finalise(state)
+    pairs = PairedSums(3).finalize(state)
     along = pairs.difference @ pairs.basis
     assert torch.equal(pairs.majority, along.sign())
     assert along.abs().min() > 0

@@ -1,7 +1,7 @@
 """Calibration: statistics of the frozen model's activations, as reductions that combine."""
 
 from ..statistics.moments import PCA as PCA
-from ..statistics.moments import CentredGram as CentredGram
+from ..statistics.moments import CenteredGram as CenteredGram
 from ..statistics.moments import Gram as Gram
 from ..statistics.pairs import PairedSums as PairedSums
 from ..statistics.pairs import Pairs as Pairs

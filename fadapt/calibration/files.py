@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..io.tensors import FORMAT_VERSION, TensorFile, TensorSpec, open_tensors, write_tensors
-from ..statistics.moments import CentredGram, Gram
+from ..statistics.moments import CenteredGram, Gram
 from ..statistics.pairs import PairedSums
 from ..statistics.reduction import Reduction, State, Stream
 from ..statistics.sketch import Sketch
@@ -21,7 +21,8 @@ from ..statistics.sums import MaxAbs, Sum, SumAbs, SumSq
 
 FORMAT = "fadapt-stats-2"
 KINDS = {
-    cls.__name__: cls for cls in (Sum, SumSq, SumAbs, MaxAbs, Gram, CentredGram, Sketch, PairedSums)
+    cls.__name__: cls
+    for cls in (Sum, SumSq, SumAbs, MaxAbs, Gram, CenteredGram, Sketch, PairedSums)
 }
 NOT_NEGATIVE = {"n", "bad", "sum_sq", "sum_abs", "max_abs", "trace", "wins"}
 SECOND_MOMENTS = {"gram", "scatter"}

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from ..errors import CalibrationError
-from ..statistics.moments import PCA, CentredGram, Gram
+from ..statistics.moments import PCA, CenteredGram, Gram
 from ..statistics.reduction import Reduction, Stream
 from ..statistics.sketch import Sketch
 
@@ -94,7 +94,7 @@ def _sketch(wanted: Iterable[Reduction]) -> list[Reduction] | None:
         if isinstance(reduction, PCA):
             k = max(4 * reduction.k, new[reduction.center].k if reduction.center in new else 0)
             new[reduction.center] = Sketch(k, reduction.center)
-        elif isinstance(reduction, (Gram, CentredGram)):
+        elif isinstance(reduction, (Gram, CenteredGram)):
             return None
         else:
             others.append(reduction)

@@ -70,9 +70,9 @@ class Stats:
         if not all(leaf.isfinite().all() for leaf in state.values()):
             raise CalibrationError(f"{site}: {wanted} overflowed float32; the activations are huge")
         if isinstance(stored, Sketch) and isinstance(wanted, PCA):
-            result = stored.finalise(state).top(wanted.k)
+            result = stored.finalize(state).top(wanted.k)
         else:
-            result = wanted.finalise(stored.convert(state, wanted))
+            result = wanted.finalize(stored.convert(state, wanted))
         if isinstance(result, Spectrum):
             # Small, dear to compute, and wanted again by the sites that share the stream.
             self._spectra[key] = result

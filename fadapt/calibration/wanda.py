@@ -39,7 +39,7 @@ def wanda_scores(
 
     Args:
         weight: the model that was observed; or one matrix (out, in).
-        stats: of any statistic that holds mean squares (SumSq, Gram, CentredGram); for a matrix,
+        stats: of any statistic that holds mean squares (SumSq, Gram, CenteredGram); for a matrix,
             the norms ‖X_j‖₂ (in,).
         sites: which; by default all that were observed.
 

@@ -165,7 +165,7 @@ def _statistic(wanted: Any, site: Site) -> Any:
     width = width_of(wanted.side, site.matrix_shape)
     state = stored.zero(width, "meta", torch.empty(site.matrix_shape, device="meta"))
     counts = {"n": torch.tensor(1e9, device="cpu"), "bad": torch.tensor(0.0, device="cpu")}
-    return wanted.reduction.finalise(stored.convert({**state, **counts}, wanted.reduction))
+    return wanted.reduction.finalize(stored.convert({**state, **counts}, wanted.reduction))
 
 
 class _ShapeView(SiteView):

@@ -101,7 +101,7 @@ def _with_vectors(func: Callable, args: tuple, kwargs: dict) -> Any:
         if not _is_vector(value):
             return value
         refuse_checkpoint(value.adapter)
-        return materialise(value)
+        return materialize(value)
 
     return func(*map(adapted, args), **{k: adapted(v) for k, v in kwargs.items()})
 
@@ -127,11 +127,11 @@ def _dense_fallback(func: Callable, args: tuple, kwargs: dict) -> Any:
             DenseFallbackWarning,
             stacklevel=4,
         )
-    args, kwargs = pytree.tree_map_only(Overlay, materialise, (args, kwargs))
+    args, kwargs = pytree.tree_map_only(Overlay, materialize, (args, kwargs))
     return func(*args, **kwargs)
 
 
-def materialise(weight: Overlay) -> Tensor:
+def materialize(weight: Overlay) -> Tensor:
     """The adapted weight as an ordinary tensor, differentiable in the adapter's leaves."""
     # Without the bias, whose rounding would keep an untrained adapter from being the identity.
     new, _ = weight.adapter.dense(_wide(weight.frozen), None)

@@ -16,7 +16,7 @@ from .sums import Sum, SumSq
 
 @dataclass(frozen=True)
 class Gram(Reduction):
-    """Σ x xᵀ and Σ x; the statistic is the second moment E[x xᵀ] (d, d), not centred."""
+    """Σ x xᵀ and Σ x; the statistic is the second moment E[x xᵀ] (d, d), not centered."""
 
     def leaves(self, d: int) -> Mapping[str, tuple[int, ...]]:
         return {"sum": (d,), "gram": (d, d)}
@@ -27,7 +27,7 @@ class Gram(Reduction):
             "gram": rows.values.mT @ rows.values,
         }
 
-    def finalise(self, state: State) -> Tensor:
+    def finalize(self, state: State) -> Tensor:
         return state["gram"] / state["n"]
 
     def covers(self, target: Reduction) -> bool:
@@ -43,7 +43,7 @@ class Gram(Reduction):
 
 
 @dataclass(frozen=True)
-class CentredGram(Reduction):
+class CenteredGram(Reduction):
     """Mean and centred scatter; the statistic is the covariance Σ (x-μ)(x-μ)ᵀ / n, (d, d).
 
     Centred block by block and combined by the update of Chan, Golub and LeVeque (1979), so that a
@@ -58,8 +58,8 @@ class CentredGram(Reduction):
 
     def lift(self, rows: Rows, state: State) -> State:
         mean = rows.values.sum(0, dtype=torch.float64) / rows.n.clamp(min=1)
-        centred = (rows.values - mean.to(rows.values.dtype)) * rows.keep.unsqueeze(-1)
-        return {"mean": mean, "scatter": centred.mT @ centred}
+        centered = (rows.values - mean.to(rows.values.dtype)) * rows.keep.unsqueeze(-1)
+        return {"mean": mean, "scatter": centered.mT @ centered}
 
     def combine(self, a: State, b: State) -> State:
         n = a["n"] + b["n"]
@@ -76,7 +76,7 @@ class CentredGram(Reduction):
             "scatter": (a["scatter"] + b["scatter"]).addr_(between, between),
         }
 
-    def finalise(self, state: State) -> Tensor:
+    def finalize(self, state: State) -> Tensor:
         return state["scatter"] / state["n"]
 
     def covers(self, target: Reduction) -> bool:
@@ -99,7 +99,7 @@ class CentredGram(Reduction):
 class PCA(Reduction):
     """The k leading principal components, as a :class:`Spectrum`.
 
-    It reads the state of :class:`CentredGram`, or of :class:`Gram` when not centred, so it keeps
+    It reads the state of :class:`CenteredGram`, or of :class:`Gram` when not centred, so it keeps
     none of its own.
 
     Args:
@@ -114,7 +114,7 @@ class PCA(Reduction):
 
     @property
     def stored(self) -> Reduction:
-        return CentredGram() if self.center else Gram()
+        return CenteredGram() if self.center else Gram()
 
     def leaves(self, d: int) -> Mapping[str, tuple[int, ...]]:
         return self.stored.leaves(d)
@@ -125,6 +125,6 @@ class PCA(Reduction):
     def combine(self, a: State, b: State) -> State:
         return self.stored.combine(a, b)
 
-    def finalise(self, state: State) -> Spectrum:
+    def finalize(self, state: State) -> Spectrum:
         moment = state["scatter" if self.center else "gram"]
         return Spectrum.of(moment / state["n"], self.k, int(state["n"]))

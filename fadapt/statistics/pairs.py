@@ -73,7 +73,7 @@ class PairedSums(Reduction):
             "basis": state["basis"],
         }
 
-    def finalise(self, state: State) -> Pairs:
+    def finalize(self, state: State) -> Pairs:
         difference = (state["plus"] - state["minus"]) / state["n"]
         lead = 2 * state["wins"] - state["n"]
         # A fixed sign at a tie would make the result depend on the arbitrary signs of U.

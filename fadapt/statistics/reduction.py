@@ -79,7 +79,7 @@ def exact_products(device_type: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Reduction:
-    """A statistic of rows (n, d). Subclasses define ``leaves``, ``lift`` and ``finalise``."""
+    """A statistic of rows (n, d). Subclasses define ``leaves``, ``lift`` and ``finalize``."""
 
     maxima: ClassVar[frozenset[str]] = frozenset()
     """Leaves that combine by maximum; the others combine by sum."""
@@ -98,7 +98,7 @@ class Reduction:
         """One block of rows as leaves, without "n" and "bad"; of ``state`` only constants count."""
         raise NotImplementedError
 
-    def finalise(self, state: State) -> object:
+    def finalize(self, state: State) -> object:
         """The statistic. ``state["n"]`` is at least 1."""
         raise NotImplementedError
 

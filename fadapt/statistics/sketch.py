@@ -54,7 +54,7 @@ class Sketch(Reduction):
             "sketch": x.mT @ (x @ self.test_matrix(x.shape[1], x)),
         }
 
-    def finalise(self, state: State) -> Spectrum:
+    def finalize(self, state: State) -> Spectrum:
         n, y = state["n"], state["sketch"] / state["n"]
         omega = self.test_matrix(len(y), y)
         total = state["trace"] / n

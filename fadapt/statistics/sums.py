@@ -22,7 +22,7 @@ class Sum(Reduction):
     def lift(self, rows: Rows, state: State) -> State:
         return {"sum": rows.values.sum(0, dtype=torch.float64)}
 
-    def finalise(self, state: State) -> Tensor:
+    def finalize(self, state: State) -> Tensor:
         return state["sum"] / state["n"]
 
 
@@ -36,7 +36,7 @@ class SumSq(Reduction):
     def lift(self, rows: Rows, state: State) -> State:
         return {"sum_sq": rows.values.square().sum(0, dtype=torch.float64)}
 
-    def finalise(self, state: State) -> Tensor:
+    def finalize(self, state: State) -> Tensor:
         return state["sum_sq"] / state["n"]
 
 
@@ -50,7 +50,7 @@ class SumAbs(Reduction):
     def lift(self, rows: Rows, state: State) -> State:
         return {"sum_abs": rows.values.abs().sum(0, dtype=torch.float64)}
 
-    def finalise(self, state: State) -> Tensor:
+    def finalize(self, state: State) -> Tensor:
         return state["sum_abs"] / state["n"]
 
 
@@ -67,5 +67,5 @@ class MaxAbs(Reduction):
         empty = rows.values.new_zeros(1, rows.values.shape[1])
         return {"max_abs": torch.cat([empty, rows.values.abs()]).amax(0).double()}
 
-    def finalise(self, state: State) -> Tensor:
+    def finalize(self, state: State) -> Tensor:
         return state["max_abs"]

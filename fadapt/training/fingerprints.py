@@ -6,7 +6,7 @@ import dis
 import functools
 import hashlib
 from collections.abc import Iterable, Iterator
-from types import CodeType, FunctionType, MethodType
+from types import CodeType, FunctionType, MethodType, NoneType
 from typing import Any
 
 from torch import Tensor, nn
@@ -90,7 +90,7 @@ def _attributes(instance: Any, depth: int) -> str:
     attributes = {
         name: value
         for name, value in getattr(instance, "__dict__", {}).items()
-        if name != "training" and not isinstance(value, (FunctionType, MethodType))
+        if name != "training" and not isinstance(value, (FunctionType, MethodType, NoneType))
     }
     for cls in type(instance).__mro__[:-1]:
         for name, member in vars(cls).items():
