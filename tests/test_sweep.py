@@ -1263,3 +1263,30 @@ class TestGradientsOfAnArena:
             arena.take_gradients(0, 4, self.found(leaves), add=True)
         for got, was in zip(self.at_the_leaves(arena), before, strict=True):
             assert torch.equal(got, was)
+
+
+def test_ranks_that_padding_would_fill_memory_with_are_groups_of_their_own(monkeypatch, tmp_path):
+    """The same training, without padding; a checkpoint of one layout goes on in the other."""
+    model, batches = net(), make_batches()
+    methods = [fadapt.LoRA(r=1), fadapt.LoRA(r=4), fadapt.DoRA(r=1), fadapt.DoRA(r=3)]
+    trials = fadapt.grid(methods, lr=[1e-2, 1e-3])
+    options = {"loss_fn": loss_fn, "directory": fadapt.Checkpoints(tmp_path / "a", every=2)}
+    padded = sweep(model, trials, batches, loss_fn=loss_fn)
+
+    def halfway(output, batch):
+        halfway.calls += 1
+        if halfway.calls > 3 * len(trials):
+            raise ZeroDivisionError
+        return loss_fn(output, batch)
+
+    halfway.calls = 0
+    with pytest.raises(ZeroDivisionError):
+        sweep(model, trials, batches, **{**options, "loss_fn": halfway}, verify=False)
+    monkeypatch.setattr("fadapt.training.loop.PADDING", 0)
+    apart = sweep(model, trials, batches, loss_fn=loss_fn)
+    options["directory"] = fadapt.Checkpoints(tmp_path / "a", resume="anyway")
+    resumed = sweep(model, trials, batches, **options)
+    for report in (apart, resumed):
+        for name, params in padded.final.items():
+            for a, b in zip(report.final[name].trainable(), params.trainable(), strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)

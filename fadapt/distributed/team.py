@@ -6,16 +6,16 @@ import atexit
 import os
 import socket
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from ..base.sharded import compute_device, is_sharded
-from ..base.torch_private import timeout_of_default_group
+from ..base.torch_private import pytree, timeout_of_default_group
 from ..errors import ConfigError, FadaptError
 
 NAMES = "sweep", "shard"
@@ -133,9 +133,28 @@ class Team:
                 found[place] = one
         return found
 
+    def to_first(self, value: Any) -> list[Any]:
+        """What each share's first process gives, in the first process; elsewhere nothing.
+
+        For much: as :meth:`gather`, each process would hold what all give.
+        """
+        if not self.several:
+            return [value]
+        self._exchange(None)  # none has failed
+        everyone: list[Any] | None = [None] * self.world if self.first else None
+        mine = _on_host(value) if self.shard == 0 else None
+        self._reach(lambda: dist.gather_object(mine, everyone, 0, self._control))
+        pairs = zip(self._places, everyone or [], strict=False)
+        return [one for (_, shard), one in pairs if shard == 0]
+
     def of_first(self, value: Any) -> Any:
         """What the first process gives."""
-        return self._exchange(value if self.first else None)[0] if self.several else value
+        if not self.several:
+            return value
+        self._exchange(None)
+        box = [_on_host(value) if self.first else None]
+        self._reach(lambda: dist.broadcast_object_list(box, 0, self._control))
+        return box[0]
 
     def check_same(self, what: str, mine: Mapping[str, Any]) -> None:
         """Refuses processes that are about to do different things.
@@ -187,7 +206,7 @@ class Team:
         thread.join(TOLD_WITHIN)
 
     def _exchange(self, value: Any) -> list[Any]:
-        everyone = self._exchange_raw((True, value))
+        everyone = self._exchange_raw((True, _on_host(value)))
         failed = [(rank, text) for rank, (whole, text) in enumerate(everyone) if not whole]
         if failed:
             rank, text = failed[0]
@@ -198,11 +217,14 @@ class Team:
 
     def _exchange_raw(self, value: Any) -> list[Any]:
         everyone: list[Any] = [None] * self.world
+        self._reach(lambda: dist.all_gather_object(everyone, value, self._control))
+        return everyone
+
+    def _reach(self, exchange: Callable[[], Any]) -> None:
         try:
-            dist.all_gather_object(everyone, value, self._control)
+            exchange()
         except RuntimeError as error:
             raise PeerError(self._unreachable(error)) from error
-        return everyone
 
     def _unreachable(self, error: Exception) -> str:
         return (
@@ -210,6 +232,11 @@ class Team:
             "failed, or did not answer within the timeout of the process group. The same command "
             f"goes on from the last checkpoint, on any number of processes ({error})"
         )
+
+
+def _on_host(tree: Any) -> Any:
+    """A tensor would arrive on the sender's device."""
+    return pytree.tree_map_only(Tensor, lambda t: t.cpu(), tree)
 
 
 def _is_of_exchange(error: Exception) -> bool:

@@ -222,13 +222,25 @@ def stack(params: Sequence[Params]) -> Stack:
         )
     if not members:
         raise ConfigError(f"stack takes a non-empty list of Params, got {members!r}; {write}")
+    return stack_of(members)
+
+
+def stack_of(members: list[Params], by_rank: bool = False) -> Stack:
+    """A stack of Params; with ``by_rank`` each rank is a group of its own, without padding."""
     for member in members:
         member.check_whole()
     _check_one_base(members)
+    groups = groups_of(members, by_rank)
+    return Stack([_group(index, [members[i] for i in index]) for index in groups])
+
+
+def groups_of(members: Sequence[Params], by_rank: bool = False) -> list[list[int]]:
+    """The positions of the members of each group of their stack."""
     keys: dict[Hashable, list[int]] = {}
     for i, member in enumerate(members):
-        keys.setdefault(_group_key(member), []).append(i)
-    return Stack([_group(index, [members[i] for i in index]) for index in keys.values()])
+        ranks = tuple(rank_of(a.method) for a in member.values()) if by_rank else ()
+        keys.setdefault((_group_key(member), ranks), []).append(i)
+    return list(keys.values())
 
 
 def unstack(stack: Stack) -> list[Params]:

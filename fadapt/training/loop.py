@@ -23,7 +23,8 @@ from ..distributed.shares import cost, edges
 from ..distributed.team import Team
 from ..dropout import of_part
 from ..errors import CheckpointError, ConfigError, OneByOneWarning
-from ..params.stack import stack
+from ..params.params import Params
+from ..params.stack import groups_of, stack_of
 from . import checkpoint, identity
 from .checkpoint import SEPARATOR, State, expect, expect_float, expect_int, expect_keys, expect_like
 from .data import Feed, to_device
@@ -77,6 +78,7 @@ class Loop:
         self.data = Feed(batches, seeds, s.order, s.per_adapter, self.device)
         self.starts = initial(model, trials, s.calib, s.loss_fn)
         self.board = Leaderboard(trials, self.starts, s.goal)
+        self.by_rank = padding(self.starts) > PADDING
         self.compiler = Compiler(s.compile, self.device)
         self.members = self.own = list(range(len(self.trials)))
         if team.several:
@@ -150,14 +152,20 @@ class Loop:
     def _named(self, values: Sequence[T]) -> dict[str, T]:
         return dict(zip(self.board.names, values, strict=True))
 
-    def _make_flat(self, separate: bool) -> FlatParams:
-        """A layout in which trials run together, or each as :func:`fadapt.fit` runs it alone."""
+    def _make_flat(self, separate: bool, some: Sequence[int] | None = None) -> FlatParams:
+        """A layout in which trials run together, or each as :func:`fadapt.fit` runs it alone.
+
+        Args:
+            separate: which of the two.
+            some: trials; by default all.
+        """
         self.separate = separate
         apart = {leaf for trial in self.trials for leaf in trial.lr_ratio or ()}
-        numbers = range(len(self.starts))
+        numbers = range(len(self.starts)) if some is None else some
+        members = [self.starts[t] for t in numbers]
         if separate:
-            return FlatParams.separate(self.starts, numbers, apart)
-        return FlatParams(stack(self.starts), numbers, apart)
+            return FlatParams.separate(members, numbers, apart)
+        return FlatParams(stack_of(members, self.by_rank), numbers, apart)
 
     def _make_optimizer(self) -> TrialOptimizer:
         return TrialOptimizer(self.flat, self.trials, self.settings.optimizer, self.steps)
@@ -168,9 +176,11 @@ class Loop:
         Chunks of a settled width are those of a sweep in one process, and stay whole; else every
         share makes its own. A process without a share holds one trial, which stays idle.
         """
-        whole = self._make_flat(self.separate)
+        whole = list(range(len(self.starts)))
+        if not self.separate:
+            whole = FlatParams.order_of(self.starts, self.by_rank)
         members = set(self.members)
-        order = [t for t in whole.order if t in members]
+        order = [t for t in whole if t in members]
         width = 1 if self.separate else self.settings.max_adapters
         fixed = type(width) is int
         units = bounds(0, len(order), min(width, len(order)) if type(width) is int else 1)
@@ -178,10 +188,13 @@ class Loop:
         cuts = edges(costs, self.team.size)
         mine = units[cuts[self.team.place] : cuts[self.team.place + 1]]
         self.own = [t for low, high in mine for t in order[low:high]]
-        held = set(self.own or order[:1])
-        if held != set(whole.order):
-            whole = whole.keep([i for i, t in enumerate(whole.order) if t in held])
-        self.flat = whole
+        held = self.own or order[:1]
+        if self.device.type == "cpu" and not self.separate:
+            # As wide as in one process, of whose kernels the last bits are.
+            flat = self._make_flat(False)
+            self.flat = flat.keep([i for i, t in enumerate(flat.order) if t in set(held)])
+        else:
+            self.flat = self._make_flat(self.separate, held)
         self.optimizer = self._make_optimizer()
         chunks = None
         if mine and fixed:
@@ -678,22 +691,32 @@ class Loop:
         state = self.state_dict()
         if self.team.several:
             kept = {part: state[part] for part in ("best", "left")} | self._only(self.members)
-            for part, all_of in zip(
-                kept, zip(*self._values_of_all(kept), strict=True), strict=True
-            ):
-                state[part] = {k: v for one in all_of for k, v in one.items()}
+            everyone = self.team.to_first(kept)
+            for part in kept:
+                state[part] = {k: v for one in everyone for k, v in one[part].items()}
             state["optimizer"]["class"] = self.optimizer.name
         if self.team.first:
             self.history.write()
             checkpoint.write(self.settings.path, state)
         self._saved = time.monotonic()
 
-    def _values_of_all(self, kept: State) -> list[tuple[Any, ...]]:
-        return [tuple(one[part] for part in kept) for one in self.team.gather(kept)]
-
     def _best_in_order(self) -> Any:
         params = self.report().params
         return {name: params[name] for name in self.board.names}
+
+
+PADDING = 2**28
+"""Numbers to fill up ranks from which on each rank is a group of its own. Fewer groups are faster,
+where memory allows."""
+
+
+def padding(members: Sequence[Params]) -> int:
+    """How many numbers a stack would add, so that all ranks of a group are equal."""
+    sizes = [sum(t.numel() for t in member.trainable()) for member in members]
+    return sum(
+        len(group) * max(sizes[i] for i in group) - sum(sizes[i] for i in group)
+        for group in groups_of(members)
+    )
 
 
 DIFFERENT = {"sweep": "sweep", "given": "data, loss or eval", "base": "model", "starts": "start"}

@@ -20,7 +20,7 @@ from ...linalg import inverse_permutation
 from ...method import Leaves, Method
 from ...params.adapter import Adapter
 from ...params.params import Params, Train
-from ...params.stack import Group, Stack, StackedAdapter, rank_axes, rank_of, stack
+from ...params.stack import Group, Stack, StackedAdapter, groups_of, rank_axes, rank_of, stack
 
 
 @dataclass(frozen=True)
@@ -284,11 +284,18 @@ class FlatParams:
         self.blocks: list[FlatGroup] = []
         self.order: list[int] = []
         for group in stack.groups:
-            # Members of one rank beside each other make long runs.
-            ranks = [[rank_of(a.method) for a in member.values()] for member in group.originals]
-            rows = sorted(range(len(ranks)), key=ranks.__getitem__)
+            rows = _by_rank(group.originals)
             self.blocks.append(FlatGroup(group, rows, apart))
             self.order += [trials[group.index[row]] for row in rows]
+
+    @staticmethod
+    def order_of(members: Sequence[Params], by_rank: bool) -> list[int]:
+        """The positions of the members in ``order``, of the flat of their stack."""
+        return [
+            index[row]
+            for index in groups_of(members, by_rank)
+            for row in _by_rank([members[i] for i in index])
+        ]
 
     @classmethod
     def separate(
@@ -368,6 +375,12 @@ class FlatParams:
                 smaller.blocks.append(block.keep(rows))
                 smaller.order += [self.order[span][row] for row in rows]
         return smaller
+
+
+def _by_rank(members: Sequence[Params]) -> list[int]:
+    """Their order in a group: those of one rank beside each other make long runs."""
+    ranks = [[rank_of(a.method) for a in member.values()] for member in members]
+    return sorted(range(len(ranks)), key=ranks.__getitem__)
 
 
 def _members(
