@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 import fadapt
 from fadapt import LoRA
+from fadapt.peft.formats import FORMATS
+from fadapt.peft.places import TIED
 from tests.models import gpt2, perturb, qwen3, reals, seeded, tokens
 
 PAGE = Path(__file__).resolve().parent.parent / "examples" / "guide" / "peft_roundtrip.md"
@@ -755,16 +757,41 @@ HEAD = f"""# Round trips with PEFT
 
 Adapters with trained-like values on layers with biases, written by the one and read by the other:
 the largest difference of an output, in float32, with PEFT {peft.__version__}. Every key of a file
-has its place and every place its key. Written by `python -m tests.peft_table`, and tested.
+has its place and every place its key. Beside the methods of the first table a file may hold trained
+biases (`BitFit`), whole modules (`Full`, PEFT's `modules_to_save`) and, beside LoRA, rows of an
+embedding (`TrainableTokens`). Written by `python -m tests.peft_table`, and tested.
 
 """
+
+
+def formats() -> str:
+    """What each format holds, as the code declares it."""
+    lines = ["| `peft_type` | methods | layers | dropout of the input |", "|---|---|---|---|"]
+    for form in FORMATS:
+        names = {cls.__name__: None for known in form.methods for cls in (known, *_public(known))}
+        shown = ", ".join(f"`{n}`" for n in names if hasattr(fadapt, n))
+        layers = ", ".join(sorted(form.layers - {TIED}))
+        field = f"`{form.dropout}`" if form.dropout else "no"
+        lines.append(f"| {form.peft_type} | {shown} | {layers} | {field} |")
+    return "\n".join(lines)
+
+
+def _public(cls: type) -> list[type]:
+    """The public methods that are written as their parent, whose increment they have."""
+    own = [v for v in vars(fadapt).values() if isinstance(v, type) and issubclass(v, cls)]
+    return [v for v in own if v is not cls and format_for(v) is format_for(cls)]
+
+
+def format_for(cls: type) -> Any:
+    """The format that writes a class of methods, at its defaults."""
+    return next((form for form in FORMATS if form.writes(cls())), None)
 
 
 def page(errors: dict[tuple[str, str], float]) -> str:
     lines = ["| adapter | direction | largest difference |", "|---|---|---|"]
     for (direction, name), error in errors.items():
         lines.append(f"| {name} | {direction} | {f'{error:.0e}' if error else '0'} |")
-    return HEAD + "\n".join(lines) + "\n"
+    return HEAD + formats() + "\n\n" + "\n".join(lines) + "\n"
 
 
 def parse(text: str) -> dict[tuple[str, str], float]:

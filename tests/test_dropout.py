@@ -292,8 +292,14 @@ def test_the_key_is_kept(tmp_path: Path) -> None:
         peft.LoraConfig(r=3, lora_dropout=0.25, target_modules=["0"], bias="all"),
         peft.LoraConfig(r=3, lora_dropout=0.25, target_modules=["0"], use_dora=True),
         peft.DeloraConfig(r=3, module_dropout=0.25, target_modules=["0", "2"]),
+        peft.AdaLoraConfig(lora_dropout=0.25, target_modules=["0", "2"], total_step=9),
+        peft.HiraConfig(r=3, hira_dropout=0.25, target_modules=["0", "2"]),
+        peft.GraloraConfig(r=2, gralora_k=1, gralora_dropout=0.25, target_modules=["0", "2"]),
+        peft.MissConfig(r=4, miss_dropout=0.25, target_modules=["0", "2"]),
+        peft.TinyLoraConfig(u=3, tinylora_dropout=0.25, target_modules=["0", "2"]),
+        peft.TinyLoraConfig(u=3, tinylora_dropout=0.25, target_modules=["0"], weight_tying=1.0),
     ],
-    ids=["LoRA", "bias", "DoRA", "DeLoRA"],
+    ids="LoRA bias DoRA DeLoRA AdaLoRA HiRA GraLoRA MiSS TinyLoRA tied".split(),
 )
 def test_pefts_dropout_is_read_and_written(config: Any, tmp_path: Path) -> None:
     base = net()
@@ -307,7 +313,8 @@ def test_pefts_dropout_is_read_and_written(config: Any, tmp_path: Path) -> None:
     assert not torch.equal(*(fadapt.apply(base, moved, X) for _ in range(2)))
     fadapt.peft.save_peft(base, params, tmp_path / "out")
     again = peft.PeftConfig.from_pretrained(tmp_path / "out")
-    assert getattr(again, "lora_dropout", None) or again.module_dropout == 0.25
+    (field,) = [k for k, v in vars(config).items() if k.endswith("dropout") and v]
+    assert getattr(again, field) == 0.25
     mixed = {"0": LoRA(r=2, dropout=0.1), "2": LoRA(r=2)}
     with pytest.raises(fadapt.CheckpointError, match="one dropout for all"):
         fadapt.peft.save_peft(base, fadapt.init(base, mixed), tmp_path / "mixed")

@@ -12,6 +12,7 @@ from tests.peft_table import (
     OUT,
     PAGE,
     against_peft,
+    formats,
     logits,
     make_params,
     parse,
@@ -29,6 +30,7 @@ def stated() -> dict[tuple[str, str], float]:
 def test_the_guide_states_every_row():
     rows = [("PEFT to fadapt", name) for name in IN] + [("fadapt to PEFT", name) for name in OUT]
     assert list(stated()) == rows, "python -m tests.peft_table writes the page anew"
+    assert formats() in PAGE.read_text(), "python -m tests.peft_table writes the page anew"
 
 
 @pytest.mark.parametrize("name", IN)

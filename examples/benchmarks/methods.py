@@ -20,6 +20,7 @@ import gc
 import json
 import os
 import platform
+import statistics
 import sys
 import tempfile
 import warnings
@@ -29,13 +30,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import TARGETS, alternate, peak_bytes, qwen3, tokens, training_step
+from common import TARGETS, milliseconds, peak_bytes, qwen3, tokens, training_step
 from torch import nn
 
 import fadapt
 
 # The contract, composites of several methods, and what as_lora returns.
 LEFT_OUT = ("Method", "Chain", "Sum", "TruncatedLoRA")
+WARMUP = 3
 COLUMNS = {
     "method": "method",
     "trainable": "trainable",
@@ -173,13 +175,14 @@ def cost(
     if not leaves:
         return {**numbers, "time": None, "memory": None}
     first = float(step())
-    ms = alternate({"lora": lora, "this": step}, rounds)
+    pairs = [(milliseconds(step), milliseconds(lora)) for _ in range(rounds + WARMUP)][WARMUP:]
     peak, lora_peak = peak_bytes(step), peak_bytes(lora)
     return {
         **numbers,
-        "time": ms["this"] / ms["lora"],
+        # Of neighbours in time, so that other work on the machine falls on both alike.
+        "time": statistics.median(mine / theirs for mine, theirs in pairs),
         "memory": peak / lora_peak,
-        "milliseconds": ms["this"],
+        "milliseconds": statistics.median(mine for mine, _ in pairs),
         "peak_mib": peak / 2**20,
         "loss_first": first,
         "loss_last": float(step()),

@@ -41,6 +41,7 @@ class AdaLoRAFormat(Format):
         "target_parameters": "AdaLoRA adapts modules alone",
         "trainable_token_indices": "it replaces rows of the embedding",
     }
+    dropout = "lora_dropout"
     bias_only = "lora_only"
 
     def read(self, settings: Settings, place: Place, tensors: Taken) -> Read:
@@ -79,7 +80,6 @@ class AdaLoRAFormat(Format):
             "init_r": r,
             "target_r": r,
             "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
-            "lora_dropout": 0.0,
             "init_lora_weights": True,
             "fan_in_fan_out": all(place.layer == CONV1D for place in adapters),
             # PEFT refuses a config without a schedule.
