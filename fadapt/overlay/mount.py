@@ -87,6 +87,30 @@ class LinearForward:
         return adapter(input, layer_map(input, frozen, bias, False, required_grad))
 
 
+class TwinForward:
+    """The ``forward`` of a recurrent layer for one call: of another layer with the same contents.
+
+    Such a layer keeps a list of its weights, which it makes anew when it sees others. In the layer
+    itself it would be seen by other threads, and stay after the call.
+
+    Args:
+        module: the layer.
+    """
+
+    __slots__ = ("module",)
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        cls = type(self.module)
+        twin = cls.__new__(cls)
+        twin.__dict__.update(self.module.__dict__)
+        twin.__dict__.pop("forward", None)
+        twin.__dict__[PARAMETERS] = dict(parameters_of(self.module).items())
+        return cls.forward(twin, *args, **kwargs)
+
+
 class _Overlaid(OnRead):
     """An overlay of a site's weight, made when the weight is read."""
 
@@ -220,6 +244,13 @@ class Mount:
                 seen[place] = {}
                 places.append((module, PARAMETERS))
             seen[place][held.key] = part.seen or _seen_of(held, adapter)
+            if (
+                isinstance(module, nn.RNNBase)
+                and (id(module), "forward") not in seen
+                and own_function(module.__dict__.get("forward")) is None
+            ):
+                seen[id(module), "forward"] = TwinForward(module)
+                places.append((module, "forward"))
             if adapter is not None and held.plain_linear and _is_plain(adapter):
                 seen[id(module), "forward"] = LinearForward(module, adapter, seen[place])
                 places.append((module, "forward"))
