@@ -90,6 +90,11 @@ def shortened(path: Path) -> None:
     os.truncate(path / WEIGHTS, (path / WEIGHTS).stat().st_size - 40)
 
 
+def named_twice(path: Path) -> None:
+    said = (path / CONFIG).read_text()
+    (path / CONFIG).write_text(said.replace('"r": 2', '"r": 8, "r": 2'))
+
+
 HUGE = "9" * 5000
 BAD: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "no config": (lambda p: (p / CONFIG).unlink(), (CONFIG,)),
@@ -100,6 +105,11 @@ BAD: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "truncated": (shortened, (WEIGHTS,)),
     "empty tensors file": (lambda p: (p / WEIGHTS).write_bytes(b""), (WEIGHTS,)),
     "not JSON": (text("{"), (CONFIG,)),
+    "a name twice": (named_twice, (CONFIG, "'r' occurs twice")),
+    "a module to save of another type": (config(modules_to_save=[None]), ("modules_to_save",)),
+    "parameters of another type": (config(target_parameters={"a": 1}), ("target_parameters",)),
+    "a parameter without a match": (config(target_parameters=["no.w"]), ("'no.w'", "matches no")),
+    "unknown bias": (config(bias="some"), ("bias is 'some'", "none, all")),
     "deep JSON": (text("[" * 200_000), (CONFIG,)),
     "a list": (text("[]"), (CONFIG, "list")),
     "huge number": (text(f'{{"peft_type": "LORA", "r": {HUGE}}}'), (CONFIG,)),
@@ -181,6 +191,14 @@ def test_refused(name, net, folder):
 
 def test_the_unchanged_directory_is_read(net, folder):
     assert len(load_peft(folder, net)) == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_numbers_of_a_byte_are_read_as_they_are(net, folder, dtype):
+    tensors(lambda t: t.update({k: v.to(dtype) for k, v in t.items()}))(folder)
+    values = load_file(folder / WEIGHTS)
+    params = load_peft(folder, net)
+    assert torch.equal(params["layers.0.up.weight"].train["A"], values[FIRST].float())
 
 
 def test_another_model(net, folder):

@@ -188,12 +188,22 @@ def _read_config(path: Path) -> dict[str, Any]:
             raise CheckpointError(
                 f"{path} has {size:,} bytes; a config has at most {LARGEST_CONFIG:,}"
             )
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not readable JSON: {error!r}"[:400]) from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} holds a {type(config).__name__}, not an object")
     return config
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object in which no name occurs twice: the last would win in silence."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice!r:.80} occurs twice")
+    return found
 
 
 def _check_header(path: Path) -> None:

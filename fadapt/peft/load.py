@@ -131,6 +131,8 @@ def _read(
     where: str,
 ) -> Params:
     check_model(model)
+    tensors = {key: _wide(tensor) for key, tensor in tensors.items()}
+    initial = None if initial is None else {key: _wide(t) for key, t in initial.items()}
     form = format_named(config.get("peft_type"), where)
     settings = Settings(config, where)
     _check_config(form, settings)
@@ -201,9 +203,23 @@ def _holders(reads: Mapping[Place, Read], banks: Sequence[Read]) -> dict[str, Ad
     return found
 
 
+def _wide(tensor: Tensor) -> Tensor:
+    """Numbers of a byte as float32, which holds each; torch computes with no others of them."""
+    return tensor.float() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor
+
+
 def _check_config(form: Format, settings: Settings) -> None:
     config = settings.config
     check_patterns(config, NAMES, settings.where)
+    for field in ("modules_to_save", "target_parameters"):
+        value = config.get(field)
+        if not (value is None or isinstance(value, (str, list))):
+            raise settings.fail(f"{field} is {value!r:.80}, not a list of names")
+        if isinstance(value, list) and not all(isinstance(name, str) for name in value):
+            raise settings.fail(f"{field} holds {value!r:.80}, not names")
+    bias = config.get("bias")
+    if not (bias in (None, "none", "all") or (isinstance(bias, str) and bias.endswith("_only"))):
+        raise settings.fail(f"bias is {bias!r:.80}, and PEFT knows none, all and <type>_only")
     for field, reason in form.refused.items():
         if config.get(field):
             raise settings.fail(f"{field} is set, and fadapt cannot hold that: {reason}")
@@ -294,6 +310,13 @@ def _check_targets(form: Format, places: Places, found: _Sorted, settings: Setti
                 if not any(is_targeted(one, m) for m in known):
                     raise CheckpointError(f"{where}: target_modules: {target!r} matches no module")
     if config.get("target_parameters"):
+        for target in config["target_parameters"]:
+            one = {"target_parameters": [target]}
+            if not any(is_parameter_targeted(one, w.name) for w in places.weights):
+                raise CheckpointError(
+                    f"{where}: target_parameters: {target!r} matches no parameter that can be "
+                    "adapted"
+                )
         meant = {w.name for w in places.weights if is_parameter_targeted(config, w.name)}
         present = {p.weight.name for p in found.places.values() if p.layer == PARAMETER}
         if missing := sorted(meant - present):
