@@ -496,6 +496,35 @@ def test_files_that_are_damaged_or_foreign(here: Path, capsys: Any) -> None:
         assert name in refused(capsys, "inspect", name)
 
 
+@pytest.mark.parametrize("odd", ["\x1b[31m", "\ud800", "a\nb", "\u202e"])
+def test_what_files_say_does_nothing_to_a_terminal(odd: str, here: Path, capsys: Any) -> None:
+    adapter(qwen3(), {"q_proj": fadapt.LoRA(r=2)})
+    data = Path("a.safetensors").read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    meta = json.loads(header["__metadata__"]["fadapt"])
+    name = next(iter(meta["sites"]))
+    meta["sites"][name]["site"]["note"] = odd
+    header["__metadata__"]["fadapt"] = json.dumps(meta)
+    text = json.dumps(header).encode()
+    Path("a.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data[start:])
+    out = run(capsys, "inspect", "a.safetensors")
+    assert all(c.isprintable() or c == "\n" for c in out)
+    out.encode()
+
+
+def test_convert_writes_nothing_from_a_damaged_source(here: Path, capsys: Any) -> None:
+    model = saved(qwen3())
+    params = adapter(model, {"q_proj": fadapt.LoRA(r=2)})
+    fadapt.peft.save_peft(model, params, "peft")
+    for path in ("a.safetensors", "peft/adapter_model.safetensors"):
+        os.truncate(path, os.path.getsize(path) - 8)
+    for source in ("a.safetensors", "peft"):
+        for target in ("b.safetensors", "other"):
+            refused(capsys, "convert", source, target, "--base", "base")
+    assert sorted(os.listdir(".")) == ["a.safetensors", "base", "peft"]
+
+
 def test_without_tyro(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setitem(sys.modules, "tyro", None)
     assert "pip install 'fadapt[cli]'" in refused(capsys, "inspect", "a.safetensors")

@@ -23,6 +23,7 @@ from ..peft.save import save_peft
 from .describe import describe
 from .merged import write_file, write_model
 from .models import Dtype, load_base
+from .output import show
 
 File = Annotated[str, tyro.conf.arg(metavar="FILE")]
 Out = Annotated[str, tyro.conf.arg(metavar="OUT")]
@@ -59,11 +60,11 @@ def inspect(
         adapter: of several adapters in a directory of PEFT's, the name.
     """
     for line in describe(file, sites, adapter):
-        _print(line)
+        show(line)
     if base is not None:
         model = load_base(base, base_dtype)
         params = _load(file, model, adapter=adapter)
-        _print(f"\nover {base}, which it fits:\n{summary(params, model)}")
+        show(f"\nover {base}, which it fits:\n{summary(params, model)}")
 
 
 def merge(
@@ -111,7 +112,7 @@ def merge(
                 f"as the base, or write the weights alone: merge {file} weights{SUFFIX}"
             )
         write_model(model, weights, base, out)
-    _print(f"{out}: {_count(weights, 'changed weight')} of {_said(params)}")
+    show(f"{out}: {_count(weights, 'changed weight')} of {_said(params)}")
 
 
 def convert(
@@ -169,9 +170,9 @@ def convert(
         save(found, target)
     else:
         save_peft(model, found, target, serving=serving)
-    _print(f"{target}: {_said(found)}")
+    show(f"{target}: {_said(found)}")
     for line in _errors(found):
-        _print(line)
+        show(line)
 
 
 def _as_lora(
@@ -233,7 +234,3 @@ def _dtype(name: Dtype) -> Any:
     import torch
 
     return getattr(torch, name)
-
-
-def _print(line: str) -> None:
-    print(line)  # noqa: T201

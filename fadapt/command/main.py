@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..errors import FadaptError, FadaptWarning
+from .output import show
 
 DESCRIPTION = (
     "Adapters (LoRA and its family) of frozen PyTorch models: look into their files, merge and "
@@ -157,4 +158,4 @@ def _refuse(message: str) -> int:
 
 
 def _say(line: str) -> None:
-    print(f"fadapt: {line}", file=sys.stderr)  # noqa: T201
+    show(f"fadapt: {line}", sys.stderr)

@@ -12,6 +12,7 @@ from ..training.log import read_log
 from ..training.sweep import sweep as train
 from ..training.trial import Trial
 from .config import read_config
+from .output import show
 
 ConfigFile = Annotated[str, tyro.conf.arg(metavar="CONFIG.toml")]
 Directory = Annotated[str, tyro.conf.arg(metavar="DIRECTORY")]
@@ -31,13 +32,13 @@ def sweep(config: ConfigFile, /, *, anew: bool = False, check: bool = False) -> 
     settings = read_config(config)
     if check:
         for name, trial in settings.named_trials().items():
-            print(f"{name}: {_said(trial)}")  # noqa: T201
+            show(f"{name}: {_said(trial)}")
         return
     make_directory(settings.directory)
     job = settings.load(anew)
     report = train(job.model, job.trials, job.batches, **job.options)
-    print(report)  # noqa: T201
-    print(f"\nadapters and log: {settings.directory}")  # noqa: T201
+    show(report)
+    show(f"\nadapters and log: {settings.directory}")
 
 
 def report(directory: Directory, /, *, goal: Literal["min", "max"] | None = None) -> None:
@@ -48,9 +49,9 @@ def report(directory: Directory, /, *, goal: Literal["min", "max"] | None = None
         goal: whether a lower or a higher score is better; by default as the sweep was told.
     """
     log = read_log(directory)
-    print(log.table(goal))  # noqa: T201
+    show(log.table(goal))
     if file := log.best_file(goal):
-        print(f"\nbest: {file}")  # noqa: T201
+        show(f"\nbest: {file}")
 
 
 def _said(trial: Trial) -> str:

@@ -53,7 +53,8 @@ class Outline:
         digest = hashlib.sha256()
         for one in sorted(self.sites, key=lambda s: s.site.name):
             if not one.site.is_shared:
-                digest.update(f"{one.site.name} {one.site.fingerprint}\n".encode())
+                line = f"{one.site.name} {one.site.fingerprint}\n"
+                digest.update(line.encode(errors="surrogatepass"))
         return digest.hexdigest()[:32]
 
 
