@@ -267,6 +267,70 @@ class Named(fadapt.Method):
         return p["dropout_key"] * y
 
 
+@dataclass(frozen=True)
+class Mapped(fadapt.Method):
+    """A full increment, of one adapter at a time: a stack maps over its members."""
+
+    def init(self, site: Any, rng: Any) -> Any:
+        return {"D": site.zeros(site.out_features, site.in_features)}, {}
+
+    def delta(self, p: Any, x: Any, y: Any, base: Any) -> Any:
+        return x @ p["D"].mT
+
+
+def test_a_stack_under_vmap_has_masks_of_its_own() -> None:
+    """Two stacks of two methods, one of which is itself mapped over its members."""
+    model = net()
+    stack = fadapt.stack(
+        [lively(model, LoRA(r=2, dropout=0.5)), lively(model, Mapped(dropout=0.5))]
+    )
+    train, rest = stack.split()
+    twice = torch.utils._pytree.tree_map(lambda t: torch.stack([t, t]).detach(), train)
+
+    def losses(train: Any) -> Tensor:
+        return fadapt.run(model, rest.join(train), X, loss, verify=False)
+
+    with pytest.raises(RuntimeError, match="random operation"):
+        torch.func.vmap(losses)(twice)
+    one, other = torch.func.vmap(losses, randomness="different")(twice)
+    assert (one != other).all()
+    torch.manual_seed(7)
+    one, other = torch.func.vmap(losses, randomness="same")(twice)
+    assert torch.equal(one, other)
+    torch.manual_seed(7)
+    torch.testing.assert_close(one, losses(train))
+    grads = torch.func.vmap(torch.func.grad(lambda t: losses(t).sum()), randomness="same")(twice)
+    for leaf in torch.utils._pytree.tree_leaves(grads):
+        assert torch.equal(leaf[0], leaf[1])
+        assert leaf.abs().max() > 0
+
+
+@pytest.mark.parametrize("members", [1, 2])
+def test_compiled_passes_have_masks_and_gradients(members: int) -> None:
+    """Through AOTAutograd, whose backward has to find the forward's masks again."""
+    model = net()
+    each = [lively(model, LoRA(r=3, dropout=0.5), seed=i) for i in range(members)]
+    params = each[0] if members == 1 else fadapt.stack(each)
+    torch.compiler.reset()
+
+    def step(params: Any, x: Tensor) -> Tensor:
+        return fadapt.run(model, params, x, loss).sum()
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    leaves = fadapt.trainable(params)
+    seen = []
+    for seed in (3, 4):
+        found = []
+        for function in (compiled, step):
+            torch.manual_seed(seed)
+            value = function(params, X)
+            found.append((value, *torch.autograd.grad(value, leaves)))
+        for ours, ref in zip(*found, strict=True):
+            torch.testing.assert_close(ours, ref)
+        seen.append(found[0][0])
+    assert seen[0] != seen[1], "the masks of two passes are the same"
+
+
 def test_the_key_is_kept(tmp_path: Path) -> None:
     model = net()
     params = lively(model, LoRA(r=2, dropout=0.5)).to(dtype=torch.bfloat16)

@@ -148,8 +148,7 @@ CALIB = {
     "SSteer": pairs,
 }
 # SSteer trains nothing, so it starts where it ends; at strength 0 it is the base like all others.
-# All rows of a batch share a norm's vectors, so a stack of them is run one by one.
-EXEMPT = {("SSteer", "exact_identity"), ("LNTuning", "fold_equals_loop")}
+EXEMPT = {("SSteer", "exact_identity")}
 # A new bias of a layer without one is merge's to give; the dense weights of the laws have none.
 BIASED = {"BitFit", "ReFT"}
 # A compilation takes a second; the drawn widths matter little to it.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -22,7 +22,7 @@ from ..adapted_map import (
     drops_input,
     has_shift,
 )
-from ..base.linear_map import LinearMap
+from ..base.linear_map import DenseMap, LinearMap
 from ..base.torch_private import pytree
 from ..base.weights import Kind
 from ..dropout import fresh_draw
@@ -134,6 +134,29 @@ class FoldedSite:
             for index, adapter in self.pieces
         ]
         return self._gather(left, y_rows).reshape(y.shape)
+
+    @property
+    def vectors(self) -> Callable[[Tensor], Tensor] | None:
+        """A function of a frozen vector (n,): each adapter's own (N, n); None of other sites."""
+        return self._vectors if self.site.kind is Kind.VECTOR else None
+
+    def _vectors(self, own: Tensor) -> Tensor:
+        wide = own.to(torch.promote_types(own.dtype, torch.float32))
+        base, name = DenseMap(wide.unsqueeze(1)), self.site.name
+
+        def adapted(method: Method, p: Leaves, one: Tensor) -> Tensor:
+            p = {k: t.to(wide.dtype) if t.is_floating_point() else t for k, t in p.items()}
+            x, saved = adapt_input(method, p, one, name)
+            return adapt_output(method, p, saved, base(x), base, name)
+
+        # A vector is the map of the number 1; (members, 1, 1) -> (members, 1, n).
+        ones = wide.new_ones(self.stack_size, 1, 1)
+        parts = [
+            adapter.over(functools.partial(adapted, adapter.method), part)
+            for (_, adapter), part in zip(self.pieces, self._parts(ones), strict=True)
+        ]
+        rows = wide.expand(self.stack_size, 1, -1)
+        return self._gather(parts, rows).squeeze(1).to(own.dtype)
 
     def dense(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         raise FadaptError(
@@ -251,8 +274,6 @@ def cannot_fold(site: Site) -> str:
             "the kernel of a convolution" if site.kind is Kind.CONVOLUTION else "split into heads"
         )
         return f"is {what}, which takes one weight for all rows"
-    if site.kind is Kind.VECTOR:
-        return "is a vector that all rows of a batch share"
     return ""
 
 

@@ -22,6 +22,7 @@ from ..linalg import inverse_permutation
 from ..params.adapter import Adapted
 from .checkpointing import refuse_checkpoint
 from .exact import marked_like
+from .vectors import Stacked, Vectors, of_members
 
 RULES: dict[Callable, Callable[..., Any]] = {}
 """What stands for a torch function that gets an overlay."""
@@ -97,6 +98,12 @@ def _with_vectors(func: Callable, args: tuple, kwargs: dict) -> Any:
             what = args[0].adapter.site.name
             raise FadaptError(f"the model's forward writes to {what} ({name}); it is frozen")
 
+    stacked = [_stacked(a) for a in args], {k: _stacked(v) for k, v in kwargs.items()}
+    if any(isinstance(a, Stacked) for a in (*stacked[0], *stacked[1].values())):
+        result = of_members(func, *stacked, _remade)
+        if result is not NotImplemented:
+            return result
+
     def adapted(value: Any) -> Any:
         if not _is_vector(value):
             return value
@@ -104,6 +111,21 @@ def _with_vectors(func: Callable, args: tuple, kwargs: dict) -> Any:
         return materialize(value)
 
     return func(*map(adapted, args), **{k: adapted(v) for k, v in kwargs.items()})
+
+
+def _stacked(value: Any) -> Any:
+    """A vector of a stack as what its members make of it; anything else as it is."""
+    if not _is_vector(value):
+        return value
+    refuse_checkpoint(value.adapter)
+    vectors = getattr(value.adapter, "vectors", None)
+    if vectors is None:
+        return value
+    return Stacked(value.frozen, vectors(value.frozen), value.adapter, value.required_grad)
+
+
+def _remade(one: Stacked, own: Tensor, values: Tensor) -> Overlay:
+    return overlay(own, Vectors(values, one.adapter), required_grad=one.required_grad)
 
 
 def _dense_fallback(func: Callable, args: tuple, kwargs: dict) -> Any:
