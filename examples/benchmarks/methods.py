@@ -64,6 +64,8 @@ def settings(r: int, wide: int) -> dict[str, dict[str, Any]]:
     for name in [n for n in vars(fadapt) if n.startswith("AntiPaSTO")] + ["LoRAXS", "SSteer"]:
         found[name] = {"r": wide}
     found["SSVD"] = {"k": r}
+    # The gradient of a model with random weights has few directions.
+    found["LoRAGA"] = {"r": min(r, 4)}
     found["PiSSA"]["niter"] = 4
     found["C3A"] = {"block_size": 64}
     found["TrainableTokens"] = {"token_indices": tuple(range(16))}
@@ -100,8 +102,10 @@ def fresh(model: nn.Module, method: fadapt.Method, batch: Any, dtype: Any = None
     config = fadapt.Config({pattern: method}, dtype=dtype)
     if method.statistic is None:
         return fadapt.init(model, config)
-    ids = batch["input_ids"]
-    one, two = {"input_ids": ids}, {"input_ids": ids.flip(1)}
+    one, two = (
+        {"input_ids": ids, "labels": ids}
+        for ids in (batch["input_ids"], batch["input_ids"].flip(1))
+    )
     pairs = isinstance(method, fadapt.SSteer)
     return fadapt.init(model, config, [(one, two)] if pairs else [one, two])
 

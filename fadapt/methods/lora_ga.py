@@ -98,7 +98,8 @@ class LoRAGA(MovedFactors):
             u, s, v = top_svd(gradient, 2 * r)
         else:
             u, s, v = random_svd(gradient, 2 * r, rng, self.niter, oversample=max(8, 2 * r))
-        floor = max(gradient.shape) * torch.finfo(torch.float32).eps * s[0]
+        # Below it the float32 products that were summed up are noise.
+        floor = 16 * torch.finfo(torch.float32).eps * s[0]
         if not largest > 0 or not s[-1] > floor:
             rank = int((s > floor).sum()) if bool(largest > 0) else 0
             raise CalibrationError(
