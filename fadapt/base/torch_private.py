@@ -82,6 +82,16 @@ def saving_is_hooked() -> bool:
     return top(False) is not None
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether hooks run before or after a module's forward or backward; no public question."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
 def is_persistent(module: nn.Module, key: str) -> bool:
     """Whether a buffer belongs to the state dict, without building it."""
     return key not in module._non_persistent_buffers_set

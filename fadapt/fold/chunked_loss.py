@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from ..base.sharded import is_dtensor, is_unit, plain_class
 from ..fusion import written
 from ..hugging_face import LOSS_ARGUMENTS, calls_loss_function, has_causal_loss, output_head
+from ..overlay.instead import function_instead
 from ..site import Site
 
 CHUNKED_FROM = 2**24
@@ -172,7 +173,8 @@ class FrozenHead:
             if labels is not self.labels:
                 raise ValueError("the model computes its loss on other labels than the batch's")
             return self._taken
-        return chunked_cross_entropy(self.hidden, labels, self.weight, self.bias, adapters=adapters)
+        take = function_instead(chunked_cross_entropy)
+        return take(self.hidden, labels, self.weight, self.bias, adapters=adapters)
 
 
 def frozen_head(model: nn.Module, adapted: Container[str], batch: Any) -> FrozenHead | None:

@@ -18,6 +18,7 @@ from ..batch import Batch, arguments
 from ..errors import ConfigError, FadaptError, TargetError
 from ..hugging_face import without_cache
 from ..params.adapter import Adapted
+from .instead import forwards_instead
 from .mount import Mount, forwards_swapped, prepare
 
 # Dynamo traces the removal of a module's attribute, which forwards_swapped needs, since 2.13.
@@ -50,7 +51,7 @@ def call(
         return function(*args, **kwargs)
     refuse_bound(model, "a call with other params")
     mount = prepare(model, sites)
-    with mount.view():
+    with mount.view(instead=forwards_instead(model, sites)):
         try:
             return function(*args, **kwargs)
         except RuntimeError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -226,13 +226,25 @@ class Mount:
                 found.append((module, forward_key(module), swapped))
         return found
 
-    def view(self, owner: Any = None) -> View:
-        """The model as the call sees it."""
-        seen: dict[Place, Any] = {}
-        places: list[tuple[nn.Module, str]] = []
+    def view(
+        self,
+        owner: Any = None,
+        instead: Sequence[tuple[nn.Module, Callable[..., Any]]] = (),
+    ) -> View:
+        """The model as the call sees it.
+
+        Args:
+            owner: the params of a ``bound`` block.
+            instead: (part, function): what runs parts of the model, with the adapters in them.
+        """
+        seen: dict[Place, Any] = {(id(module), "forward"): function for module, function in instead}
+        places: list[tuple[nn.Module, str]] = [(module, "forward") for module, _ in instead]
+        elsewhere = {id(inner) for module, _ in instead for inner in module.modules()}
         recomputed = []
         for part in self.parts:
             held, module = part.held, self.modules[part.held.at]
+            if elsewhere and id(module) in elsewhere:
+                continue
             adapter = self._within(part, module) if part.follows else part.adapter
             place = id(module), PARAMETERS
             if held.quantized is not None:

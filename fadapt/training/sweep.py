@@ -97,8 +97,11 @@ def sweep(
         verify: compare two members together and alone before the first step, which takes a few
             more passes and calls ``loss_fn`` as often; False trusts that rows stay apart.
         compile: compile the pass and its gradient, each as one graph; or options for
-            torch.compile, such as {"mode": "reduce-overhead"}. The update is the optimiser's own
-            fused kernel. New learning rates and diverged or stopped trials do not recompile.
+            torch.compile, such as {"mode": "reduce-overhead"}; with {"regional": True} the equal
+            blocks of the model (its layers) are compiled as one function that runs each of them,
+            which takes a fraction of the time, and the rest runs as it is. The update is the
+            optimiser's own fused kernel. New learning rates and diverged or stopped trials do not
+            recompile.
         directory: for checkpoints, ``log.jsonl``, TensorBoard and the final adapters; the sweep
             goes on from a checkpoint that is there. :class:`Checkpoints` says how often, and
             whether to begin anew.

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...base.torch_private import pytree
 from ...errors import ConfigError
+from ...overlay.instead import run_by
 from ...params.params import Params
 from ...params.stack import Stack
 from ...run import run
+from .blocks import Blocks, BlocksOf
 from .cuda_graphs import CUDAGraphed
 
 # What torch calls the modes that record CUDA graphs without that part of them.
@@ -25,10 +28,11 @@ class Compiler:
 
     Args:
         options: for torch.compile, such as {"dynamic": False}; True for its defaults, False to
-            leave everything as it is. With one of the modes that stand for CUDA graphs,
-            "reduce-overhead" and "max-autotune", on a CUDA device each pass, its gradient
-            included, is recorded as one. torch's own modes record forward and backward apart, and
-            check their guards between them at every step.
+            leave everything as it is. With {"regional": True} the equal blocks of a model, such as
+            its layers, are compiled as one function, which is called for each. With one of the
+            modes that stand for CUDA graphs, "reduce-overhead" and "max-autotune", on a CUDA
+            device each pass, its gradient included, is recorded as one. torch's own modes record
+            forward and backward apart, and check their guards between them at every step.
         device: of the model.
     """
 
@@ -45,6 +49,9 @@ class Compiler:
         # Otherwise the chunks of all sweeps of a process would share torch's small limit.
         if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
             self.options.setdefault("isolate_recompiles", True)
+        self.regional = bool(self.options.pop("regional", False))
+        self._blocks: Blocks | None = None
+        self._parts: dict[int, BlocksOf] = {}
         self._made: dict[Any, Callable[..., Tensor]] = {}
         if self.compiles:
             try:  # which compiles nothing yet
@@ -58,11 +65,29 @@ class Compiler:
         """:func:`fadapt.run`, compiled for params of this structure."""
         if not self.compiles:
             return run
+        if self.regional:
+            return functools.partial(self._run_by_blocks, params)
         leaves, spec = pytree.tree_flatten(params)
         key = spec, tuple((t.shape, t.dtype, t.device) for t in leaves)
         if key not in self._made:
             self._made[key] = torch.compile(run, **self.options)
         return self._made[key]
+
+    def _run_by_blocks(self, owner: Stack | Params, model: nn.Module, *args: Any, **kw: Any) -> Any:
+        """``run`` with the equal blocks of the model compiled, each kind once."""
+        if self._blocks is None or self._blocks.model is not model:
+            self._blocks = Blocks(model, lambda f: torch.compile(f, **self.options))
+            if not self._blocks.blocks:
+                raise ConfigError(
+                    f"compile={{'regional': True}} compiles one of several equal blocks, and "
+                    f"{type(model).__name__} has no list of such blocks (layers without hooks, "
+                    "buffers of the state dict, quantised or sharded weights); leave it out"
+                )
+        parts = self._parts.get(id(owner))
+        if parts is None or parts.params is not owner or parts.blocks is not self._blocks:
+            parts = self._parts[id(owner)] = BlocksOf(self._blocks, owner)
+        with run_by(parts):
+            return run(model, *args, **kw)
 
     def recorded(self, function: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
         """A pass with its gradient, recorded where that was asked for; see :class:`CUDAGraphed`."""
