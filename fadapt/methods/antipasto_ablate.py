@@ -58,6 +58,10 @@ class AntiPaSTOAblate(SpectralMethod):
 
     reads_input: ClassVar[bool] = False
 
+    @property
+    def supports_batch_dims(self) -> bool:
+        return True
+
     def __post_init__(self) -> None:
         super().__post_init__()
         require(1 <= self.k <= self.r, f"k must be from 1 to r={self.r}, got {self.k}")

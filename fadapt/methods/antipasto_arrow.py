@@ -50,6 +50,10 @@ class AntiPaSTOArrow(SpectralMethod):
 
     reads_input: ClassVar[bool] = False
 
+    @property
+    def supports_batch_dims(self) -> bool:
+        return True
+
     def __post_init__(self) -> None:
         super().__post_init__()
         require(1 <= self.b < self.r, f"b must be from 1 to r-1={self.r - 1}, got {self.b}")

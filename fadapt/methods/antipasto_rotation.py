@@ -62,6 +62,10 @@ class AntiPaSTORotation(SpectralMethod):
 
     reads_output: ClassVar[bool] = False
 
+    @property
+    def supports_batch_dims(self) -> bool:
+        return True
+
     def __post_init__(self) -> None:
         super().__post_init__()
         size = self.block_size
@@ -101,8 +105,8 @@ class AntiPaSTORotation(SpectralMethod):
         wide = torch.promote_types(p["d"].dtype, torch.float32)
         p = {k: t.to(wide) for k, t in p.items() if k not in ("U", "V")}
         size = self.block_size
-        shift = (coefficient(self, p, p["d"]) * p["d"]).unflatten(-1, (-1, size))
-        scale = p["S"].unflatten(-1, (-1, size)) + shift
+        shift = _entries(coefficient(self, p, p["d"]) * p["d"]).unflatten(-1, (-1, size))
+        scale = _entries(p["S"]).unflatten(-1, (-1, size)) + shift
         core, turned = torch.diag_embed(shift), torch.diag_embed(scale)
         names = [name for name in ("T_v", "T_u") if name in p]
         turns = dict(zip(names, self.turns(torch.stack([p[k] for k in names]), p), strict=True))
@@ -119,4 +123,12 @@ class AntiPaSTORotation(SpectralMethod):
         size = self.block_size
         limit = 2 * math.tan(self.max_angle / 2) * math.tan(math.pi / (2 * size))
         x = skew(limit / 2 * torch.tanh(t / (2 * limit)), size)
-        return cayley_minus_identity(coefficient(self, p, x) * x)
+        c = coefficient(self, p, x)
+        if isinstance(c, Tensor) and c.dim():  # (n, 1, 1), for blocks (n, blocks, bs, bs)
+            c = c.unsqueeze(-1)
+        return cayley_minus_identity(c * x)
+
+
+def _entries(vector: Tensor) -> Tensor:
+    """A vector (r,), or those of a stack (n, r), which come as rows (n, 1, r)."""
+    return vector.squeeze(-2) if vector.dim() > 1 else vector

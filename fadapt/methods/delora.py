@@ -67,6 +67,10 @@ class DeLoRA(Method):
 
     reads_output: ClassVar[bool] = False
 
+    @property
+    def supports_batch_dims(self) -> bool:
+        return True
+
     def __post_init__(self) -> None:
         check_rank_range("r", self.r)
         require(self.lambda0 > 0, f"lambda0 must be positive, got {self.lambda0}")
@@ -89,10 +93,10 @@ class DeLoRA(Method):
         strength = self.lambda0 + q["dlambda"]
         if self.form == "peft":
             a, b = q["A"], q["B"]
-            core = strength / self.r * _inverse_length(a, 1) * _inverse_length(b, 0)
+            core = strength / self.r * _inverse_length(a, -1) * _inverse_length(b, -2)
             return (x @ (a * w).to(x.dtype).mT) * core.to(x.dtype) @ p["B"].to(x.dtype).mT
-        down = (torch.cat([q["dA"], q["A0"]]) * w).to(x.dtype)
-        up = torch.cat([p["dB"], p["B0"]], 1).to(x.dtype)
+        down = (_beside(q["dA"], q["A0"], -2) * w).to(x.dtype)
+        up = _beside(p["dB"], p["B0"], -1).to(x.dtype)
         return x @ down.mT @ self._core(q, strength).to(x.dtype) @ up.mT
 
     def low_rank(self, p: Mapping[str, Tensor], base: LinearMap) -> Factors | None:
@@ -100,13 +104,14 @@ class DeLoRA(Method):
         strength = self.lambda0 + q["dlambda"]
         if self.form == "peft":
             a, b = q["A"], q["B"]
-            return a * q["w"], strength / self.r * _inverse_length(a, 1) * _inverse_length(b, 0) * b
-        up = torch.cat([q["dB"], q["B0"]], 1) @ self._core(q, strength).mT
-        return torch.cat([q["dA"], q["A0"]]) * q["w"], up
+            core = strength / self.r * _inverse_length(a, -1) * _inverse_length(b, -2)
+            return a * q["w"], core * b
+        up = _beside(q["dB"], q["B0"], -1) @ self._core(q, strength).mT
+        return _beside(q["dA"], q["A0"], -2) * q["w"], up
 
     def _core(self, q: Mapping[str, Tensor], strength: Tensor) -> Tensor:
-        """K (2 r, 2 r), transposed: from (dA, A0) to (dB, B0)."""
-        vectors = [(q["A0"], q["dA"], 1), (q["B0"], q["dB"], 0)]
+        """K (..., 2 r, 2 r), transposed: from (dA, A0) to (dB, B0)."""
+        vectors = [(_like(q["A0"], q["dA"]), q["dA"], -1), (_like(q["B0"], q["dB"]), q["dB"], -2)]
         start = torch.stack([(old * old).sum(dim) for old, _, dim in vectors])
         end = torch.stack([(old + d).square().sum(dim) for old, d, dim in vectors])
         difference = torch.stack([(d * (2 * old + d)).sum(dim) for old, d, dim in vectors])
@@ -115,17 +120,29 @@ class DeLoRA(Method):
         along_start = -growth * along_step * unit
         (a1, b1), (a0, b0), (a_unit, b_unit) = along_step, along_start, unit
         b_new = b0 + b_unit
+        # (n, 1, 1) in a stack, whose lengths are (n, r).
+        strength, dlambda = (t.squeeze(-1) if t.dim() else t for t in (strength, q["dlambda"]))
         entries = torch.stack(
             [
                 strength * a1 * b1,
                 strength * a1 * b_new,
                 strength * (a0 + a_unit) * b1,
-                strength * (a0 * b_new + a_unit * b0) + q["dlambda"] * a_unit * b_unit,
+                strength * (a0 * b_new + a_unit * b0) + dlambda * a_unit * b_unit,
             ]
         )
         blocks = torch.diag_embed(entries / self.r).unflatten(0, (2, 2))
-        return blocks.transpose(1, 2).reshape(2 * self.r, 2 * self.r)
+        return blocks.movedim((0, 1), (-4, -2)).flatten(-4, -3).flatten(-2)
 
 
 def _inverse_length(vectors: Tensor, dim: int) -> Tensor:
-    return (vectors * vectors).sum(dim).clamp(min=FLOOR**2).rsqrt()
+    """(..., 1, r)."""
+    return (vectors * vectors).sum(dim).clamp(min=FLOOR**2).rsqrt().unsqueeze(-2)
+
+
+def _like(old: Tensor, new: Tensor) -> Tensor:
+    """A start that the members of a stack share, as one for each."""
+    return old.expand(new.shape)
+
+
+def _beside(new: Tensor, old: Tensor, dim: int) -> Tensor:
+    return torch.cat([new, _like(old, new)], dim)

@@ -55,6 +55,10 @@ class RoAd(Method):
     def acts_on_bias(self) -> bool:
         return True
 
+    @property
+    def supports_batch_dims(self) -> bool:
+        return True
+
     def __post_init__(self) -> None:
         require(
             self.group_size >= 2 and self.group_size % 2 == 0,
@@ -87,7 +91,7 @@ class RoAd(Method):
         return torch.stack(both, -2).flatten(-3)
 
     def _gain_and_turn(self, p: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """The factors of y and of rot(y): (groups, 2, group_size / 2) each."""
+        """The factors of y and of rot(y): (..., groups, 2, group_size / 2) each."""
         half = self.group_size // 2
         wide = torch.promote_types(p["theta"].dtype, torch.float32)
         theta, a = p["theta"].to(wide), p["a"].to(wide)
@@ -98,7 +102,8 @@ class RoAd(Method):
         else:
             rows = 1 if self.variant == 1 else 2
             cos_theta, cos_a = (
-                t.unflatten(-1, (-1, rows, half)).expand(-1, 2, -1) for t in (theta, a)
+                t.unflatten(-1, (-1, rows, half)).expand(*t.shape[:-1], -1, 2, -1)
+                for t in (theta, a)
             )
             sin_theta, sin_a = cos_theta, cos_a
         gain = cos_a * cos_theta.cos() - 2 * (cos_theta / 2).sin().square()

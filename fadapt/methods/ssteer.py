@@ -64,6 +64,10 @@ class SSteer(Method):
     owns_strength: ClassVar[bool] = True
     needs_plain_base: ClassVar[bool] = True
 
+    @property
+    def supports_batch_dims(self) -> bool:
+        return True
+
     def __post_init__(self) -> None:
         require(self.r is None or self.r >= 1, f"r must be None or at least 1, got {self.r}")
 

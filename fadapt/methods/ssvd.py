@@ -59,6 +59,10 @@ class SSVD(Method):
     owns_strength: ClassVar[bool] = True
     needs_plain_base: ClassVar[bool] = True
 
+    @property
+    def supports_batch_dims(self) -> bool:
+        return True
+
     def __post_init__(self) -> None:
         least = 1 if self.kind == "free" else 2  # one vector cannot turn
         require(self.k >= least, f"k must be at least {least}, got {self.k}")
@@ -88,5 +92,7 @@ class SSVD(Method):
         c = coefficient(self, p, p["d"])
         if self.kind == "free":
             return c * p["F"]
-        minus_k = -c * skew(p["T"], self.k)
+        # A vector of a stack comes as a row, (n, 1, k (k - 1) / 2).
+        triangle = p["T"].squeeze(-2) if p["T"].dim() > 1 else p["T"]
+        minus_k = -c * skew(triangle, self.k)
         return 2 * minus_k if self.kind == "first_order" else cayley_minus_identity(minus_k)
