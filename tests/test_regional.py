@@ -131,6 +131,22 @@ def test_members_do_not_see_each_other() -> None:
         assert torch.equal(before[i], after[i]) != (i in changed)
 
 
+def test_vectors_and_matrices_of_a_layer() -> None:
+    torch.manual_seed(0)
+    model, x = Net().double(), torch.randn(6, 5, dtype=torch.float64)
+    rules = {r"norm\.": fadapt.IA3(), r"up\.weight": fadapt.LoRA(r=2), r"up\.bias": fadapt.IA3()}
+    made = []
+    for seed in range(2):
+        made.append(fadapt.init(model, fadapt.Config(rules, seed=seed, dtype=torch.float64)))
+        with torch.no_grad():
+            for leaf in fadapt.trainable(made[-1]):
+                leaf += 0.1 * (1 + seed)
+    stack = fadapt.stack(made)
+    compiled, counted = compiler()
+    close(of(compiled.run(stack), model, stack, x, square), of(fadapt.run, model, stack, x, square))
+    assert counted.graphs <= 2
+
+
 def test_one_adapter() -> None:
     torch.manual_seed(0)
     model, x = Net().double(), torch.randn(6, 5, dtype=torch.float64)

@@ -261,3 +261,23 @@ def test_what_cannot_be_is_said() -> None:
     base.scalar = nn.Parameter(torch.tensor(1.0))
     with pytest.raises(fadapt.TargetError, match="a single number"):
         fadapt.init(base, {"scalar": Add()})
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_layer_with_adapted_weight_and_bias_is_compiled(count: int) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Linear(5, 4).double(), torch.randn(6, 5, dtype=torch.float64)
+    rules = {"weight": fadapt.LoRA(r=2), "bias": fadapt.IA3()}
+    configs = [fadapt.Config(rules, seed=i, dtype=torch.float64) for i in range(count)]
+    made = [fadapt.init(model, config) for config in configs]
+    params = made[0] if count == 1 else fadapt.stack(made)
+    with torch.no_grad():
+        for leaf in fadapt.trainable(params):
+            leaf += 0.1
+
+    def losses(params: Any) -> torch.Tensor:
+        return fadapt.run(model, params, x, lambda out, _: out.square().mean(), verify=False)
+
+    torch.compiler.reset()
+    compiled = torch.compile(losses, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(params), losses(params), rtol=1e-12, atol=1e-12)

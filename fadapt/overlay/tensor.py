@@ -54,16 +54,30 @@ class Overlay(Tensor):
     def __torch_function__(
         cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        if func not in METADATA and any(map(_is_vector, (*args, *kwargs.values()))):
-            return _with_vectors(func, args, kwargs)
-        if func in RULES:
-            result = RULES[func](*args, **kwargs)
-            if result is not NotImplemented:
-                return result
-        if func in METADATA:
-            return func(*(a.frozen if isinstance(a, Overlay) else a for a in args), **kwargs)
-        return _dense_fallback(func, args, kwargs)
+        return _by_rule(func, args, kwargs or {})
+
+
+def _by_rule(func: Callable, args: tuple, kwargs: dict) -> Any:
+    """What a function of overlays means."""
+    if func not in METADATA and any(map(_is_vector, (*args, *kwargs.values()))):
+        return _with_vectors(func, args, kwargs)
+    if func in RULES:
+        result = RULES[func](*args, **kwargs)
+        if result is not NotImplemented:
+            return result
+    if func in METADATA:
+        return func(*(a.frozen if isinstance(a, Overlay) else a for a in args), **kwargs)
+    return _dense_fallback(func, args, kwargs)
+
+
+def _called(func: Callable, args: tuple, kwargs: dict) -> Any:
+    """A function of arguments of which some may still be overlays.
+
+    Dynamo (2.13) does not ask a subclass of Tensor again within its own function.
+    """
+    if any(isinstance(value, Overlay) for value in (*args, *kwargs.values())):
+        return _by_rule(func, args, kwargs)
+    return func(*args, **kwargs)
 
 
 def overlay(
@@ -100,7 +114,7 @@ def _with_vectors(func: Callable, args: tuple, kwargs: dict) -> Any:
 
     stacked = [_stacked(a) for a in args], {k: _stacked(v) for k, v in kwargs.items()}
     if any(isinstance(a, Stacked) for a in (*stacked[0], *stacked[1].values())):
-        result = of_members(func, *stacked, _remade)
+        result = of_members(func, *stacked, _remade, _called)
         if result is not NotImplemented:
             return result
 
@@ -110,7 +124,8 @@ def _with_vectors(func: Callable, args: tuple, kwargs: dict) -> Any:
         refuse_checkpoint(value.adapter)
         return materialize(value)
 
-    return func(*map(adapted, args), **{k: adapted(v) for k, v in kwargs.items()})
+    args, kwargs = tuple(map(adapted, args)), {k: adapted(v) for k, v in kwargs.items()}
+    return _called(func, args, kwargs)
 
 
 def _stacked(value: Any) -> Any:

@@ -79,6 +79,9 @@ class Stacked:
 Remake = Callable[[Stacked, Tensor, Tensor], Any]
 """(a vector, its own values now, the adapters' now) -> what stands for it now."""
 
+Call = Callable[[Callable, tuple, dict[str, Any]], Any]
+"""(function, args, kwargs) -> its value."""
+
 CASTS = frozenset(
     {Tensor.to, Tensor.type, Tensor.type_as, Tensor.float, Tensor.double, Tensor.half}
     | {Tensor.bfloat16, Tensor.contiguous, Tensor.clone, Tensor.detach}
@@ -90,16 +93,21 @@ ELEMENTWISE = frozenset(
 )
 
 
-def of_members(func: Callable, args: list[Any], kwargs: dict[str, Any], remake: Remake) -> Any:
+def of_members(
+    func: Callable, args: list[Any], kwargs: dict[str, Any], remake: Remake, call: Call
+) -> Any:
     """What a function of vectors means in a stack; NotImplemented where that is not known.
 
     Args:
         args, kwargs: with a :class:`Stacked` for each vector.
         remake: puts changed vectors in one's place.
+        call: calls a function of which an argument may be an adapted matrix.
     """
     if func in CASTS or func in ELEMENTWISE:
         return _elementwise(func, args, kwargs, remake)
-    rule = {F.layer_norm: _layer_norm, F.rms_norm: _rms_norm, F.linear: _linear}.get(func)
+    if func is F.linear:
+        return _linear(call, *args, **kwargs)
+    rule = {F.layer_norm: _layer_norm, F.rms_norm: _rms_norm}.get(func)
     return NotImplemented if rule is None else rule(*args, **kwargs)
 
 
@@ -187,13 +195,13 @@ def _rms_norm(
     return _normed(y, F.rms_norm(wide, normalized_shape, None, eps), weight)
 
 
-def _linear(input: Tensor, weight: Any, bias: Any = None) -> Any:  # noqa: A002
+def _linear(call: Call, input: Tensor, weight: Any, bias: Any = None) -> Any:  # noqa: A002
     """A product with a frozen or an adapted matrix, and each adapter's bias."""
     acts_on_bias = getattr(getattr(weight, "adapter", None), "acts_on_bias", False)
     if not isinstance(bias, Stacked) or acts_on_bias:
         return NotImplemented
     if isinstance(input, Stacked) or isinstance(weight, Stacked):
         return NotImplemented
-    y = F.linear(input, weight, bias.own)
+    y = call(F.linear, (input, weight, bias.own), {})
     rows = _apart(y, bias.values)
     return NotImplemented if rows is None else (rows + bias.moves(rows)).flatten(0, 1)
