@@ -169,7 +169,7 @@ def test_embedding_never_holds_a_vocabulary_sized_row() -> None:
 
 def test_embedding_under_torch_func_and_in_a_stack() -> None:
     model = seeded(Embedded(3)).double()
-    members = [trained(model, {"table": m}, s) for s, m in enumerate((L2, LoRA(r=3), IA3()))]
+    members = [trained(model, {"table": m}, seed=s) for s, m in enumerate((L2, LoRA(r=3), IA3()))]
 
     def f(out: Tensor, _: Any) -> Tensor:
         return loss(out)
@@ -405,7 +405,7 @@ def test_experts_under_torch_func(implementation: str) -> None:
     error = 1e-8 if implementation == "batched_mm" else 1e-3  # float64 and float32
     tol = {"rtol": error, "atol": error}
     batch = {"input_ids": tokens(), "labels": tokens()}
-    members = [trained(model, {"experts": L2}, s) for s in (1, 2)]
+    members = [trained(model, {"experts": L2}, seed=s) for s in (1, 2)]
     trains, rests = zip(*map(fadapt.split, members), strict=True)
 
     def f(train: Any) -> Tensor:
@@ -429,7 +429,7 @@ def test_experts_under_torch_func(implementation: str) -> None:
 @per_implementation
 def test_a_stack_over_experts_is_refused(implementation: str) -> None:
     model = moe_model("mixtral", implementation)
-    stack = fadapt.stack([trained(model, {"experts": L2}, s) for s in (1, 2)])
+    stack = fadapt.stack([trained(model, {"experts": L2}, seed=s) for s in (1, 2)])
     model.register_forward_pre_hook(lambda *_: pytest.fail("refused only after the forward began"))
     with pytest.raises(FadaptError, match=r"routing mixes the rows.*one by one"):
         fadapt.run(model, stack, {"input_ids": tokens(), "labels": tokens()})
@@ -453,7 +453,7 @@ def test_stacks_over_experts_give_their_members_back() -> None:
     """At every rank, of all experts."""
     model = moe_model("mixtral", "batched_mm")
     kinds = (L2, LoRA(r=3), fadapt.RsLoRA(r=2), fadapt.PiSSA(r=3), fadapt.PiSSA(r=2))
-    members = [trained(model, {"experts": m}, s) for s, m in enumerate(kinds)]
+    members = [trained(model, {"experts": m}, seed=s) for s, m in enumerate(kinds)]
     stack = fadapt.stack(members)
     assert len(stack.groups) == 2
     for member, back in zip(members, fadapt.unstack(stack), strict=True):
@@ -479,7 +479,7 @@ def test_a_stack_of_one_is_its_adapter() -> None:
 
 def test_a_stack_over_a_convolution_is_refused() -> None:
     model = seeded(nn.Sequential(nn.Conv1d(4, 4, 3), nn.Flatten(), nn.Linear(8, 3)))
-    stack = fadapt.stack([trained(model, {"^0": L2}, s) for s in (1, 2)])
+    stack = fadapt.stack([trained(model, {"^0": L2}, seed=s) for s in (1, 2)])
     model.register_forward_pre_hook(lambda *_: pytest.fail("refused only after the forward began"))
     with pytest.raises(FadaptError, match=r"kernel of a convolution.*one by one"):
         fadapt.run(model, stack, reals(3, 4, 4), lambda out, _: out.sum())

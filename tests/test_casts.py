@@ -68,7 +68,7 @@ def test_casts(cls: Any, dtype: torch.dtype, method: fadapt.Method) -> None:
     assert torch.equal(fadapt.apply(model, started, x), twin(x))
     assert {p.dtype for p in model.parameters()} == {dtype}, "a call changes nothing of the base"
 
-    members = [trained(model, method, seed) for seed in (0, 1)]
+    members = [trained(model, method, seed=seed) for seed in (0, 1)]
     alone = [fadapt.apply(model, member, x) for member in members]
     for member, out in zip(members, alone, strict=True):
         merged = cls().double()

@@ -133,7 +133,7 @@ def test_additive_methods_add_the_same_over_8bit(bnb: Any, kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_torch_func_transforms(bnb: Any, kind: str) -> None:
     model, x = quantized(kind, torch.float32), inputs(5, WIDTHS[0])
-    members = [trained(model, DoRA(r=2, detach_norm=False), s) for s in (1, 2)]
+    members = [trained(model, DoRA(r=2, detach_norm=False), seed=s) for s in (1, 2)]
     trains, rests = zip(*map(fadapt.split, members), strict=True)
     tree = torch.utils._pytree
 
@@ -161,7 +161,7 @@ def test_fold_and_merge(bnb: Any, kind: str) -> None:
     from tests.test_quantized import dequantize
 
     model, x = quantized(kind, torch.float32), inputs(5, WIDTHS[0])
-    members = [trained(model, m, s) for s, m in enumerate((LoRA(r=2), LoRA(r=4), DoRA(r=2)))]
+    members = [trained(model, m, seed=s) for s, m in enumerate((LoRA(r=2), LoRA(r=4), DoRA(r=2)))]
     folded = fadapt.run(model, fadapt.stack(members), x, loss)
     alone = torch.stack([fadapt.run(model, m, x, loss) for m in members])
     assert relative(folded, alone) < (INT8 if kind == "8bit" else 1e-4)

@@ -140,8 +140,8 @@ def test_scale_of_a_stack_and_of_rows() -> None:
     model = mlp()
     members = [
         trained(model, seed=0),
-        trained(model, LoRA(r=3), 1),
-        trained(model, fadapt.HRA(2), 2),
+        trained(model, LoRA(r=3), seed=1),
+        trained(model, fadapt.HRA(2), seed=2),
     ]
     stack, c = fadapt.stack(members), [0.5, -1.0, 2.0]
     want = torch.stack(
@@ -251,8 +251,8 @@ def test_base_rows_are_the_base(ids) -> None:
     model = mlp()
     members = [
         trained(model, seed=0),
-        trained(model, fadapt.IA3(), 1),
-        trained(model, LoRA(r=3), 2),
+        trained(model, fadapt.IA3(), seed=1),
+        trained(model, LoRA(r=3), seed=2),
     ]
     rows = fadapt.select(fadapt.stack(members), ids)
     assert len(rows) == 5
@@ -348,14 +348,14 @@ def test_project_of_a_stack_is_that_of_its_members() -> None:
     model = mlp()
     cfg = fadapt.OFT(block_size=4)
     params = trained(model, cfg)
-    stack = fadapt.stack([params, trained(model, cfg, 1)])
+    stack = fadapt.stack([params, trained(model, cfg, seed=1)])
     with pytest.raises(ConfigError, match=r"stack\.map\(fadapt\.project\)"):
         fadapt.project(stack)  # type: ignore[arg-type]
     before = fadapt.trainable(stack)
     projected = stack.map(fadapt.project)
     assert all(a is b for a, b in zip(before, fadapt.trainable(projected), strict=True))
     for one, member in zip(
-        fadapt.unstack(projected), (params, trained(model, cfg, 1)), strict=True
+        fadapt.unstack(projected), (params, trained(model, cfg, seed=1)), strict=True
     ):
         for a, b in zip(
             fadapt.trainable(one), fadapt.trainable(fadapt.project(member)), strict=True

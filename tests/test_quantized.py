@@ -215,7 +215,7 @@ def test_torch_func_transforms(row: str, kind: str) -> None:
     model = two_layers(kind)
     method = METHODS[row].true_gradient()
     dense, x = dequantize(model), reals(4, WIDTHS[0])
-    members = [trained(model, method, seed) for seed in (1, 2)]
+    members = [trained(model, method, seed=seed) for seed in (1, 2)]
     trains, rests = zip(*map(fadapt.split, members), strict=True)
 
     def of(base: nn.Module) -> Any:

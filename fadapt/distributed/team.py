@@ -6,8 +6,10 @@ import atexit
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -47,6 +49,7 @@ class Team:
             if mesh is not None and mesh.size() > 1:
                 raise ConfigError("mesh= needs several processes; start the script with torchrun")
             return
+        _settle_at_exit()
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.size, self.place = self.world, self.rank
         if mesh is not None:
@@ -290,3 +293,15 @@ class PeerError(FadaptError):
     """
 
     report: Any = None
+
+
+@cache
+def _settle_at_exit() -> None:
+    """Lets the exchanges over gloo come to rest before the interpreter ends.
+
+    gloo's thread frees the tensors of its last exchange a moment after the exchange is seen as
+    done, and takes the interpreter's lock for that. An interpreter that is ending answers by
+    ending the thread, and C++ aborts the process ("terminate called without an active exception"),
+    in one of ten runs whose last act is an exchange.
+    """
+    atexit.register(time.sleep, 0.1)
