@@ -6,6 +6,7 @@ The reference is the same model whole, in each process.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,9 +20,14 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import fadapt
 from fadapt import DoRA, LoRA
+from fadapt.base import weights
+from fadapt.base.fingerprint import fingerprint
+from fadapt.base.sharded import full_at, full_rows
+from fadapt.base.torch_private import StorageWeakRef
 from fadapt.statistics.reduction import statistics_of
 from tests import models, ranks
 from tests.test_laws import ROWS
@@ -234,6 +240,111 @@ def tensor_parallel(rank: int, world: int, _: Path) -> None:
         fadapt.run(model, fadapt.init(model, {"proj": fadapt.HRA(r=2)}), batch)
 
 
+class Gathered:
+    """How many whole weights are made of shards, and how many of them are alive at once.
+
+    Storages, not tensors: a view of a weight holds all of it.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, values: int) -> None:
+        self.count = self.most = self.largest = 0
+        self._values = values
+        self._storages: list[StorageWeakRef] = []
+        for owner, name in ((DTensor, "full_tensor"), (weights, "full_rows")):
+            monkeypatch.setattr(owner, name, self._seen(getattr(owner, name)))
+
+    def _seen(self, gather: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def seen(*args, **options) -> Tensor:
+            whole = gather(*args, **options)
+            if whole.numel() >= self._values:
+                self._storages.append(StorageWeakRef(whole.untyped_storage()))
+                self.count += 1
+                self.most = max(self.most, sum(not s.expired() for s in self._storages))
+                self.largest = max(self.largest, whole.numel())
+            return whole
+
+        return seen
+
+
+def one_weight_at_a_time(rank: int, world: int, _: Path) -> None:
+    """What init gathers of a model whose weights do not fit together."""
+    from tests.test_bases import GATE_UP, mixtral
+
+    plain = models.mlp(widths=(70, 75, 81, 66, 70))  # odd numbers of rows: shards of two sizes
+    moe = mixtral()
+    for whole, units, rule, values in (
+        (plain, [m for m in plain if isinstance(m, nn.Linear)], "weight", 66 * 70),
+        (moe, moe.model.layers, "experts", 48 * 32),
+    ):
+        whole.requires_grad_(False)
+        model = copy.deepcopy(whole)
+        names = {m: n for n, m in whole.named_modules()}
+        for unit in units:
+            fully_shard(model.get_submodule(names[unit]))
+        fully_shard(model)
+        for method in (LoRA(r=2), fadapt.PiSSA(r=2), DoRA(r=2)):
+            want = fadapt.init(whole, {rule: method})
+            with pytest.MonkeyPatch.context() as monkeypatch:
+                gathered = Gathered(monkeypatch, values)
+                got = fadapt.init(model, {rule: method})
+            if type(method) is LoRA:
+                assert gathered.count == 0, gathered.count
+            else:
+                matrices = sum(a.site.experts or 1 for a in want.values())
+                assert gathered.count >= matrices
+                assert gathered.most <= 2, gathered.most
+                largest = max(a.site.out_features * a.site.in_features for a in want.values())
+                assert gathered.largest == largest  # one expert's, not the stack
+            assert list(got) == list(want)
+            for site, adapter in want.items():
+                assert adapter.site == got[site].site
+                for key, leaf in adapter.leaves.items():
+                    assert torch.equal(leaf, got[site].leaves[key]), (site, key)
+    assert GATE_UP in want
+
+
+def parts_of_weights(rank: int, world: int, _: Path) -> None:
+    """Rows and single values of a DTensor, to the last bit, whatever its placement."""
+    mesh = init_device_mesh("cpu", (world,))
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        for shape in ((5, 6, 8), (1, 4, 4), (12, 6)):
+            whole = models.reals(*shape).to(dtype)
+            whole.view(-1)[::3], whole.view(-1)[1] = -0.0, torch.nan
+            index = torch.randperm(whole.numel(), generator=torch.Generator().manual_seed(0))[:9]
+            for placement in (Shard(0), Shard(1), Shard(len(shape) - 1), Replicate()):
+                spread = distribute_tensor(whole, mesh, [placement])
+                for low in range(shape[0]):
+                    high = min(low + 3, shape[0])
+                    assert same_bits(full_rows(spread, low, high), whole[low:high])
+                assert same_bits(full_at(spread, index), whole.view(-1)[index])
+                assert fingerprint(spread) == fingerprint(whole)
+    large = models.reals(81, 75)  # of which a fingerprint samples
+    for placement in (Shard(0), Shard(1)):
+        assert fingerprint(distribute_tensor(large, mesh, [placement])) == fingerprint(large)
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(
+        a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)
+    )
+
+
+def gathered_maps(rank: int, world: int, _: Path) -> None:
+    """The map of a sharded weight is that of the whole one, with and without a bias."""
+    for whole, x in ((models.mlp(), models.reals(3, 8)), (models.gpt2(), models.reals(3, 32))):
+        model = fully_shard(copy.deepcopy(whole))
+        ours, theirs = weights.weights_by_name(model), weights.weights_by_name(whole)
+        for name, weight in theirs.items():
+            got, want = ours[name].map, weight.map
+            assert same_bits(got.weight(), want.weight()), name
+            assert (got.bias is None) == (want.bias is None), name
+            if got.bias is not None and want.bias is not None:
+                assert same_bits(got.bias, want.bias), name
+            if weight.shape[1] == x.shape[1] and weight.kind == "linear":
+                assert same_bits(got(x), want(x)), name
+                assert same_bits(got.linear(x), want.linear(x)), name
+
+
 def averaged_gradients(rank: int, world: int, _: Path) -> None:
     """What those who use DistributedDataParallel do instead."""
     from fadapt.distributed import all_reduce_gradients
@@ -256,6 +367,9 @@ FSDP = {
     f.__name__: f
     for f in (
         averaged_gradients,
+        gathered_maps,
+        one_weight_at_a_time,
+        parts_of_weights,
         every_method,
         mixed_stack,
         precision_and_checkpoints,

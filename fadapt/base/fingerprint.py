@@ -7,7 +7,7 @@ import hashlib
 import torch
 from torch import Tensor
 
-from .sharded import full
+from .sharded import full, full_at
 
 SAMPLES = 4096
 
@@ -19,12 +19,14 @@ def fingerprint(weight: Tensor) -> str:
     """
     if weight.is_meta:
         return "meta"
-    flat = full(weight.detach()).reshape(-1)
-    n = flat.numel()
+    weight = weight.detach()
+    n = weight.numel()
     if n > SAMPLES:
         # A large odd multiplier spreads the samples over rows and columns alike.
         index = torch.arange(SAMPLES, dtype=torch.int64, device="cpu") * 2654435761 % n
-        flat = flat[index.to(flat.device)]
+        flat = full_at(weight, index)
+    else:
+        flat = full(weight).reshape(-1)
     digest = hashlib.sha256(f"{tuple(weight.shape)} {weight.dtype}".encode())
     digest.update(flat.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:32]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -77,6 +78,37 @@ class DenseMap:
 
     def weight(self) -> Tensor:
         return self._weight.mT if self._transposed else self._weight
+
+
+class GatheredMap:
+    """A map whose weight is spread over processes: gathered at each use, and let go after it.
+
+    All processes have to use it alike, in the same order.
+
+    Args:
+        gather: gives the map of the whole weight with this bias.
+        bias: gives the whole bias; None for a layer without one.
+    """
+
+    __slots__ = ("_bias", "_gather")
+
+    def __init__(
+        self, gather: Callable[[Tensor | None], LinearMap], bias: Callable[[], Tensor] | None = None
+    ):
+        self._gather, self._bias = gather, bias
+
+    @property
+    def bias(self) -> Tensor | None:
+        return None if self._bias is None else self._bias()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._gather(self.bias)(x)
+
+    def linear(self, z: Tensor) -> Tensor:
+        return self._gather(None).linear(z)
+
+    def weight(self) -> Tensor:
+        return self._gather(None).weight()
 
 
 def without_bias(base: LinearMap, y: Tensor) -> Tensor:

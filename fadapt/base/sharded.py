@@ -76,6 +76,73 @@ def full(tensor: Tensor) -> Tensor:
     return tensor.detach().to(mesh.device_type).full_tensor()  # type: ignore[attr-defined]
 
 
+def full_rows(tensor: Tensor, low: int, high: int) -> Tensor:
+    """``full(tensor)[low:high]``, of which no process gathers the rest; the same calls as for full.
+
+    Rows of a stack of experts, which is too large to be gathered for each of its matrices.
+    """
+    shard = _shard(tensor)
+    if shard is None:
+        return full(tensor)[low:high]
+    start, axis, group = shard
+    local = local_of(tensor.detach())
+    if axis:
+        part, offset = local[low:high], start
+    else:
+        begin, end = (min(max(row - start, 0), len(local)) for row in (low, high))
+        part, offset = local[begin:end], start + begin - low
+    shape = (high - low, *tensor.shape[1:])
+    whole = torch.zeros(shape, dtype=tensor.dtype, device=compute_device(tensor))
+    if part.numel():
+        whole.narrow(axis, offset, part.shape[axis]).copy_(part)
+    return _joined(whole, group)
+
+
+def full_at(tensor: Tensor, index: Tensor) -> Tensor:
+    """``full(tensor).flatten()[index]``, without gathering the rest; the same calls as for full."""
+    shard = _shard(tensor)
+    if shard is None:
+        flat = full(tensor).reshape(-1)
+        return flat[index.to(flat.device)]
+    start, axis, group = shard
+    local = local_of(tensor.detach())
+    places = list(torch.unravel_index(index.to(local.device), tensor.shape))
+    places[axis] = places[axis] - start
+    mine = (places[axis] >= 0) & (places[axis] < local.shape[axis])
+    values = torch.zeros(index.shape, dtype=tensor.dtype, device=local.device)
+    values[mine] = local[tuple(place[mine] for place in places)]
+    return _joined(values.to(compute_device(tensor)), group)
+
+
+def _shard(tensor: Tensor) -> tuple[int, int, Any] | None:
+    """Where this process's part of a DTensor begins, on which axis, and the group of the others.
+
+    None for what is not cut along one axis in order: any other tensor, and other placements.
+    """
+    if not is_dtensor(tensor) or tensor.is_meta:
+        return None
+    from torch.distributed.tensor import Shard
+
+    mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
+    cut = [i for i, p in enumerate(placements) if not p.is_replicate()]
+    # The exact class: a shard of a shard derives from it, and is in another order.
+    if len(cut) != 1 or type(placements[cut[0]]) is not Shard:
+        return None
+    axis = placements[cut[0]].dim % tensor.dim()
+    length = tensor.shape[axis]
+    each = -(-length // mesh.size(cut[0]))  # as torch.chunk: the last ones may have fewer, or none
+    return min(mesh.get_local_rank(cut[0]) * each, length), axis, mesh.get_group(cut[0])
+
+
+def _joined(values: Tensor, group: Any) -> Tensor:
+    """The values of which each process has some, and zeros in the place of the others."""
+    import torch.distributed as dist
+
+    # As bytes: sums of floats would lose the sign of -0.0 and the payload of NaN.
+    dist.all_reduce(values.view(-1).view(torch.uint8), group=group)
+    return values
+
+
 def like(values: Tensor, tensor: Tensor) -> Tensor:
     """Full values, the same in all processes, spread as a weight is spread."""
     if not is_dtensor(tensor):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,9 +17,9 @@ from ..hugging_face import experts_transposed, heads_side, is_conv1d, speaks_of_
 from .checks import check_module, check_weight
 from .experts import Layout, layouts
 from .fingerprint import fingerprint
-from .linear_map import DenseMap, LinearMap
+from .linear_map import DenseMap, GatheredMap, LinearMap
 from .quantized import QuantizedMap, quantized_map
-from .sharded import compute_device, full, reshard
+from .sharded import compute_device, full, full_rows, is_dtensor, reshard
 
 
 class Kind(StrEnum):
@@ -138,25 +139,48 @@ class BaseWeight:
         return self.parameter.is_meta
 
     @property
+    def is_sharded(self) -> bool:
+        """Whether it is a DTensor with values, which a process has to gather."""
+        return is_dtensor(self.parameter) and not self.is_meta
+
+    @property
     def map(self) -> LinearMap:
-        """The frozen affine map of a single matrix; sharded ones are gathered."""
+        """The frozen affine map of a single matrix; a sharded one is gathered at each use."""
         if self.quantized is not None:
             return self.quantized
         bias = getattr(self.module, self.bias.rsplit(".", 1)[-1]) if self.bias else None
-        weight = full(self.parameter.detach())
+        if self.kind is Kind.VECTOR:
+            bias = None
+        if not self.is_sharded:
+            return self._dense_map(None if bias is None else full(bias))
+        return GatheredMap(self._dense_map, None if bias is None else functools.partial(full, bias))
+
+    def _dense_map(self, bias: Tensor | None) -> DenseMap:
+        weight = self.dense()
         if self.kind is Kind.VECTOR:
             return DenseMap(weight.reshape(-1, 1))
-        bias = None if bias is None else full(bias)
         return DenseMap(weight.flatten(1) if self.kernel else weight, bias, self.transposed)
 
     @property
     def maps(self) -> list[LinearMap]:
-        """The frozen maps of a stack of experts; of a single matrix, that one."""
+        """The frozen maps of a stack of experts; of a single matrix, that one.
+
+        Of a sharded stack each use gathers its own matrix alone.
+        """
         if not self.experts:
             return [self.map]
+        if self.is_sharded:
+            return [
+                GatheredMap(functools.partial(self._expert_map, e)) for e in range(self.experts)
+            ]
         stack = self.dense()
         stack = stack.unflatten(0, (self.experts, -1)) if self.flat else stack
         return [DenseMap(weight, None, self.transposed) for weight in stack]
+
+    def _expert_map(self, expert: int, bias: Tensor | None) -> DenseMap:
+        rows = self.parameter.shape[0] // self.experts
+        weight = full_rows(self.parameter.detach(), expert * rows, (expert + 1) * rows)
+        return DenseMap(weight if self.flat else weight[0], bias, self.transposed)
 
     def dense(self) -> Tensor:
         """The values in the stored shape: the parameter itself, or a new dequantised matrix."""
