@@ -140,7 +140,12 @@ def test_out_of_memory_while_recording_is_raised_as_such(fake_cuda, monkeypatch)
     [
         (True, "cuda", False, {}),
         ({"mode": "reduce-overhead"}, "cuda", True, {}),
-        ({"mode": "reduce-overhead", "options": {"max_autotune": True}}, "cuda", True, {"options": {"max_autotune": True}}),
+        (
+            {"mode": "reduce-overhead", "options": {"max_autotune": True}},
+            "cuda",
+            True,
+            {"options": {"max_autotune": True}},
+        ),
         ({"mode": "max-autotune"}, "cuda", True, {"mode": "max-autotune-no-cudagraphs"}),
         ({"mode": "reduce-overhead"}, "cpu", False, {"mode": "reduce-overhead"}),
         ({"dynamic": False}, "cuda", False, {"dynamic": False}),

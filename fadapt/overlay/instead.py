@@ -55,6 +55,7 @@ def forwards_instead(
 
 def function_instead(function: F) -> F:
     """Of the open block; the function itself outside of one, and within a compiled call."""
-    # Dynamo cannot trace the look-up before torch 2.13; a compiled call is run by no other function.
+    # Dynamo cannot trace the look-up before torch 2.13; a compiled call is run by no other
+    # function.
     instead = None if torch.compiler.is_compiling() else _active.get()
     return function if instead is None else instead.function(function)
