@@ -24,6 +24,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from .base.sharded import full, like
 from .base.weights import weights_by_name
 from .combine import check_members
 from .errors import ConfigError, FadaptWarning
@@ -58,6 +59,9 @@ def merge_many(
         seed: of the random ones, which depend on it, the parameter's name and the adapter's place.
         dtype: as for :func:`fadapt.merge`.
 
+    Returns:
+        {name: new tensor}, spread over the processes where the model's own is (FSDP2).
+
     Raises:
         ConfigError: an unknown rule, a density out of range, or what ``merge`` and ``combine``
             refuse.
@@ -85,11 +89,15 @@ def merge_many(
     frozen = weights_by_name(model)
     base: dict[str, Tensor] = {}
     own: dict[str, torch.dtype] = {}
+    spread: dict[str, Tensor] = {}
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FadaptWarning)
         for i, member in enumerate(members):
-            for name, merged in merge(model, member, dtype=_wide(members)).items():
+            for name, value in merge(model, member, dtype=_wide(members)).items():
+                # The rules look at an increment as a whole, wherever its parts are.
+                merged = full(value)
                 if name not in base:
+                    spread[name] = value
                     new = name not in frozen
                     base[name] = (
                         torch.zeros_like(merged) if new else frozen[name].dense().to(merged)
@@ -100,7 +108,7 @@ def merge_many(
         for name, parts in increments.items():
             kept = [_kept(d, rule, density, (seed, name, i)) for i, d in parts]
             total = _together(kept, [float(values[i]) for i, _ in parts], rule)
-            result[name] = (base[name] + total).to(dtype or own[name])
+            result[name] = like((base[name] + total).to(dtype or own[name]), spread[name])
     return result
 
 

@@ -363,12 +363,31 @@ def averaged_gradients(rank: int, world: int, _: Path) -> None:
         all_reduce_gradients(fewer)
 
 
+def several_merged(rank: int, world: int, _: Path) -> None:
+    """Several adapters in the weights of a model that is spread, as in those of a whole one."""
+    whole = models.llama().requires_grad_(False)
+    model = sharded(whole)
+    cfg = {"q_proj": LoRA(r=2), "down_proj": fadapt.Chain((LoRA(r=2), fadapt.BitFit()))}
+    members = [moved(fadapt.init(whole, cfg), seed) for seed in (1, 2)]
+    for rule, density in (("sum", 1.0), ("ties", 0.3), ("dare", 0.5), ("dare_ties", 0.5)):
+        options = {"rule": rule, "density": density, "seed": 3}
+        got = fadapt.merge_many(model, members, [0.5, -1.5], **options)
+        want = fadapt.merge_many(whole, members, [0.5, -1.5], **options)
+        assert list(got) == list(want)
+        for name, value in want.items():
+            own = model.get_parameter(name) if name in dict(model.named_parameters()) else None
+            assert isinstance(got[name], DTensor) == isinstance(own, DTensor), name
+            found = got[name].full_tensor() if isinstance(got[name], DTensor) else got[name]
+            assert torch.equal(found, value), (rule, name)
+
+
 FSDP = {
     f.__name__: f
     for f in (
         averaged_gradients,
         gathered_maps,
         one_weight_at_a_time,
+        several_merged,
         parts_of_weights,
         every_method,
         mixed_stack,
