@@ -44,13 +44,13 @@ def qwen3(
     """
     torch.manual_seed(0)
     full = hidden >= 1024
-    heads = 16 if full else max(1, hidden // 64)
+    heads = max(16, hidden // 128) if full else max(1, hidden // 64)
     config = Qwen3Config(
         vocab_size=vocab,
         hidden_size=hidden,
         num_hidden_layers=layers,
         num_attention_heads=heads,
-        num_key_value_heads=heads // 2 if full else heads,
+        num_key_value_heads=8 if full else heads,
         head_dim=128 if full else 64,
         intermediate_size=3 * hidden,
         tie_word_embeddings=True,
@@ -65,6 +65,26 @@ def qwen3(
             if bias and name.endswith("bias"):
                 nn.init.normal_(parameter, std=0.02)
     return model.to(dtype).requires_grad_(False).eval()
+
+
+def four_bit(model: nn.Module) -> nn.Module:
+    """The model with its linear maps, but for the head, quantized to nf4 by bitsandbytes."""
+    import bitsandbytes as bnb
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and name != "lm_head":
+            dtype, device = module.weight.dtype, module.weight.device
+            layer = bnb.nn.Linear4bit(
+                module.in_features,
+                module.out_features,
+                bias=module.bias is not None,
+                compute_dtype=dtype,
+                quant_type="nf4",
+            )
+            layer.load_state_dict(module.to("cpu").state_dict())
+            parent, _, key = name.rpartition(".")
+            setattr(model.get_submodule(parent), key, layer.to(device))
+    return model.requires_grad_(False)
 
 
 def tokens(rows: int, length: int, vocab: int, device: str = "cpu") -> dict[str, Tensor]:

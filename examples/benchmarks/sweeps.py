@@ -13,6 +13,8 @@ several of these benchmarks can compile side by side (--processes) and then meas
         --vocab 151936 --tokens 512 --r 16 --dtype bfloat16 --adapter-dtype bfloat16 \\
         --compile --plain 0 --attention maskless --stacks n               G1, G5; with
     --rows 4 G2; --stacks 1 G3; --stacks n,mixed G6; --memory-budget 0.75 for G5 at its best
+    --hidden 4096 --layers 4 --adapters 4 --rows 4 --stacks 1,n           wide; without --compile
+    and with --nf4, QLoRA
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from common import (
     Ticks,
     alternate,
     announce,
+    four_bit,
     gradient_norm,
     peak_bytes,
     qwen3,
@@ -53,7 +56,8 @@ def mixed(n: int) -> list[fadapt.Method]:
 
 
 def base_model(args: argparse.Namespace) -> torch.nn.Module:
-    return qwen3(args.hidden, args.layers, args.vocab, args.device, args.dtype, args.attention)
+    model = qwen3(args.hidden, args.layers, args.vocab, args.device, args.dtype, args.attention)
+    return four_bit(model) if args.nf4 else model
 
 
 def start(
@@ -117,6 +121,8 @@ def fitted(
     options: dict[str, Any] = {"per_adapter": True} if several else {}
     if args.compile:
         options["compile"] = {"mode": "reduce-overhead"} if cuda else True
+        if args.regional:
+            options["compile"] = {"regional": True, **(options["compile"] if cuda else {})}
     held = torch.cuda.memory_allocated() if cuda else 0
     if cuda:
         torch.cuda.reset_peak_memory_stats()
@@ -153,7 +159,8 @@ def fitted(
 def print_head(args: argparse.Namespace) -> None:
     print(
         f"{args.hidden} wide, {args.layers} layers, r={args.r}, {args.device}, base {args.dtype}, "
-        f"adapters {args.adapter_dtype or 'float32'}, compiled {args.compile}, "
+        f"adapters {args.adapter_dtype or 'float32'}, {'nf4, ' if args.nf4 else ''}"
+        f"compiled {'regionally' if args.regional else args.compile}, "
         f"attention {args.attention}, memory budget {args.memory_budget}, "
         f"torch {torch.__version__}, peft {peft.__version__}"
     )
@@ -203,6 +210,8 @@ def main() -> None:
     parser.add_argument("--dtype", type=lambda s: getattr(torch, s), default=torch.float32)
     parser.add_argument("--adapter-dtype", type=lambda s: getattr(torch, s), default=None)
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--regional", action="store_true", help="fit: equal layers compiled once")
+    parser.add_argument("--nf4", action="store_true", help="a base of bitsandbytes' 4-bit layers")
     parser.add_argument("--attention", default="sdpa", help="sdpa, or maskless (see common.py)")
     parser.add_argument("--memory-budget", type=float, default=1.0, help="of torch.compile")
     parser.add_argument("--stacks", default="1,n", help="which: 1, n, mixed")
