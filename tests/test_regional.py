@@ -222,3 +222,17 @@ def test_a_language_model_with_its_own_loss() -> None:
         of(compiled.run(stack), model, stack, batch, None),
         of(fadapt.run, model, stack, batch, None),
     )
+
+
+@pytest.mark.parametrize("regional", [True, False])
+def test_more_structures_than_torch_recompiles_of_one_code(regional: bool):
+    torch.manual_seed(0)
+    model, batches = Net(2).requires_grad_(False), [torch.randn(3, 5)]
+    trials = [fadapt.Trial(fadapt.LoRA(r=r), lr=1e-2, name=f"r{r}") for r in range(1, 11)]
+    options: Any = dict(loss_fn=square, max_adapters=1, progress=False)
+    compiled = {"regional": regional, "backend": "eager", "dynamic": False}
+    report = fadapt.sweep(model, trials, batches, compile=compiled, **options)
+    plain = fadapt.sweep(model, trials, batches, **options)
+    assert {r.status for r in report.results} == {"finished"}
+    for step, losses in plain.losses.items():
+        torch.testing.assert_close(report.losses[step], losses, rtol=1e-5, atol=1e-6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 
 import pytest
 import torch
@@ -524,3 +525,53 @@ def test_a_complex_loss_is_refused() -> None:
     model = Mixing(torch.tanh)
     with pytest.raises(fadapt.ConfigError, match=r"complex.*abs\(\)"):
         fadapt.run(model, members(model)[0], reals(4, 4), lambda o, _: o.mean() + 0j)
+
+
+class Deep(nn.Module):
+    """Layers whose products round otherwise for many rows, as kernels do."""
+
+    def __init__(self, layers: int, shared: float = 0.0):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(32, 32) for _ in range(layers)])
+        self.last, self.shared = nn.Linear(32, 4), shared
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            y = F.layer_norm(x, x.shape[-1:])
+            if len(x) > 4:
+                halves = [y * mask for mask in (torch.arange(32) < 16, torch.arange(32) >= 16)]
+                y = layer(halves[0]) + (layer(halves[1]) - layer(torch.zeros_like(y)))
+            else:
+                y = layer(y)
+            x = x + 0.1 * torch.tanh(y)
+        # Other rows are noticed only where the own ones are far from the start.
+        return self.last(x) + self.shared * torch.tanh((y.abs().mean() - 30).relu())
+
+
+@pytest.mark.parametrize("layers", [30, 60])
+def test_rounding_that_a_deep_model_amplifies_is_no_dependence(layers: int):
+    torch.manual_seed(0)
+    model = Deep(layers).to(torch.bfloat16).requires_grad_(False)
+    methods = [fadapt.DoRA(r=4), fadapt.LoRA(r=4), fadapt.LoRA(r=8)]
+    trials = [
+        fadapt.Trial(fadapt.Config({"layers": m}, dtype=torch.bfloat16), lr=1e-3) for m in methods
+    ]
+    rows = torch.randn(4, 32, dtype=torch.bfloat16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", fadapt.OneByOneWarning)
+        fadapt.sweep(model, trials, [rows], loss_fn=lambda out, _: out.square().mean())
+
+
+def test_a_dependence_that_shows_only_far_away_in_a_deep_model():
+    torch.manual_seed(0)
+    model = Deep(60, shared=2.0).to(torch.bfloat16).requires_grad_(False)
+    made = [
+        fadapt.init(model, fadapt.Config({"layers": fadapt.LoRA(r=4)}, seed=i)) for i in range(2)
+    ]
+    rows = torch.randn(4, 32, dtype=torch.bfloat16)
+
+    def loss(out: Tensor, _: Tensor) -> Tensor:  # by which members are told apart only far away
+        return 1 + 0.25 * out.float().tanh().mean()
+
+    with pytest.raises(fadapt.FadaptError, match="not independent"):
+        fadapt.run(model, fadapt.stack(made), rows, loss_fn=loss)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-import inspect
+import itertools
+import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,6 +22,30 @@ from .cuda_graphs import CUDAGraphed
 
 # What torch calls the modes that record CUDA graphs without that part of them.
 _RECORDING = {"reduce-overhead": None, "max-autotune": "max-autotune-no-cudagraphs"}
+
+_numbers = itertools.count()
+
+
+def _apart(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A copy of a Python function, or of a bound method, with code of its own.
+
+    torch counts recompilations by code, and all that it compiled of one code, for whatever
+    structure, sweep and chunk, would share its small limit.
+    """
+    if isinstance(function, types.MethodType):
+        return types.MethodType(_apart(function.__func__), function.__self__)
+    if not isinstance(function, types.FunctionType):
+        return function
+    name = f"{function.__name__}_{next(_numbers)}"  # by which it counts shapes, too
+    copy = types.FunctionType(
+        function.__code__.replace(co_name=name),
+        function.__globals__,
+        name,
+        function.__defaults__,
+        function.__closure__,
+    )
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
 
 
 class Compiler:
@@ -46,9 +71,6 @@ class Compiler:
         if self.records:
             mode = _RECORDING[self.options.pop("mode")]
             self.options |= {"mode": mode} if mode else {}
-        # Otherwise the chunks of all sweeps of a process would share torch's small limit.
-        if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
-            self.options.setdefault("isolate_recompiles", True)
         self.regional = bool(self.options.pop("regional", False))
         self._blocks: Blocks | None = None
         self._parts: dict[int, BlocksOf] = {}
@@ -70,13 +92,16 @@ class Compiler:
         leaves, spec = pytree.tree_flatten(params)
         key = spec, tuple((t.shape, t.dtype, t.device) for t in leaves)
         if key not in self._made:
-            self._made[key] = torch.compile(run, **self.options)
+            self._made[key] = self._compiled(run)
         return self._made[key]
+
+    def _compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        return torch.compile(_apart(function), **self.options)
 
     def _run_by_blocks(self, owner: Stack | Params, model: nn.Module, *args: Any, **kw: Any) -> Any:
         """``run`` with the equal blocks of the model compiled, each kind once."""
         if self._blocks is None or self._blocks.model is not model:
-            self._blocks = Blocks(model, lambda f: torch.compile(f, **self.options))
+            self._blocks = Blocks(model, self._compiled)
             if not self._blocks.blocks:
                 raise ConfigError(
                     f"compile={{'regional': True}} compiles one of several equal blocks, and "
