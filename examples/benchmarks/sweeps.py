@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import tempfile
 import time
 from collections.abc import Callable
@@ -123,6 +124,8 @@ def fitted(
         options["compile"] = {"mode": "reduce-overhead"} if cuda else True
         if args.regional:
             options["compile"] = {"regional": True, **(options["compile"] if cuda else {})}
+    if args.options:
+        options["compile"] = json.loads(args.options)
     held = torch.cuda.memory_allocated() if cuda else 0
     if cuda:
         torch.cuda.reset_peak_memory_stats()
@@ -160,7 +163,7 @@ def print_head(args: argparse.Namespace) -> None:
     print(
         f"{args.hidden} wide, {args.layers} layers, r={args.r}, {args.device}, base {args.dtype}, "
         f"adapters {args.adapter_dtype or 'float32'}, {'nf4, ' if args.nf4 else ''}"
-        f"compiled {'regionally' if args.regional else args.compile}, "
+        f"compiled {args.options or ('regionally' if args.regional else args.compile)}, "
         f"attention {args.attention}, memory budget {args.memory_budget}, "
         f"torch {torch.__version__}, peft {peft.__version__}"
     )
@@ -211,6 +214,7 @@ def main() -> None:
     parser.add_argument("--adapter-dtype", type=lambda s: getattr(torch, s), default=None)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--regional", action="store_true", help="fit: equal layers compiled once")
+    parser.add_argument("--options", default="", help="fit: compile=, as JSON, instead")
     parser.add_argument("--nf4", action="store_true", help="a base of bitsandbytes' 4-bit layers")
     parser.add_argument("--attention", default="sdpa", help="sdpa, or maskless (see common.py)")
     parser.add_argument("--memory-budget", type=float, default=1.0, help="of torch.compile")
