@@ -30,7 +30,9 @@ def run(
 ) -> Tensor:
     """The loss of the adapted model on a batch; the model is not changed.
 
-    Other threads may use the model, or models that share parts of it, at the same time. Buffers of
+    Other threads may use the model, or models that share parts of it, at the same time; a thread
+    that the forward itself starts sees the base as well. The first forward in each mode is watched
+    for a weight that is adapted and that the model reads past its module: an error. Buffers of
     its state dict that a forward updates (BatchNorm's running statistics) are updated in copies,
     and lost: what is to be kept must be a leaf.
 
@@ -57,7 +59,7 @@ def run(
 
     Raises:
         ConfigError: a batch of the wrong type, or an output without a loss.
-        TargetError: params made for another model.
+        TargetError: params made for another model, or weights that it reads past its modules.
         FadaptError: a stack whose members are not independent in this model.
 
     Example:

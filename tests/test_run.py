@@ -140,7 +140,7 @@ class TestInputs:
             fadapt.apply(model, trained(model, fadapt.LoRA(r=2)), torch.randn(2, 4).double())
         assert seen == dict(
             shape=(3, 4), dtype=torch.float32, device=torch.device("cpu"), ndim=2, size=3,
-            stride=(4, 1), numel=12, grad=False, n=3,
+            stride=(4, 1), numel=12, grad=True, n=3,
         )  # fmt: skip
 
 

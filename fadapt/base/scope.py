@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from ..errors import FadaptError
+from .flow import is_step
 from .leaving import Block
 from .torch_private import (
     BUFFERS,
@@ -248,6 +249,11 @@ class ScopedFunction(_Stand):
         super().put(module, attribute, own)
         self.module = weakref.ref(module)
 
+    @property
+    def __wrapped__(self) -> Callable[..., Any]:
+        return self.plain()  # for inspect.signature
+
+    @is_step
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         seen = self.seen()
         return (self.plain() if seen is _ABSENT else seen)(*args, **kwargs)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,6 +110,7 @@ class Survey:
 
     Attributes:
         kept: what others derive from the walk, for as long as it holds.
+        watched: the kinds of calls of which one was watched.
         ids: of all modules.
     """
 
@@ -117,6 +118,7 @@ class Survey:
         modules, walk.modules = walk.modules, []
         self.walk = walk
         self.kept: dict[Any, Any] = {}
+        self.watched: set[Hashable] = set()
         self.ids = frozenset(map(id, modules))
         self._alive = True
         # Where one object has died, another may have its address.

@@ -26,6 +26,10 @@ from torch import Tensor, nn
 # object lives as long as the storage does.
 from torch.multiprocessing.reductions import StorageWeakRef as StorageWeakRef
 
+# Sees every operation below autograd, as nothing public does; torch's notes on how to extend it
+# name this module. Replace with a public name once there is one.
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+
 
 def register_node(
     cls: type, flatten: Callable[[Any], Any], unflatten: Callable[[Any, Any], Any]
@@ -71,6 +75,25 @@ def buffers_of(module: nn.Module) -> MutableMapping[str, Tensor | None]:
 
 plain_attributes: Any = torch._C.DisableTorchFunctionSubclass
 """A block in which the attributes of a subclass of Tensor are read without its own function."""
+
+
+def storage_key(tensor: Tensor) -> int | None:
+    """The identity of a tensor's storage while it lives; None where there is none (``_cdata``).
+
+    Its address is no identity: storages without elements share one.
+    """
+    try:
+        return tensor.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):  # sparse tensors, wrappers
+        return None
+
+
+def is_view_of_argument(func: Any) -> bool:
+    """Whether an operation, as a TorchDispatchMode gets it, only looks at its argument otherwise.
+
+    Its schema says so (``OpOverload.is_view``), which has no public name.
+    """
+    return func.is_view
 
 
 def saving_is_hooked() -> bool:

@@ -71,6 +71,10 @@ class FoldedSite:
     def device(self) -> torch.device | None:
         return self.pieces[0][1].device
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [t for _, adapter in self.pieces for t in adapter.tensors]
+
     def __str__(self) -> str:
         return " or ".join(sorted({str(adapter) for _, adapter in self.pieces}))
 

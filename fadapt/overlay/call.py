@@ -11,6 +11,7 @@ from torch import nn
 from torch.func import functional_call
 
 from ..base.bound import bound_params, refuse_bound
+from ..base.flow import is_entry
 from ..base.leaving import Block
 from ..base.quantized import has_quantized
 from ..base.scope import View
@@ -25,6 +26,7 @@ from .mount import Mount, forwards_swapped, prepare
 _COMPILES_QUANTIZED = torch.__version__ >= "2.13"
 
 
+@is_entry
 def call(
     model: nn.Module,
     sites: Mapping[str, Adapted],

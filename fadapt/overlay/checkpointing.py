@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.utils.checkpoint
 
+from ..base.flow import is_step
 from ..base.scope import View, open_view
 from ..base.torch_private import in_backward, pytree, saving_is_hooked
 from ..errors import FadaptError
@@ -83,6 +84,7 @@ class Recomputed:
         self.function = function
         self.view: View | None = None
 
+    @is_step
     def __call__(self, section: Any, *args: Any, **kwargs: Any) -> Any:
         assert self.view is not None
         function = self.function
@@ -113,6 +115,7 @@ class _Section:
     def __init__(self, section: Any, view: View):
         self.section, self.view = section, view
 
+    @is_step
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with self.view.again():
             return self.section(*args, **kwargs)

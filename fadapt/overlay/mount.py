@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..adapted_map import acts_in_training
 from ..base.checks import check_one_way, check_weight
+from ..base.flow import is_step
 from ..base.quantized import QuantizedMap
 from ..base.scope import (
     BUFFERS,
@@ -37,6 +38,7 @@ from .checkpointing import Recomputed, refuse_checkpoint
 from .exact import layer_map, marked_like
 from .rules import overlay
 from .tensor import Overlay
+from .witness import Watched
 
 
 class SwappedForward:
@@ -74,11 +76,14 @@ class LinearForward:
     def __init__(self, module: nn.Module, adapter: Adapted, seen: Mapping[str, Any]):
         self.module, self.adapter, self.seen = module, adapter, seen
 
+    @is_step
     def __call__(self, input: Tensor) -> Tensor:  # noqa: A002 - its name in nn.Linear
         module, adapter = self.module, self.adapter
         own = own_tensors(parameters_of(module))
         weight, bias = own["weight"], own["bias"]
-        plain = type(input) is Tensor and "bias" not in self.seen
+        seen = self.seen
+        # Unless the forward has put another weight there, as by torch.func.functional_call.
+        plain = type(input) is Tensor and "bias" not in seen and isinstance(seen["weight"], OnRead)
         if not plain or weight is None or (bias is None and adapter.acts_on_bias):
             return F.linear(input, module.weight, module.bias)  # type: ignore[arg-type]
         refuse_checkpoint(adapter)
@@ -102,6 +107,7 @@ class TwinForward:
     def __init__(self, module: nn.Module):
         self.module = module
 
+    @is_step
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         cls = type(self.module)
         twin = cls.__new__(cls)
@@ -172,7 +178,7 @@ class Mount:
         walk: over them.
         parts: of the sites.
         any_mode: whether the mode may change before the model runs, as in a ``bound`` block.
-        ids: of all modules, where they are known.
+        found: the survey of the model, outside of torch.compile.
     """
 
     def __init__(
@@ -182,10 +188,10 @@ class Mount:
         walk: Walk,
         parts: Sequence[_Part],
         any_mode: bool,
-        ids: frozenset[int] | None = None,
+        found: Survey | None = None,
     ):
         self.model, self.modules, self.walk, self.parts = model, modules, walk, parts
-        self.any_mode, self.ids = any_mode, ids
+        self.any_mode, self.found = any_mode, found
         self.draws = _Draws(any_mode)
 
     @property
@@ -278,11 +284,39 @@ class Mount:
             seen[id(module), CHECKPOINT_FUNCTION] = function
             places.append((module, CHECKPOINT_FUNCTION))
             recomputed.append(function)
-        ids = frozenset(map(id, self.modules)) if self.ids is None else self.ids
+        if self.found is not None and not instead:
+            self._watch(self.found, seen, places)
+        ids = frozenset(map(id, self.modules)) if self.found is None else self.found.ids
         view = View(self.model, ids, seen, places, owner)
         for function in recomputed:
             function.view = view
         return view
+
+    def _watch(
+        self, found: Survey, seen: dict[Place, Any], places: list[tuple[nn.Module, str]]
+    ) -> None:
+        """Has the model's next forward watched, if none of its kind was."""
+        adapted = [p for p in self.parts if p.adapter is not None]
+        modes = self.model.training, torch.is_grad_enabled()
+        kind = frozenset(p.held.name for p in adapted), modes
+        if kind in found.watched or self.sharded:
+            return
+        quantized = any(p.held.quantized for p in self.parts)
+        if quantized and any(map(torch.is_autocast_enabled, ("cpu", "cuda"))):
+            return  # bitsandbytes' own operations, seen from below, would not be cast
+        model, place = self.model, (id(self.model), "forward")
+        function = seen.get(place) or own_function(model.__dict__.get("forward"))
+        if place not in seen:
+            places.append((model, "forward"))
+        seen[place] = Watched(
+            model,
+            function or type(model).forward.__get__(model),
+            [(p.held.at, p.held.key, p.held.name) for p in adapted if p.held.quantized is None],
+            self.modules,
+            [t for p in adapted for t in getattr(p.adapter, "tensors", ())],
+            functools.partial(found.watched.add, kind),
+            functools.partial(found.watched.discard, kind),
+        )
 
     def _within(self, part: _Part, module: nn.Module) -> Adapted | None:
         adapter = part.adapter
@@ -339,7 +373,7 @@ def prepare(model: nn.Module, sites: Mapping[str, Adapted], any_mode: bool = Fal
             found.kept[id(sites)] = weakref.ref(sites, forget), parts
     else:
         parts = _parts(model, modules, found.walk, sites)
-    return Mount(model, modules, found.walk, parts, any_mode, found.ids)
+    return Mount(model, modules, found.walk, parts, any_mode, found)
 
 
 def _forget(kept: weakref.ref[Survey], key: int, ref: Any) -> None:

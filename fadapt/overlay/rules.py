@@ -20,7 +20,7 @@ from . import experts
 from .checkpointing import refuse_checkpoint
 from .embedding import adapt_embedding
 from .exact import WeightFirstMap, layer_map
-from .tensor import Overlay, implements, overlay
+from .tensor import Overlay, implements, overlay, trains
 
 
 @implements(F.linear)
@@ -85,6 +85,12 @@ def _transpose(weight: Tensor, *dims: int) -> Any:
     if n > 3 or (n == 3 and not dims) or (dims and {d % n for d in dims} != {n - 2, n - 1}):
         return NotImplemented
     return overlay(weight.frozen, weight.adapter, not weight.flipped, weight.required_grad)
+
+
+@implements(Tensor.requires_grad.__get__)  # type: ignore[attr-defined]
+def _requires_grad(weight: Overlay) -> bool:
+    """As of a weight that follows from the adapter's leaves; of a frozen base, too."""
+    return weight.required_grad or trains(weight.adapter)
 
 
 @implements(Tensor.mT.__get__)  # type: ignore[attr-defined]

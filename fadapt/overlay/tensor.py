@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any
+from contextvars import ContextVar
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -59,9 +60,11 @@ class Overlay(Tensor):
 
 def _by_rule(func: Callable, args: tuple, kwargs: dict) -> Any:
     """What a function of overlays means."""
+    if kwargs and func in NAMES:
+        args, kwargs = _positional(NAMES[func], args, kwargs)
     if func not in METADATA and any(map(_is_vector, (*args, *kwargs.values()))):
         return _with_vectors(func, args, kwargs)
-    if func in RULES:
+    if func in RULES and "out" not in kwargs and "out_dtype" not in kwargs:
         result = RULES[func](*args, **kwargs)
         if result is not NotImplemented:
             return result
@@ -93,11 +96,51 @@ def overlay(
         required_grad: whether the base's own parameter requires grad.
     """
     shape = weight.mT.shape if flipped else weight.shape
-    nan = torch.full((), float("nan"), dtype=weight.dtype, device=weight.device)
-    result = nan.expand(shape).as_subclass(Overlay)
+    nan = torch.full((), float("nan"), dtype=weight.dtype, device=weight.device).expand(shape)
+    compiling = torch.compiler.is_compiling()
+    if not compiling and (lost := when_lost.get()) is not None:
+        leaves = [t for t in getattr(adapter, "tensors", ()) if t.requires_grad]
+        nan = _Placeholder.apply(nan, adapter.site.name, lost, *leaves) if leaves else nan
+    result = nan.as_subclass(Overlay)
     result.frozen, result.adapter, result.flipped = weight, adapter, flipped
     result.required_grad = required_grad
+    if not compiling:
+        result._is_param = True  # isinstance(weight, nn.Parameter), as the model may ask
     return result
+
+
+def trains(adapter: Adapted) -> bool:
+    """Whether a gradient may be asked for a leaf of the adapter."""
+    return any(t.requires_grad for t in getattr(adapter, "tensors", ()))
+
+
+when_lost: ContextVar[Callable[[], None] | None] = ContextVar("fadapt.when_lost", default=None)
+"""In a forward that is watched with autograd: what is called when a gradient would get lost."""
+
+
+class _Placeholder(torch.autograd.Function):
+    """Meets a gradient that an operation without ``__torch_function__`` sends to an overlay.
+
+    That is a torch.autograd.Function of the model's own: within, the rules apply, but it gives back
+    the gradient of the weight, and not of the adapter.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, nan: Tensor, name: str, lost: Callable[[], None], *leaves: Tensor
+    ) -> Tensor:
+        ctx.name, ctx.lost = name, lost
+        return nan.view_as(nan)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> NoReturn:  # type: ignore[override]
+        ctx.lost()
+        raise TargetError(
+            f"{ctx.name} is adapted, and the model gives it to a torch.autograd.Function of its "
+            "own, whose backward knows the weight and not the adapter, whose gradient would be "
+            "lost; have the model run without that function, or leave this weight out: "
+            f"{{{ctx.name!r}: None, ...}}"
+        )
 
 
 def _is_vector(value: Any) -> bool:
@@ -158,14 +201,24 @@ def _dense_fallback(func: Callable, args: tuple, kwargs: dict) -> Any:
             )
         refuse_checkpoint(o.adapter)
     if not torch.compiler.is_compiling():  # which cannot trace a warning
+        ends = (
+            func in _ENDS and torch.is_grad_enabled() and any(trains(o.adapter) for o in overlays)
+        )
         warnings.warn(
             f"{names} used by {name}, for which fadapt has no rule: the adapted weight was "
-            "materialised (exact, but slower)",
+            "materialised (exact, but slower)"
+            + ("; the adapter's gradient ends there, as the weight's own would" if ends else ""),
             DenseFallbackWarning,
             stacklevel=4,
         )
     args, kwargs = pytree.tree_map_only(Overlay, materialize, (args, kwargs))
     return func(*args, **kwargs)
+
+
+_ENDS = (
+    *(Tensor.detach, Tensor.data.__get__, Tensor.item, Tensor.tolist, Tensor.numpy),  # type: ignore[attr-defined]
+    *(Tensor.__array__, torch.detach, Tensor.__bool__, Tensor.__float__),
+)
 
 
 def materialize(weight: Overlay) -> Tensor:
@@ -207,6 +260,34 @@ BIASES: dict[Callable, tuple[tuple[int, int], ...]] = {
     F.multi_head_attention_forward: ((5, 6), (11, 12)),
 }
 """Where functions without a rule take a weight and its bias."""
+
+NAMES: dict[Callable, tuple[str, ...]] = {
+    F.linear: ("input", "weight", "bias"),
+    F.embedding: ("input", "weight"),
+    torch.addmm: ("input", "mat1", "mat2"),
+    Tensor.addmm: ("input", "mat1", "mat2"),
+    torch.matmul: ("input", "other"),
+    Tensor.matmul: ("input", "other"),
+    torch.mm: ("input", "mat2"),
+    Tensor.mm: ("input", "mat2"),
+    torch.bmm: ("input", "mat2"),
+    Tensor.bmm: ("input", "mat2"),
+    torch.transpose: ("input", "dim0", "dim1"),
+    Tensor.transpose: ("input", "dim0", "dim1"),
+    torch.t: ("input",),
+}
+"""torch's names of the arguments that stand first in a rule."""
+
+
+def _positional(names: tuple[str, ...], args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """The call with those arguments by position that a rule takes so."""
+    kwargs = dict(kwargs)
+    for name in names[len(args) :]:
+        if name not in kwargs:
+            break
+        args = (*args, kwargs.pop(name))
+    return args, kwargs
+
 
 METADATA: frozenset[Callable] = frozenset(
     [

@@ -43,6 +43,10 @@ class Vectors:
     def device(self) -> torch.device | None:
         return self.values.device
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [self.values]
+
     def vectors(self, own: Tensor) -> Tensor:
         return self.values
 

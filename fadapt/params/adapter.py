@@ -127,6 +127,11 @@ class Adapter:
         return {**self.bank, **self.train, **self.fixed}
 
     @property
+    def tensors(self) -> list[Tensor]:
+        """All leaves, in no particular order."""
+        return [*self.leaves.values()]
+
+    @property
     def acts_on_bias(self) -> bool:
         return self.method.acts_on_bias
 
