@@ -346,7 +346,10 @@ def adapt_output(
         return y
     dtype, shape = compute_dtype(method, p), y.shape
     wanted = (*saved.shape[:-1], shape[-1])
-    rows = _as(y if wanted == shape else y.reshape(wanted), dtype) if method.reads_output else y
+    rows = y
+    if method.reads_output:
+        rows = y if wanted == shape else y.reshape(wanted)
+        rows = _as(rows, dtype) if method.casts_output else rows
     x = _as(saved, dtype)
     if training and method.dropout and drops_input(method):
         draw = fresh_draw(x.device) if draw is None else draw

@@ -94,6 +94,18 @@ def block_diagonal(blocks: Tensor) -> Tensor:
     return spread.movedim(-2, -4).transpose(-2, -1).flatten(-4, -3).flatten(-2)
 
 
+def in_blocks(x: Tensor, blocks: Tensor) -> Tensor:
+    """x times a block-diagonal matrix.
+
+    Args:
+        x: (..., n b), of adapters that have the leading axes of ``blocks``, with any of tokens.
+        blocks: (..., n, b, b).
+    """
+    # One axis of tokens beside those of the adapters, so that each block is one product.
+    rows = x.reshape(*blocks.shape[:-3], -1, *blocks.shape[-3:-1]).transpose(-3, -2)
+    return (rows @ blocks).transpose(-3, -2).reshape(x.shape)
+
+
 def cayley_minus_identity(q: Tensor) -> Tensor:
     """(I + Q)(I - Q)⁻¹ - I = 2 (I - Q)⁻¹ Q for skew Q (..., b, b); exactly 0 at Q = 0.
 

@@ -78,6 +78,9 @@ class Method:
 
     reads_output: ClassVar[bool] = True
     """False where ``delta`` ignores ``y``: spares the cast of ``y`` to the adapter dtype."""
+    casts_output: ClassVar[bool] = True
+    """False where ``delta`` takes ``y`` in the base's own dtype: training then keeps it so, which
+    over a base of 16 bits is half the memory. torch promotes a product with a leaf by itself."""
     reads_input: ClassVar[bool] = True
     """False where ``delta`` ignores ``x``, or may read ``y`` in its place: ``dropout`` is then
     refused, as it would drop nothing."""

@@ -128,3 +128,60 @@ def test_a_matrix_over_another_adapter_has_its_gradient() -> None:
     found = torch.autograd.grad(out.sin().sum(), [params["0.weight"].train[k] for k in sorted(p)])
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize(
+    "method", [fadapt.DoRA(r=2), fadapt.IA3(), fadapt.BOFT(block_size=4)], ids=repr
+)
+def test_training_keeps_a_layers_output_in_the_bases_dtype(method: fadapt.Method) -> None:
+    model = seeded(nn.Sequential(nn.Linear(64, 48))).bfloat16()
+    params = fadapt.init(model, method)
+    kept = []
+
+    def note(t: Tensor) -> Tensor:
+        kept.append((tuple(t.shape), t.dtype))
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        out = fadapt.apply(model, params, reals(200, 64).bfloat16())
+    outputs = {dtype for shape, dtype in kept if shape == (200, 48)}
+    assert outputs == {torch.bfloat16}
+    # And the gain's gradient is that of float32, but for the roundings of the output.
+    out.float().square().sum().backward()
+    out = out.detach()
+    leaf = params["0.weight"].train["mu" if isinstance(method, fadapt.DoRA) else "d"]
+    ref = 2 * out.float().square().sum(0)
+    if not isinstance(method, fadapt.IA3):
+        ref = (2 * out.float() * (out.float() - model[0].bias.float())).sum(0)
+    torch.testing.assert_close(
+        leaf.grad.flatten(), ref, rtol=0.02, atol=0.02 * float(ref.detach().max())
+    )
+
+
+@pytest.mark.parametrize(("size", "factors"), [(4, 1), (4, 2), (2, 4), (4, 5)])
+@pytest.mark.parametrize("members", [1, 3])
+def test_boft_of_many_tokens_is_that_of_few(size: int, factors: int, members: int) -> None:
+    """Many meet one product of all factors, few (and wide mixes) one factor after the other."""
+    model, x = seeded(nn.Sequential(nn.Linear(64, 48))).double(), reals(members, 50, 64).double()
+    method = fadapt.BOFT(block_size=size, n_butterfly_factor=factors)
+    params = [fadapt.init(model, fadapt.Config(method, seed=i)) for i in range(members)]
+    with torch.no_grad():
+        for one in params:
+            for leaf in fadapt.trainable(one):
+                leaf.copy_(0.3 * reals(*leaf.shape, seed=leaf.numel()))
+    few = torch.stack([
+        torch.cat([fadapt.apply(model, one, row.unsqueeze(0)) for row in rows])
+        for one, rows in zip(params, x, strict=True)
+    ])  # fmt: skip
+    leaves = [leaf for one in params for leaf in fadapt.trainable(one)]
+    if members == 1:
+        many = fadapt.apply(model, params[0], x[0]).unsqueeze(0)
+        found = torch.autograd.grad(many.sin().sum(), leaves)
+    else:
+        stack = fadapt.stack(params)
+        many = fadapt.apply(model, stack, x, per_adapter=True)
+        stacked = torch.autograd.grad(many.sin().sum(), fadapt.trainable(stack))
+        found = [t[i] for i in range(members) for t in stacked]
+    torch.testing.assert_close(many, few)
+    for one, other in zip(found, torch.autograd.grad(few.sin().sum(), leaves), strict=True):
+        torch.testing.assert_close(one, other)

@@ -7,9 +7,10 @@ R = (I - Q) (I + Q)⁻¹ for a skew-symmetric Q with the strict upper triangle q
 Trainable: q (m, in / b, b (b - 1) / 2), d (out,), zero. Count: m in (b - 1) / 2 + out.
 Evaluated as increments: R - I = -2 (I + Q)⁻¹ Q, and with t the move so far t ← t + (x + t) (G - I);
 the output moves by d ∘ (y - bias). Identity at the start: all are exactly 0 at Q = 0 and d = 0. The
-bias is untouched. The increment has full rank. No matrix of in x in is made: a factor costs in b
-products a token, and training holds its input, and the layer's output for d: some 1.3 times LoRA's
-memory for one factor and 1.7 for two. A recomputation saves nothing at the peak, and takes time.
+bias is untouched. The increment has full rank. No matrix of in x in is made: factors that mix at
+most 32 inputs are multiplied with each other first, so that a token meets one product; others cost
+in b products a token each, and training holds the input of each. For d's gradient it also holds
+the layer's output, in the base's dtype.
 Numerics: rotations are made in float32 or better by an inverse that is always well conditioned.
 Pitfalls: PEFT trains all b² entries of R's generator, of which only the skew part acts, and falls
 back to m = 1 where its CUDA extension does not compile.
@@ -20,21 +21,25 @@ arXiv 2311.06243.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
 from ..base.linear_map import without_bias
 from ..errors import require
-from ..linalg import cayley_minus_identity, skew
+from ..linalg import cayley_minus_identity, in_blocks, skew
 from ..method import Leaves, Method
 
 if TYPE_CHECKING:
     from ..base.linear_map import LinearMap
     from ..site import Site, SiteView
+
+WIDTH = 32
+"""Inputs of a block whose product costs little beside moving the inputs to it and back."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,8 @@ class BOFT(Method):
 
     block_size: int = 4
     n_butterfly_factor: int = 1
+
+    casts_output: ClassVar[bool] = False
 
     @property
     def supports_batch_dims(self) -> bool:
@@ -90,6 +97,24 @@ class BOFT(Method):
     def shift(self, p: Mapping[str, Tensor], x: Tensor) -> Tensor:
         q = p["q"].to(torch.promote_types(p["q"].dtype, torch.float32))
         turns = cayley_minus_identity(-skew(q, self.block_size)).to(x.dtype)
+        lead, (blocks, b) = turns.shape[:-4], turns.shape[-3:-1]
+        width = self._width(blocks * b)
+        if not width or math.prod(x.shape[:-1]) <= width * math.prod(lead):
+            return self._moved(turns, x)
+        # Once for the rows of the identity, in every part of this width alike.
+        eye = torch.eye(width, dtype=x.dtype, device=x.device)
+        rows = eye.repeat(*(1 for _ in lead), 1, blocks * b // width)
+        parts = self._moved(turns, rows.expand(*lead, -1, -1)).unflatten(-1, (-1, width))
+        return in_blocks(x, parts.transpose(-3, -2))
+
+    def _width(self, d_in: int) -> int:
+        """Inputs of one product of all factors, at least those that they mix; 0: one by one."""
+        mixed = self.block_size * 2 ** (self.n_butterfly_factor - 1)
+        most = max(self.block_size, WIDTH)
+        return max((n for n in range(mixed, most + 1, mixed) if d_in % n == 0), default=0)
+
+    def _moved(self, turns: Tensor, x: Tensor) -> Tensor:
+        """x (G_m ... G_1 - I) for the blocks R - I (..., m, in / b, b, b)."""
         moved = None
         for i in reversed(range(self.n_butterfly_factor)):
             step = self._factor(x if moved is None else x + moved, turns[..., i, :, :, :], i)
@@ -102,11 +127,9 @@ class BOFT(Method):
 
     def _factor(self, x: Tensor, turn: Tensor, i: int) -> Tensor:
         """x (G - I) for the blocks R - I (..., in / b, b, b) of a factor."""
-        # One axis of tokens beside those of the adapters, so that each block is one product.
-        lead, (blocks, b) = turn.shape[:-3], turn.shape[-3:-1]
         if not i:
-            rows = x.reshape(*lead, -1, blocks, b).transpose(-3, -2)
-            return (rows @ turn).transpose(-3, -2).reshape(x.shape)
+            return in_blocks(x, turn)
+        lead, (blocks, b) = turn.shape[:-3], turn.shape[-3:-1]
         halves = (blocks >> i, 2, 2**i, b // 2)
         rows = x.reshape(*lead, -1, *halves).movedim((-4, -2), (-5, -4))
         moved = rows.flatten(-2).flatten(-4, -3) @ turn

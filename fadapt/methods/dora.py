@@ -55,6 +55,7 @@ class DoRA(LoRA):
         return frozenset({"w2"})
 
     reads_output: ClassVar[bool] = True
+    casts_output: ClassVar[bool] = False
     needs_plain_base: ClassVar[bool] = True
 
     def init(self, site: SiteView, rng: torch.Generator) -> tuple[Leaves, Leaves]:
@@ -69,8 +70,9 @@ class DoRA(LoRA):
 
     def delta(self, p: Mapping[str, Tensor], x: Tensor, y: Tensor, base: LinearMap) -> Tensor:
         c_minus_1 = self._gain_minus_1(p, base).to(x.dtype)
-        low_rank = super().delta(p, x, y, base)
-        return c_minus_1 * (without_bias(base, y) + low_rank) + low_rank
+        # The gain of the low-rank path is that of B's rows, so that y alone is as large as y.
+        low_rank = self.scaled(p, x @ p["A"].mT) @ ((1 + c_minus_1).mT * p["B"]).mT
+        return torch.addcmul(low_rank, c_minus_1, without_bias(base, y))
 
     def _gain_minus_1(self, p: Mapping[str, Tensor], base: LinearMap) -> Tensor:
         """c - 1 as a row (..., 1, out)."""

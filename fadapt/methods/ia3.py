@@ -37,6 +37,7 @@ class IA3(Method):
     """
 
     reads_input: ClassVar[bool] = False
+    casts_output: ClassVar[bool] = False
 
     @property
     def acts_on_bias(self) -> bool:

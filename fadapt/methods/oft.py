@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ..errors import require
-from ..linalg import cayley_minus_identity, skew
+from ..linalg import cayley_minus_identity, in_blocks, skew
 from ..method import Leaves, Method
 
 if TYPE_CHECKING:
@@ -83,9 +83,7 @@ class OFT(Method):
     def shift(self, p: Mapping[str, Tensor], x: Tensor) -> Tensor:
         q = p["q"].to(torch.promote_types(p["q"].dtype, torch.float32))
         turn = self._rotation_minus_identity(skew(q, self.block_size)).to(x.dtype)
-        # One axis of tokens beside those of the adapters, so that each block is one product.
-        rows = x.reshape(*turn.shape[:-3], -1, *turn.shape[-3:-1]).transpose(-3, -2)
-        return (rows @ turn).transpose(-3, -2).reshape(x.shape)
+        return in_blocks(x, turn)
 
     def project(self, train: Leaves) -> Leaves:
         if self.coft is None:
