@@ -275,6 +275,10 @@ def prepare(args: argparse.Namespace) -> Bench:
         for seed in seeds
     }
     known = recipes.small(args.r) if embedded else recipes.recipes(args.r)
+    if args.targets and args.methods == "all":
+        others = [name for name, (method, _) in known.items() if method.usual_kind != "linear"]
+        print(f"without {', '.join(others)}, which do not adapt linear maps: --targets", flush=True)
+        known = {name: found for name, found in known.items() if name not in others}
     methods = recipes.chosen(args.methods, known)
     return Bench(args, protocol, model, tokenizer, found, batches, methods)
 

@@ -10,6 +10,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import fadapt
+from fadapt import Method
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
@@ -235,6 +238,20 @@ def test_the_script_on_local_files(local, tmp_path, protocol):
     # A second call finds the finished sweep, and trains nothing.
     assert run(*of(local, protocol=protocol), out=tmp_path) == 0
     assert json.loads((tmp_path / "table.json").read_text())["validation"] == table["validation"]
+
+
+def test_every_method_that_trains_has_a_recipe():
+    """SSteer trains nothing; the others are made of, or from, other methods."""
+    public = {n for n, v in vars(fadapt).items() if isinstance(v, type) and issubclass(v, Method)}
+    assert set(recipes.recipes(8)) == public - {"Method", "SSteer", "Chain", "Sum", "TruncatedLoRA"}
+    assert list(recipes.small(8)) == list(recipes.recipes(8))
+
+
+def test_targets_leave_out_what_adapts_no_linear_map(capsys):
+    args = metamath_gsm8k.arguments(["--batch", "2", "--targets", "q_proj"])
+    left = set(recipes.recipes(8)) - set(metamath_gsm8k.prepare(args).methods)
+    assert left == {"LNTuning", "TrainableTokens"}
+    assert capsys.readouterr().out.startswith("without LNTuning, TrainableTokens, which")
 
 
 def test_every_method_is_alive(tmp_path, capsys):

@@ -58,7 +58,7 @@ def measure(
     try:
         params, calibrated = fadapt.init(model, config), 0.0
     except fadapt.CalibrationError:
-        stats = fadapt.observe(model, config, calib)
+        stats = fadapt.observe(model, config, calib, loss_fn=loss_fn)
         calibrated = now() - start
         start = now()
         params = fadapt.init(model, config, stats)
@@ -103,7 +103,7 @@ def measure(
 
 
 def _quantized(config: Any) -> str:
-    """Over which layers of bitsandbytes the method runs."""
+    """Over which layers of bitsandbytes the method runs, beside an embedding and a norm."""
     try:
         import bitsandbytes as bnb  # type: ignore[import-untyped]
     except ImportError:
@@ -113,18 +113,23 @@ def _quantized(config: Any) -> str:
         if isinstance(config.rules, fadapt.Method)
         else next(iter(config.rules.values()))
     )
-    found = ""
+    device, found = "cuda" if torch.cuda.is_available() else "cpu", ""
     for bits, make in (
         ("4", lambda: bnb.nn.Linear4bit(64, 64, bias=False, compute_dtype=torch.float32)),
         ("8", lambda: bnb.nn.Linear8bitLt(64, 64, bias=False, has_fp16_weights=False)),
     ):
-        model = torch.nn.Sequential(make())
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        model.to(device)
-        x = torch.randn(80, 64, device=device)
+        torch.manual_seed(0)
+        around = torch.nn.Embedding(256, 64), make(), torch.nn.LayerNorm(64)
+        model = torch.nn.Sequential(*around).requires_grad_(False).to(device).eval()
+        ids = torch.arange(256, device=device)
+        calib: Any = [ids] if method.statistic is not None else None
         try:
-            params = fadapt.init(model, method, [x] if method.statistic is not None else None)
-            fadapt.run(model, params, x, lambda y, _: y.square().mean()).backward()
+            # A gradient to start from: a loss that is at no extremum.
+            def loss(y: Any, _: Any) -> Any:
+                return (y * torch.linspace(-1, 1, 64, device=device)).square().mean()
+
+            params = fadapt.init(model, method, calib, loss_fn=loss)
+            fadapt.run(model, params, ids, loss).backward()
             found += bits
         except fadapt.FadaptError:
             pass

@@ -38,6 +38,12 @@ def recipes(r: int) -> dict[str, tuple[Method, float]]:
         "LoHa": (fadapt.LoHa(r=r, alpha=alpha), 1e-3),
         "GraLoRA": (fadapt.GraLoRA(r=-(-r // 2) * 2, alpha=alpha), 2e-3),
         "MiSS": (fadapt.MiSS(), 1e-3),
+        "LoRAGA": (fadapt.LoRAGA(r=r, alpha=float(r)), 1e-3),
+        # 3 times and once LoRA's rate, as in PEFT's comparison; RandLoRA's own scale of 20.
+        "SHiRA": (fadapt.SHiRA(r=r), 3e-3),
+        "RandLoRA": (fadapt.RandLoRA(r=r, alpha=20.0 * r), 1e-3),
+        # arXiv 2404.03592, arithmetic reasoning: 9e-4.
+        "ReFT": (fadapt.ReFT(r=r), 1e-3),
         # PEFT's comparison, as it is: the increment is divided by the width.
         "C3A": (fadapt.C3A(), 0.3),
         # arXiv 2405.03003, instruction tuning of LLaMA: scaling 300, n = 1000.
@@ -52,6 +58,10 @@ def recipes(r: int) -> dict[str, tuple[Method, float]]:
         "HRA": (fadapt.HRA(r=r), 1e-3),
         "RoAd": (fadapt.RoAd(), 1e-2),
         "OFT": (fadapt.OFT(), 1e-3),
+        "BitFit": (fadapt.BitFit(), 5e-3),
+        "LNTuning": (fadapt.LNTuning(), 1e-2),
+        "TrainableTokens": (fadapt.TrainableTokens(), 5e-3),
+        "Full": (fadapt.Full(), 1e-4),
     }
     slow = ("SSVD", "AntiPaSTO", "AntiPaSTORotation", "AntiPaSTOAblate", "AntiPaSTOArrow",
             "AntiPaSTOASVD", "AntiPaSTOCorDA", "AntiPaSTODPLR")  # fmt: skip
@@ -61,15 +71,29 @@ def recipes(r: int) -> dict[str, tuple[Method, float]]:
 
 
 def small(r: int) -> dict[str, tuple[Method, float]]:
-    """The same for the embedded base, which is narrow, and is trained for few steps."""
+    """The same for the embedded base, which is narrow, and is trained for few steps.
+
+    Rates are in the middle of those at which a method learned in ``measured``.
+    """
     found = {name: (method, 4 * lr) for name, (method, lr) in recipes(r).items()}
-    found["RoAd"] = (fadapt.RoAd(group_size=32), 4e-2)
-    found["OFT"] = (fadapt.OFT(block_size=16), 4e-3)
-    found["C3A"] = (fadapt.C3A(block_size=32), found["C3A"][1])
-    for name in [n for n in found if n.startswith("AntiPaSTO")]:
-        # The narrowest weight is (64, 192).
-        found[name] = (getattr(fadapt, name)(r=64), 4e-2)
-    return found
+    rates = {
+        "KaSA": 1.6e-2, "LoHa": 1.6e-2, "VeRA": 0.16, "LoRAXS": 6.4e-2, "TinyLoRA": 1e-2,
+        "HRA": 3.2e-2, "BOFT": 3.2e-2, "PSOFT": 1.6e-2, "RoAd": 0.16, "IA3": 0.32, "IA3FF": 0.32,
+        "SSVD": 4e-3, "AntiPaSTO": 0.16, "AntiPaSTOASVD": 0.16, "AntiPaSTOCorDA": 0.16,
+        "AntiPaSTOAblate": 0.16, "AntiPaSTORotation": 0.16, "Full": 1e-3,
+    }  # fmt: skip
+    # Blocks, and a number of directions, for its narrowest weight, (64, 192).
+    methods = {
+        "RoAd": fadapt.RoAd(group_size=32),
+        "OFT": fadapt.OFT(block_size=16),
+        "C3A": fadapt.C3A(block_size=32),
+        "TinyLoRA": fadapt.TinyLoRA(r=r),
+    }
+    methods |= {n: getattr(fadapt, n)(r=64) for n in found if n.startswith("AntiPaSTO")}
+    return {
+        name: (methods.get(name, method), rates.get(name, lr))
+        for name, (method, lr) in found.items()
+    }
 
 
 def chosen(names: str, known: dict[str, tuple[Method, float]]) -> dict[str, tuple[Method, float]]:
