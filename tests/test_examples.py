@@ -77,3 +77,29 @@ def test_the_switching_benchmark_runs(monkeypatch: pytest.MonkeyPatch, capsys) -
     runpy.run_path(str(folder / "switching.py"), run_name="__main__")
     printed = capsys.readouterr().out
     assert "fadapt - PEFT 0, base - PEFT 0.0" in printed  # the same outputs, which are adapted
+
+
+@pytest.mark.filterwarnings("default")
+def test_the_cost_of_the_table_is_measured(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    pytest.importorskip("peft")
+    folder = EXAMPLES / "benchmarks"
+    monkeypatch.syspath_prepend(str(folder))
+    small = "--device cpu --dtype float32 --hidden 64 --layers 2 --vocab 64 --r 2 --width 64"
+    common = [*small.split(), "--rows", "1", "--steps", "2", "--warmup", "1"]
+
+    def run(*options: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["table_cost.py", *common, *options])
+        runpy.run_path(str(folder / "table_cost.py"), run_name="__main__")
+        return capsys.readouterr().out
+
+    counts = {
+        line[:20].strip(): int(line.split()[-4].replace(",", ""))
+        for line in run("--launches").splitlines()[1:]
+    }
+    # Hardly any more trials' own, but those of every method.
+    assert counts["2 IA3"] < counts["2 LoRA"] < counts["16 mixed"] / 5
+    assert counts["48 mixed"] < 1.5 * counts["16 mixed"]
+    options = '{"regional": true, "backend": "eager"}'
+    measured = run("--no-peft", "--trials", "2", "--multiple", "512", "--compile", options)
+    assert "sweep of 2:" in measured
+    assert "{'finished'}" in measured
