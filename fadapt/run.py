@@ -51,7 +51,8 @@ def run(
             adapter; otherwise all adapters see the same (B, ...) batch.
         verify: for a stack, whether to compare two of its members together and alone before the
             first pass over this model, this structure of stack and this kind of batch (a few more
-            passes, once; not inside torch.compile, torch.func's transforms and ``bound``).
+            passes, then, and before the 16th, the 128th, and so on; not inside torch.compile,
+            torch.func's transforms and ``bound``).
 
     Returns:
         The scalar loss, or (N,) losses for a stack, differentiable in the trainable leaves by

@@ -384,6 +384,120 @@ def test_the_gradients_are_tried_for_a_sweep() -> None:
     )
 
 
+DECIDING = {
+    "if": lambda h: h * 2 if h.mean() > 1e9 else h,
+    "item": lambda h: h * (2 if h.sum().item() > 1e9 else 1),
+    "float": lambda h: h * 2 if float(h.max()) > 1e9 else h,
+    "any": lambda h: h.clamp(-1, 1) if (h > 1e9).any() else h,
+    "equal": lambda h: h * 2 if torch.equal(h, h + 1) else h,
+    "count": lambda h: h * 2 if (h > 1e9).sum() > 3 else h,
+    "largest": lambda h: h * 2 if int(h.flatten().argmax()) > 1e9 else h,
+    "tolist": lambda h: h * 2 if h.tolist()[0][0] > 1e9 else h,
+    "numpy": lambda h: h * 2 if h.detach().numpy().max() > 1e9 else h,
+    "where": lambda h: torch.where(h.mean() > 1e9, h * 2, h),
+    "masked": lambda h: h.masked_fill(h.mean() > 1e9, 0.0),
+}
+APART = {
+    "where": lambda h: torch.where(h > 0, h * 2, h),
+    "own mean": lambda h: torch.where(h.mean(-1, keepdim=True) > 0, h * 2, h),
+    "chosen rows": lambda h: h.index_put(((h > 1).nonzero(as_tuple=True)), torch.tensor(0.0)),
+    "experts": lambda h: torch.stack([r * (1 + e) for r, e in zip(h, h.argmax(-1), strict=True)]),
+    "a shape": lambda h: h * 2 if h.shape[-1] > 3 else h,
+}
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", DECIDING)
+def test_a_way_that_all_rows_go_together_is_refused(name: str, training: bool) -> None:
+    """However far the batch at hand is from the other way."""
+    model = Mixing(DECIDING[name]).train(training)
+    stack, x = fadapt.stack(members(model)), reals(8, 4)
+    where = r"decides by a value of the whole batch .*test_stack_proof\.py:\d+.*unstack"
+    with pytest.raises(fadapt.FadaptError, match=where):
+        fadapt.apply(model, stack, x)
+    with pytest.raises(fadapt.FadaptError, match=where):
+        fadapt.run(model, stack, x, lambda out, _: out.square().mean())
+    assert fadapt.apply(model, stack, x, verify=False).shape == (3, 8, 4)
+
+
+@pytest.mark.parametrize("name", APART)
+def test_ways_of_single_rows_are_no_reason_to_refuse(name: str) -> None:
+    model = Mixing(APART[name])
+    made = members(model)
+    out = fadapt.apply(model, fadapt.stack(made), reals(8, 4))
+    for one, p in zip(out, made, strict=True):
+        torch.testing.assert_close(one, fadapt.apply(model, p, reals(8, 4)))
+
+
+def test_what_decides_beside_the_adapters_is_no_reason_to_refuse() -> None:
+    """Masks and ids; and a loss function, which sees one adapter's rows."""
+
+    class Masked(Mixing):
+        def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+            assert mask is not None
+            return super().forward(x if mask.all() else x * mask[:, None])
+
+    model = Masked(torch.tanh)
+    stack, x = fadapt.stack(members(model)), {"x": reals(8, 4), "mask": torch.arange(8) > 2}
+    logged = []
+
+    def loss(out, _):
+        value = out.square().mean()
+        logged.append(value.item())
+        return value * 2 if value > 0 else value
+
+    assert fadapt.run(model, stack, x, loss).shape == (3,)
+
+
+def crowded(h: Tensor) -> Tensor:
+    """More entries than one member has; no operation shows that the forward asks for a shape."""
+    return h * 2 if len((h.abs() > 1e-4).nonzero()) > 60 else h
+
+
+def test_it_is_repeated_with_other_moves_and_the_batch_at_hand() -> None:
+    model = Mixing(crowded)
+    stack = fadapt.stack(members(model))
+
+    def run(batch):
+        return fadapt.run(model, stack, batch, lambda out, _: out.square().mean())
+
+    small, large = reals(6, 4) * 1e-9, reals(6, 4)
+    with torch.no_grad():
+        model.first.bias.zero_()
+        for _ in range(15):
+            run(small)
+        with pytest.raises(fadapt.FadaptError, match="not independent"):
+            run(large)
+
+
+def test_a_sweep_proves_again() -> None:
+    model = Mixing(crowded)
+    with torch.no_grad():
+        model.first.bias.zero_()
+    batches = [reals(6, 4) * 1e-9] * 16 + [reals(6, 4)] * 4
+    trials = [fadapt.Trial(fadapt.LoRA(r=2), seed=i, lr=1e-9) for i in range(3)]
+
+    def sweep(batches, **options):
+        return fadapt.sweep(
+            model, trials, batches, loss_fn=lambda out, _: out.square().mean(), steps=20, **options
+        )
+
+    with pytest.raises(fadapt.FadaptError, match=r"until step 16, .*max_adapters=1"):
+        sweep(batches)
+    sweep(batches, max_adapters=1)
+
+    class Two(Mixing):
+        """Mixes its rows where it gets a second input."""
+
+        def forward(self, x: Tensor, more: Tensor | None = None) -> Tensor:
+            out = super().forward(x)
+            return out if more is None else out - out.mean(0)
+
+    model = Two(torch.tanh)
+    with pytest.raises(fadapt.FadaptError, match=r"until step 3, .*not independent"):
+        sweep([{"x": reals(6, 4)}] * 3 + [{"x": reals(6, 4), "more": reals(6, 4)}])
+
+
 def test_parts_and_joined_batches_are_inverse() -> None:
     model = Counted()
     stack = fadapt.stack(members(model))

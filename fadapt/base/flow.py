@@ -5,9 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable
 from types import CodeType, FrameType
-from typing import Any
+from typing import Any, Self
 
+import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from .torch_private import (
     StorageWeakRef,
@@ -71,15 +73,28 @@ class Flow(TorchDispatchMode):
     Args:
         sources: the tensors.
         read: called with the place in the model's code where a value that follows from them becomes
-            a Python number, by which the model can take another way.
+            a Python number, or a switch for many others at once (``torch.where`` on one yes or
+            no), by which the model can take another way.
     """
 
     def __init__(self, sources: Iterable[Tensor], read: Callable[[str], None] | None = None):
         super().__init__()
         self._known: dict[int, StorageWeakRef] = {}
         self._read = read
+        self._leaving = _Leaving(self)
         for tensor in sources:
             self._mark(tensor)
+
+    def __enter__(self) -> Self:
+        super().__enter__()
+        if self._read is not None:
+            self._leaving.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self._read is not None:
+            self._leaving.__exit__(*error)
+        super().__exit__(*error)
 
     def reaches(self, tensor: Tensor) -> bool:
         """Whether the tensor follows from the sources."""
@@ -105,8 +120,10 @@ class Flow(TorchDispatchMode):
             chooses = func.overloadpacket.__name__ in _CHOICES
             for leaf in pytree.tree_leaves(result):
                 if isinstance(leaf, Tensor):
-                    if not chooses or leaf.is_floating_point():
+                    if not chooses or leaf.is_floating_point() or not leaf.dim():
                         self._mark(leaf)
+                    if leaf.numel() > 1 and any(map(self._is_switch, given)):
+                        self._note()
                 elif isinstance(leaf, (bool, int, float, complex)):
                     self._note()
             written = given[0] if func.overloadpacket.__name__.endswith("_") else kwargs.get("out")
@@ -114,6 +131,35 @@ class Flow(TorchDispatchMode):
                 self._mark(written)
         return result
 
+    def _is_switch(self, tensor: Tensor) -> bool:
+        """Whether it is one yes or no that follows from the sources, as ``h.mean() > 0``."""
+        return tensor.dtype is torch.bool and tensor.numel() == 1 and self.reaches(tensor)
+
     def _note(self) -> None:
         if self._read is not None and not in_backward() and (where := models_own()):
             self._read(where)
+
+    @is_step
+    def left(self, tensor: Tensor) -> None:
+        """Notes a tensor whose values go to Python below all operations."""
+        if self.reaches(tensor):
+            self._note()
+
+
+class _Leaving(TorchFunctionMode):
+    """Sees the functions that read a tensor's memory, which are no operations."""
+
+    def __init__(self, flow: Flow):
+        super().__init__()
+        self._flow = flow
+
+    @is_step
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in _MEMORY and args and isinstance(args[0], Tensor):
+            self._flow.left(args[0])
+        return func(*args, **(kwargs or {}))
+
+
+_MEMORY = frozenset((Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__))

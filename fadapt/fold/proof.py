@@ -10,6 +10,12 @@ mean, must not come out the same for both. Then the first runs beside itself: wh
 places, as among experts of a limited capacity, it would have to share all of its own.
 
 Then the same in training mode, without dropout.
+
+What a model makes of one batch it need not make of the next: ``if h.mean() > 0`` takes one way for
+all rows. Where the forward turns a value that follows from the adapters, or from real numbers of
+the batch, into one of Python's, or into one switch of ``torch.where``, that is a reason of its own.
+What is left, such as a branch on how many rows are above a bound, has a chance to show when the
+proof is repeated, with other moves and the batch at hand, at the 16th pass, the 128th, and so on.
 """
 
 from __future__ import annotations
@@ -17,16 +23,19 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..base.eval_mode import evaluating
+from ..base.flow import Flow
 from ..base.memory import is_out_of_memory
 from ..base.sharded import agreed, groups_of
 from ..base.torch_private import is_transformed, pytree
 from ..errors import FadaptError
+from ..overlay.instead import is_run_otherwise
 from ..params.adapter import Adapter
 from ..params.params import Params
 from ..params.stack import Group, Stack, at_rank, subset, views
@@ -57,7 +66,11 @@ _APART = 5e-2  # relative difference of two members that are different enough to
 _STEPS = (0.2, 0.6, 2.0, 6.0, 20.0)  # sizes of the random moves, until they are
 _FURTHER = 4.0  # the second member's move, in those of the first
 
-_verdicts: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, str]] = weakref.WeakKeyDictionary()
+_AGAIN = 16, 8  # the pass before which the proof is repeated, and what it is multiplied by
+
+_verdicts: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, _Verdict]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def possible() -> bool:
@@ -65,6 +78,14 @@ def possible() -> bool:
     if torch.compiler.is_compiling() or is_transformed():
         return False
     return not (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
+
+
+def is_due(count: int) -> bool:
+    """Whether the proof is repeated before the pass of this number."""
+    due = _AGAIN[0]
+    while due < count:
+        due *= _AGAIN[1]
+    return due == count
 
 
 def difference(
@@ -76,6 +97,7 @@ def difference(
     folded: Callable[[Stack, int, Any], list[Named]],
     single: Callable[[Params, Any], Named],
     gradients: bool,
+    passes: int | None = None,
 ) -> str:
     """In words, how members of a stack differ together from the same alone; "" if they do not.
 
@@ -88,16 +110,19 @@ def difference(
             an empty list, if there is nothing to compare.
         single: the same for one member alone, on (params, batch).
         gradients: whether to compare the gradients of the tensors' sum, too.
+        passes: how many there have been; None counts the questions.
     """
     if not whole.groups:  # rows of the base
         return ""
     key = (kind, per_adapter, _structure(whole), batch_kind(batch), _modes(model))
     known = _verdicts.setdefault(model, {})
-    if key not in known:
+    if passes is None:
+        passes = known[key].passes + 1 if key in known else 1
+    if key not in known or (not known[key].why and is_due(passes)):
         devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
         try:
             parts = fold.parts(batch, whole, per_adapter)
-            proof = _Proof(model, whole, parts, folded, single)
+            proof = _Proof(model, whole, parts, folded, single, seed=passes - 1)
             trains = any(module.training for module in model.modules())
             # In this order: a training pass of another thread, whose end evaluating waits for, may
             # want the turnstile.
@@ -106,7 +131,7 @@ def difference(
             if trains and not why:
                 with turnstile(model), torch.random.fork_rng(list(devices)):
                     why = proof.verdict_in_training()
-            known[key] = why
+            known[key] = _Verdict(why)
         except FadaptError:
             raise
         except Exception as error:
@@ -115,7 +140,16 @@ def difference(
                 "whether they are independent; verify=False leaves that out"
             )
             raise
-    return known[key]
+    known[key].passes = passes
+    return known[key].why
+
+
+@dataclass
+class _Verdict:
+    """What was found, and how many passes have asked for it."""
+
+    why: str
+    passes: int = 0
 
 
 class _Proof:
@@ -126,6 +160,7 @@ class _Proof:
         parts: Sequence[Any],
         folded: Callable[[Stack, int, Any], list[Named]],
         single: Callable[[Params, Any], Named],
+        seed: int,
     ):
         chosen = _representatives(whole)
         self.model = model
@@ -135,8 +170,11 @@ class _Proof:
         if all(part is self.parts[0] for part in self.parts):
             one = [self.rows // 2] * self.rows
             self.parts[1::2] = [fold.rows_at(p, self.rows, one) for p in self.parts[1::2]]
-        self.folded, self.single = folded, single
+        self.folded, self.single, self.seed = folded, single, seed
         self.tolerance = _tolerance([*model.parameters(), *whole.trainable()])
+        # Not over a sharded base, nor where compiled functions run in place of its parts.
+        self.looks = not groups_of(model) and not is_run_otherwise()
+        self.looked = not self.looks
         self.size = 0.0  # of the last moves at which everything was finite
 
     def verdict(self, gradients: bool) -> str:
@@ -144,7 +182,7 @@ class _Proof:
         sizes, last = list(_STEPS), None
         while sizes:
             size = sizes.pop(0)
-            moved = _moved(self.members, size)
+            moved = _moved(self.members, size, self.seed)
             with torch.no_grad():
                 pairs = zip(views(moved), self.parts, strict=True)
                 alone = [self.single(params, part) for params, part in pairs]
@@ -184,7 +222,7 @@ class _Proof:
         why = ""
         for i in range(len(together)):
             with torch.no_grad():
-                found, failed = self._together(_moved(self.members, size, only=i))
+                found, failed = self._together(_moved(self.members, size, self.seed, only=i))
             why = why or failed or self._compare(found[i], together[i], together)
         return bool(self._agreed(why))
 
@@ -201,8 +239,12 @@ class _Proof:
         parts = self.parts
         if turns is not None:
             moved, parts = subset(moved, turns), [parts[i] for i in turns]
+        joined = fold.joined(parts, self.rows)
         try:
-            return self.folded(moved, self.rows, fold.joined(parts, self.rows)), ""
+            if self.looked or turns is not None:
+                return self.folded(moved, self.rows, joined), ""
+            self.looked = True
+            return self._looking(moved, joined)
         except FadaptError:
             raise
         except Exception as error:
@@ -213,6 +255,25 @@ class _Proof:
                 "the adapters of a stack cannot share a pass over this model: test adapters work "
                 f"alone and raise in one pass, {type(error).__name__}: {text:.200}."
             )
+
+    def _looking(self, moved: Stack, joined: Any) -> tuple[list[Named], str]:
+        """The same, and where the model's forward takes a value into Python."""
+        found: list[str] = []
+        numbers = [
+            leaf
+            for leaf in pytree.tree_leaves(joined)
+            if isinstance(leaf, Tensor) and leaf.is_floating_point()
+        ]
+        with Flow([*moved.trainable(), *numbers], found.append):
+            together = self.folded(moved, self.rows, joined)
+        if not found:
+            return together, ""
+        return together, (
+            f"the forward of {type(self.model).__name__} decides by a value of the whole batch, "
+            f"which depends on the adapters or on the batch's real numbers ({found[0]}: an `if`, "
+            ".item() or torch.where), so that the rows of all adapters would go one way, where "
+            "each alone may go another."
+        )
 
     def _differs(self, together: list[Named], alone: list[Named]) -> str:
         pairs = zip(together, alone, strict=True)
@@ -227,7 +288,7 @@ class _Proof:
         """
         if not self.size:
             return ""
-        moved = _moved(self.members, self.size)
+        moved, self.looked = _moved(self.members, self.size, self.seed), not self.looks
         with torch.no_grad(), WithoutDropout():
             torch.manual_seed(0)
             before = _generators(self.model)
@@ -348,13 +409,13 @@ def _gradients(found: Iterable[Named], leaves: Sequence[Tensor]) -> list[Tensor]
     ]
 
 
-def _moved(members: Stack, size: float, only: int | None = None) -> Stack:
+def _moved(members: Stack, size: float, seed: int, only: int | None = None) -> Stack:
     """A copy moved at random, by about ``size`` times what keeps a product's scale, or further.
 
     Args:
         only: the member to move; all, if None.
     """
-    rng = torch.Generator().manual_seed(0)
+    rng = torch.Generator().manual_seed(seed)
 
     def move(leaf: Tensor, step: float) -> Tensor:
         width = leaf.shape[-1] if leaf.dim() else 1

@@ -93,11 +93,12 @@ def one_by_one(
     loss_fn: LossFn | None,
     per_adapter: bool,
     gradients: bool,
+    passes: int | None = None,
 ) -> str:
     """Why the members of a stack have to run one by one on such batches; "" where they need not.
 
     Two members run together and alone, once for a model, a structure of the stack and a kind of
-    batch.
+    batch; and again after some numbers of ``passes``.
     """
     name = type(model).__name__
     if loss_fn is None and not _may_come_apart(model, batch):
@@ -110,7 +111,7 @@ def one_by_one(
     try:
         fold.check_rows_apart(model)
         fold.folded_sites(stack, None)
-        why = difference(model, stack, batch, loss_fn, per_adapter, gradients)
+        why = difference(model, stack, batch, loss_fn, per_adapter, gradients, passes)
     except FadaptError as error:
         return str(error)
     if not why and loss_fn is None and not _may_come_apart(model, batch):
@@ -152,6 +153,7 @@ def difference(
     loss_fn: LossFn | None,
     per_adapter: bool,
     gradients: bool = False,
+    passes: int | None = None,
 ) -> str:
     """How losses of two members in one pass differ from the same two alone; "" if they do not."""
     if is_bound_to(model, stack) or not proof.possible():
@@ -169,7 +171,9 @@ def difference(
         return {"loss": run_one(model, params, part, loss_fn, params)}
 
     kind = ("run", getattr(loss_fn, "__code__", type(loss_fn)), gradients)
-    return proof.difference(model, stack, batch, per_adapter, kind, folded, single, gradients)
+    return proof.difference(
+        model, stack, batch, per_adapter, kind, folded, single, gradients, passes
+    )
 
 
 def apply_stack(

@@ -53,6 +53,11 @@ def forwards_instead(
     return [] if instead is None else instead.forwards(model, sites)
 
 
+def is_run_otherwise() -> bool:
+    """Whether such a block is open."""
+    return _active.get() is not None
+
+
 def function_instead(function: F) -> F:
     """Of the open block; the function itself outside of one, and within a compiled call."""
     # Dynamo cannot trace the look-up before torch 2.13; a compiled call is run by no other

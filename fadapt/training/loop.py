@@ -6,7 +6,7 @@ import contextlib
 import math
 import time
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -22,7 +22,8 @@ from ..distributed.rows import part_of, share_of
 from ..distributed.shares import cost, edges
 from ..distributed.team import Team
 from ..dropout import of_part
-from ..errors import CheckpointError, ConfigError, OneByOneWarning
+from ..errors import CheckpointError, ConfigError, FadaptError, OneByOneWarning
+from ..fold import proof
 from ..params.params import Params
 from ..params.stack import groups_of, stack_of
 from . import checkpoint, identity
@@ -81,6 +82,7 @@ class Loop:
         self.by_rank = padding(self.starts) > PADDING
         self.compiler = Compiler(s.compile, self.device)
         self.members = self.own = list(range(len(self.trials)))
+        self.proved: set[Hashable] = set()
         if team.several:
             self._check_spread()
             self.separate = s.max_adapters == 1
@@ -318,8 +320,7 @@ class Loop:
         order = self.flat.order
         try:
             batch = next(self.data)
-            if self.step == 0:
-                self._prove(batch)
+            self._check_independence(batch)
             if self.team.several:
                 self._step_of_several(batch)
                 return
@@ -388,9 +389,28 @@ class Loop:
         self.history.add(self.step, order, losses, alive)
         self.whole = True
 
+    def _check_independence(self, batch: Any) -> None:
+        """Before the first step, for other kinds of batches, and now and again."""
+        # Shards of a batch may differ in kind, and all processes have to be there.
+        kind = None if self.team.several else proof.batch_kind(batch)
+        if self.step == 0:
+            self._prove(batch)
+        elif kind not in self.proved or proof.is_due(self.step):
+            self._prove_again(batch)
+        self.proved.add(kind)
+
+    def _prove_again(self, batch: Any) -> None:
+        why = self.runner.one_by_one(batch, self.step) if self.own else ""
+        if why := next((found for found in self.team.gather(why) if found), ""):
+            raise FadaptError(
+                f"the trials of this sweep have shared a pass until step {self.step}, and cannot: "
+                f"{why} Begin it anew with max_adapters=1, so that they run one by one; or, where "
+                "the difference is meant, with verify=False"
+            )
+
     def _prove(self, batch: Any) -> None:
         """Trials that do not train as they would alone in one pass run one by one."""
-        why = self.runner.one_by_one(batch) if self.own else ""
+        why = self.runner.one_by_one(batch, self.step) if self.own else ""
         # Found in one process, it holds in all.
         why = next((found for found in self.team.gather(why) if found != ""), "")
         if why:

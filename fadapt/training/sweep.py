@@ -94,8 +94,9 @@ def sweep(
         halving: stop the worse trials early; see :class:`Halving`.
         max_adapters: the most adapters in one pass. "auto" begins with all and halves when memory
             runs out, as does a number; None never splits.
-        verify: compare two members together and alone before the first step, which takes a few
-            more passes and calls ``loss_fn`` as often; False trusts that rows stay apart.
+        verify: compare two members together and alone before the first step, for each later kind
+            of batch, and at steps 16, 128, and so on, which takes a few more passes and calls
+            ``loss_fn`` as often; False trusts that rows stay apart.
         compile: compile the pass and its gradient, each as one graph; or options for
             torch.compile, such as {"mode": "reduce-overhead"}; with {"regional": True} the equal
             blocks of the model (its layers) are compiled as one function that runs each of them,

@@ -162,8 +162,10 @@ class ChunkRunner:
 
         return self.compiler.recorded(step)
 
-    def one_by_one(self, batch: Any) -> str | None:
+    def one_by_one(self, batch: Any, step: int) -> str | None:
         """Why the adapters cannot share a pass on such batches; "" where they can.
+
+        It is looked at once, and again at some numbers of steps.
 
         None where two of them do not fit into memory.
         """
@@ -173,7 +175,7 @@ class ChunkRunner:
         whole = self.flat.part(0, len(self.flat))
         options = self.loss_fn, self.per_adapter, True
         try:
-            return one_by_one(self.model, whole, batch, *options)
+            return one_by_one(self.model, whole, batch, *options, passes=step)
         except RuntimeError as error:
             if not self.halves or not is_out_of_memory(error):
                 raise
