@@ -412,7 +412,7 @@ def test_a_way_that_all_rows_go_together_is_refused(name: str, training: bool) -
     """However far the batch at hand is from the other way."""
     model = Mixing(DECIDING[name]).train(training)
     stack, x = fadapt.stack(members(model)), reals(8, 4)
-    where = r"decides by a value of the whole batch .*test_stack_proof\.py:\d+.*unstack"
+    where = r"decides by a value of the whole batch, .*test_stack_proof\.py:\d+.*unstack"
     with pytest.raises(fadapt.FadaptError, match=where):
         fadapt.apply(model, stack, x)
     with pytest.raises(fadapt.FadaptError, match=where):

@@ -31,14 +31,24 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
 
 
 @implements(torch.addmm, Tensor.addmm)
-def _addmm(bias: Tensor, x: Tensor, weight: Tensor, *, beta: float = 1, alpha: float = 1) -> Any:
-    if not isinstance(weight, Overlay) or beta != 1 or alpha != 1 or bias.dim() != 1:
+def _addmm(
+    bias: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    out_dtype: torch.dtype | None = None,
+    *,
+    beta: float = 1,
+    alpha: float = 1,
+) -> Any:
+    if not isinstance(weight, Overlay) or beta != 1 or alpha != 1 or bias.dim() != 1 or out_dtype:
         return NotImplemented
     return _product(x, weight, bias, rows_out=False)
 
 
 @implements(torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
-def _matmul(x: Tensor, weight: Tensor) -> Any:
+def _matmul(x: Tensor, weight: Tensor, out_dtype: torch.dtype | None = None) -> Any:
+    if out_dtype is not None:
+        return NotImplemented
     if isinstance(x, Overlay) and not isinstance(weight, Overlay):
         return _weight_first(x, weight)
     if not isinstance(weight, Overlay) or isinstance(x, Overlay):
@@ -205,7 +215,9 @@ def _reshape(weight: Tensor, *shape: Any) -> Any:
 
 
 @implements(torch.bmm, Tensor.bmm)
-def _bmm(a: Tensor, b: Tensor) -> Any:
+def _bmm(a: Tensor, b: Tensor, out_dtype: torch.dtype | None = None) -> Any:
+    if out_dtype is not None:
+        return NotImplemented
     weight, x, rows_out = (a, b.mT, True) if isinstance(a, Overlay) else (b, a, False)
     if not isinstance(weight, Overlay) or isinstance(x, Overlay):
         return NotImplemented

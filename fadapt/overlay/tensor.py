@@ -64,7 +64,7 @@ def _by_rule(func: Callable, args: tuple, kwargs: dict) -> Any:
         args, kwargs = _positional(NAMES[func], args, kwargs)
     if func not in METADATA and any(map(_is_vector, (*args, *kwargs.values()))):
         return _with_vectors(func, args, kwargs)
-    if func in RULES and "out" not in kwargs and "out_dtype" not in kwargs:
+    if func in RULES and "out" not in kwargs:
         result = RULES[func](*args, **kwargs)
         if result is not NotImplemented:
             return result
