@@ -125,7 +125,8 @@ def bound(model: nn.Module, params: Params | Stack) -> AbstractContextManager[nn
     the base, and they may run it with other params. Nothing of the model is changed, also by an
     exception or an interrupt. Updates of the trainable leaves (an optimizer's step) take effect at
     once. In training mode, buffers such as BatchNorm's running statistics are copies, which end
-    with the block.
+    with the block. ``parameters``, ``state_dict``, ``to``, copies and pickles are the base's inside
+    it as well. A generator that yields within the block leaves it entered for who asks it.
 
     Args:
         model: the frozen base; other params are refused for it inside the block.

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import gc
+import io
+import pickle
 import sys
+import warnings
 import weakref
 
 import pytest
 import torch
+from torch import nn
 
 import fadapt
 from tests.helpers import make, make_batch, trained
+from tests.models import mlp, perturb, reals
 
 
 class TestBound:
@@ -85,3 +93,104 @@ class TestBound:
         assert torch.equal(out[:, 7:], logits[:, 6:-1].argmax(-1))
         with pytest.raises(fadapt.ConfigError, match="no method 'generat'"):
             fadapt.apply(model, params, ids, method="generat")
+
+
+def adapted_mlp():
+    model = mlp(widths=(6, 6, 6))
+    params = perturb(fadapt.init(model, fadapt.LoRA(r=2)), std=0.5)
+    return model, params, reals(4, 6)
+
+
+def test_what_is_asked_of_the_model_beside_its_forward_is_the_bases() -> None:
+    model, params, x = adapted_mlp()
+    own, state = [*model.parameters()], {k: v.clone() for k, v in model.state_dict().items()}
+    adapted, base = fadapt.apply(model, params, x), model(x)
+    with fadapt.bound(model, params):
+        assert all(a is b for a, b in zip(model.parameters(), own, strict=True))
+        assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+        file = io.BytesIO()
+        torch.save(model.state_dict(), file)
+        file.seek(0)
+        assert all(torch.equal(v, state[k]) for k, v in torch.load(file).items())
+        for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert torch.equal(copied(x), base)
+        vector = nn.utils.parameters_to_vector(model.parameters())
+        assert torch.equal(vector, nn.utils.parameters_to_vector(own))
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        model(x).sum().backward()
+        optimizer.step()  # of the base, which has no gradient
+        assert torch.equal(model(x), adapted)
+        assert fadapt.trainable(params)[0].grad is not None
+        model.share_memory().requires_grad_(False)
+        assert model(x).requires_grad
+        model.to("cpu")
+        model.load_state_dict(state)
+        assert torch.equal(model(x), adapted)
+    assert torch.equal(model(x), base)
+    assert not any(p.requires_grad for p in own)
+    with fadapt.bound(model, params):
+        model.double()
+        out = model(x.double())
+        assert out.dtype == torch.float64
+        torch.testing.assert_close(out.float(), adapted)
+        with pytest.raises(RuntimeError, match="dtype"):
+            model(x)
+        model.float()
+        assert torch.equal(model(x), adapted)
+    assert torch.equal(model(x), base)
+
+
+def test_parameters_in_the_forward_are_the_adapted_ones() -> None:
+    class Penalized(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin = nn.Linear(6, 6)
+
+        def forward(self, x):
+            return self.lin(x) + sum(p.square().sum() for p in self.parameters())
+
+    model, x = Penalized(), reals(4, 6)
+    params = perturb(fadapt.init(model, fadapt.LoRA(r=2)), std=0.5)
+    merged = copy.deepcopy(model)
+    merged.load_state_dict(fadapt.merge(model, params), strict=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", fadapt.DenseFallbackWarning)
+        with fadapt.bound(model, params):
+            torch.testing.assert_close(model(x), merged(x))
+        torch.testing.assert_close(fadapt.apply(model, params, x), merged(x))
+
+
+def test_what_would_be_lost_with_the_block_is_refused() -> None:
+    model, params, x = adapted_mlp()
+    base, adapted = model(x), fadapt.apply(model, params, x)
+    with fadapt.bound(model, params):
+        with pytest.raises(fadapt.FadaptError, match=r"0\.weight\.data .*lost.*leave the block"):
+            model[0].weight.data.zero_()
+        with pytest.raises(fadapt.FadaptError, match="weight of a layer is set inside"):
+            model[0].weight = nn.Parameter(torch.zeros(6, 6))
+        with pytest.raises(fadapt.FadaptError, match="functional_call"):
+            torch.func.functional_call(model, dict(model.named_parameters()), (x,))
+        with pytest.raises(fadapt.FadaptError, match="frozen"):
+            nn.init.zeros_(model[0].weight)
+        assert torch.equal(model(x), adapted)
+    assert torch.equal(model(x), base)
+
+
+def test_a_block_that_nobody_leaves_ends_with_its_object() -> None:
+    model, params, x = adapted_mlp()
+    base, adapted = model(x), fadapt.apply(model, params, x)
+    blocks = [fadapt.bound(model, params)]
+    blocks[0].__enter__()
+    assert torch.equal(model(x), adapted)
+    with pytest.warns(fadapt.FadaptWarning, match="never left"):
+        blocks.clear()
+    assert torch.equal(model(x), base)
+    with pytest.warns(fadapt.FadaptWarning, match="never left"):
+        fadapt.bound(model, params).__enter__()
+    assert torch.equal(model(x), base)
+    with contextlib.ExitStack() as stack, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        stack.enter_context(fadapt.bound(model, params))
+        gc.collect()
+        assert torch.equal(model(x), adapted)
+    assert torch.equal(model(x), base)

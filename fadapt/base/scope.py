@@ -9,10 +9,12 @@ leave behind changes nothing.
 
 from __future__ import annotations
 
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextvars import ContextVar
+from types import FrameType
 from typing import Any
 
 import torch
@@ -23,10 +25,12 @@ from .flow import is_step
 from .leaving import Block
 from .torch_private import (
     BUFFERS,
+    CALL,
     PARAMETERS,
     hand_to_backward,
     handed_to_backward,
     in_backward,
+    is_move,
 )
 
 TENSORS = (PARAMETERS, BUFFERS)
@@ -92,6 +96,15 @@ class View(Block):
     def again(self) -> View:
         """The same view, to be opened again: for what a checkpoint recomputes."""
         return View(self.model, self.modules, self.seen, self.places, recomputes=True)
+
+    def runs(self) -> bool:
+        """Whether a module of the model is being called, in this thread, as it asks."""
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None:
+            if frame.f_code is CALL and id(frame.f_locals.get("self")) in self.modules:
+                return True
+            frame = frame.f_back
+        return False
 
     def __enter__(self) -> nn.Module:
         self.outer, self.open = _active.get(), True
@@ -207,7 +220,32 @@ class ScopedTensors(_Stand, MutableMapping[str, Any], dict[str, Any]):  # type: 
         own = seen is _ABSENT or key not in seen
         if not own and isinstance(seen[key], OnRead):
             own = seen[key].passes_writes
+        if not own and self._is_asked_by_others():
+            if not is_move(sys._getframe(1)):
+                raise FadaptError(
+                    f"{key} of a layer is set inside fadapt.bound(model, params), where an adapter "
+                    "or a copy stands in its place (by an assignment, or torch.func."
+                    "functional_call); call the model itself there, or leave the block first"
+                )
+            if not isinstance(seen[key], OnRead):  # a copy, of a buffer
+                seen[key] = value.clone()
+            own = True
         (self.own if own else seen)[key] = value
+
+    def items(self) -> Any:
+        # parameters(), state_dict(), to(): in a bound block they are of the base, as it is, unless
+        # the model's forward asks.
+        return self.own.items() if self._is_asked_by_others() else super().items()
+
+    def values(self) -> Any:
+        return self.own.values() if self._is_asked_by_others() else super().values()
+
+    def _is_asked_by_others(self) -> bool:
+        """Whether someone asks inside ``bound`` who is not the model's forward."""
+        if torch.compiler.is_compiling():
+            return False
+        view = open_view(self.place[0])
+        return view is not None and view.owner is not None and not view.runs()
 
     def __delitem__(self, key: str) -> None:
         seen = self.seen()

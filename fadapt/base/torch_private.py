@@ -9,6 +9,7 @@ import ctypes
 import sys
 from collections.abc import Callable, MutableMapping
 from datetime import timedelta
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -57,6 +58,18 @@ PARAMETERS, BUFFERS = "_parameters", "_buffers"
 For the time of a call another dict stands there. ``torch.func.functional_call`` writes into this
 one instead, which all threads see, and which an interrupt may leave as it is.
 """
+
+
+CALL: CodeType = nn.Module.__call__.__code__
+"""Of the function that calls a module: who asks for a parameter below it is the model's forward."""
+
+
+def is_move(frame: FrameType) -> bool:
+    """Whether a frame is ``module.to``'s, which puts new parameters where they do not fit the old.
+
+    What all such functions call, ``nn.Module._apply``, has no public name.
+    """
+    return frame.f_code is nn.Module._apply.__code__
 
 
 def parameters_of(module: nn.Module) -> MutableMapping[str, Tensor | None]:

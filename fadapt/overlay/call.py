@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -16,7 +17,7 @@ from ..base.leaving import Block
 from ..base.quantized import has_quantized
 from ..base.scope import View
 from ..batch import Batch, arguments
-from ..errors import ConfigError, FadaptError, TargetError
+from ..errors import ConfigError, FadaptError, FadaptWarning, TargetError
 from ..hugging_face import without_cache
 from ..params.adapter import Adapted
 from .instead import forwards_instead
@@ -110,6 +111,17 @@ class Bound(Block):
     def undo(self) -> None:
         if self.view is not None:
             self.view.undo()
+
+    def __del__(self) -> None:
+        # Left by nobody: entered by hand, and dropped.
+        if self.view is not None and self.view.open:
+            self.view.undo()
+            warnings.warn(
+                "fadapt.bound(...) was entered and never left, and ends with its object: write "
+                "`with fadapt.bound(model, params):`, or keep it in a contextlib.ExitStack",
+                FadaptWarning,
+                stacklevel=2,
+            )
 
 
 def is_bound_to(model: nn.Module, owner: Any) -> bool:

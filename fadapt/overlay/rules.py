@@ -14,7 +14,7 @@ from torch import Tensor
 from ..base.linear_map import DenseMap
 from ..base.scope import PARAMETERS, OnRead, View, open_view
 from ..base.torch_private import GROUPED_MM, SAME_KIND_OF_TENSOR, grouped_mm, known_values
-from ..errors import TargetError
+from ..errors import FadaptError, TargetError
 from ..params.adapter import Adapter
 from . import experts
 from .checkpointing import refuse_checkpoint
@@ -171,6 +171,18 @@ for _function in (
 def _same_kind(weight: Tensor, new: Tensor) -> Any:
     """``module.to(dtype)`` in a forward asks, and writes then to ``weight.data``."""
     return True if isinstance(weight, Overlay) and isinstance(new, Overlay) else NotImplemented
+
+
+@implements(Tensor.data.__get__)  # type: ignore[attr-defined]
+def _data(weight: Overlay) -> Any:
+    view = open_view()
+    if view is None or view.owner is None or torch.compiler.is_compiling() or view.runs():
+        return NotImplemented
+    raise FadaptError(
+        f"{weight.adapter.site.name}.data inside fadapt.bound(model, params), where the weight is "
+        "computed when it is read, and what is written to it would be lost: read it by .detach(), "
+        "or leave the block first"
+    )
 
 
 @implements(Tensor.data.__set__)  # type: ignore[attr-defined]
