@@ -345,6 +345,33 @@ def gathered_maps(rank: int, world: int, _: Path) -> None:
                 assert same_bits(got.linear(x), want.linear(x)), name
 
 
+def unlike_batches(rank: int, world: int, _: Path) -> None:
+    """Processes with batches of other sizes, or more of them: each forward needs both."""
+    whole = models.qwen3().requires_grad_(False)
+    model = sharded(whole)
+    members = [moved(fadapt.init(whole, {"proj": LoRA(r=2)}), seed) for seed in range(3)]
+    stack = fadapt.stack(members)
+    for rows in ((2, 2), (1, 3), (3, 1)):
+        batch = tokens(rows[rank])
+        close([fadapt.run(model, stack, batch)], [fadapt.run(whole, stack, batch)])
+    evas = {"q_proj": fadapt.EVA(r=2)}
+
+    def fails():
+        yield tokens(8)
+        if rank:
+            raise ZeroDivisionError("mine")
+        yield tokens(8)
+
+    for data in ([tokens(8)] * (2 + rank), iter([tokens(8)] * (2 - rank))):
+        with pytest.raises(fadapt.CalibrationError, match="equally many"):
+            fadapt.observe(model, evas, data)
+    with pytest.raises(ZeroDivisionError if rank else fadapt.CalibrationError):
+        fadapt.observe(model, evas, fails())
+    got = fadapt.observe(model, evas, iter([tokens(8), tokens(8, 1)]))
+    name = next(iter(fadapt.init(whole, evas, got)))
+    assert got.tokens(name) == 2 * 8 * 6
+
+
 def averaged_gradients(rank: int, world: int, _: Path) -> None:
     """What those who use DistributedDataParallel do instead."""
     from fadapt.distributed import all_reduce_gradients
@@ -385,6 +412,7 @@ FSDP = {
     f.__name__: f
     for f in (
         averaged_gradients,
+        unlike_batches,
         gathered_maps,
         one_weight_at_a_time,
         several_merged,

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import fadapt
 from fadapt import DoRA, LoRA
@@ -136,6 +137,25 @@ def stop_at(model: nn.Module, path: Path, step: int) -> None:
         )  # fmt: skip
 
 
+def fewer_trials_than_processes(rank: int, world: int, _: Path) -> None:
+    """A process without a trial, from the start or after a halving; passes of a width not set."""
+    model = models.qwen3().requires_grad_(False)
+    for options in (
+        {},
+        {"max_adapters": None},
+        {"max_adapters": 1},
+        {"eval": None, "eval_every": None},
+    ):
+        equal(train(model, trials()[:1], **options), alone(model, trials()[:1], **options), 1e-5)
+    data = batches(8)
+    again = fadapt.Halving(2, factor=3)  # to one trial, of which the others hold nothing
+    options = {"eval": batches(1), "eval_every": 1, "optimizer": torch.optim.SGD}
+    got = fadapt.sweep(model, trials()[:3], data, halving=again, **options)
+    with no_group():
+        want = fadapt.sweep(model, trials()[:3], data, halving=again, **options)
+    equal(got, want, 1e-5)
+
+
 def differences(rank: int, world: int, directory: Path) -> None:
     """Other models, trials or data in one process; an error of one's own."""
     model = models.qwen3().requires_grad_(False)
@@ -148,6 +168,15 @@ def differences(rank: int, world: int, directory: Path) -> None:
         train(model, eval=batches(1 + rank))
     with pytest.raises(fadapt.ConfigError, match="another sweep than process 0; seed"):
         train(model, seed=rank)
+
+    for name, value, other in (
+        ("max_adapters", 2, 3),
+        ("log_every", 1, 2),
+        ("directory", directory / "x", None),
+        ("verify", True, False),
+    ):
+        with pytest.raises(fadapt.ConfigError, match=f"another sweep than process 0; {name}"):
+            train(model, **{name: other if rank else value})
 
     def broken(output, batch):
         if os.environ["RANK"] == "1":
@@ -214,6 +243,28 @@ def rows_over_ranks(rank: int, world: int, directory: Path) -> None:
         train(model)
     with pytest.raises(fadapt.ConfigError, match="compile="):
         train(model, mesh=mesh, compile=True)
+    other = fadapt.grid({"proj": fadapt.PiSSA(r=2) if rank else LoRA(r=2)}, lr=[1e-3, 1e-2])
+    with pytest.raises(fadapt.ConfigError, match="another sweep than process 0; trial"):
+        train(model, other, mesh=mesh)  # before one of them gathers weights for its start
+    wide = sharded(whole)
+    with pytest.raises(fadapt.ConfigError, match=r"over the processes \[0, 1, 2, 3\]"):
+        train(wide, mesh=mesh)
+    # FSDP2 over both: shards within "shard", and copies over "sweep", which never wait.
+    model = sharded(whole, mesh=mesh)
+    got = fadapt.sweep(model, trials(), data, mesh=mesh, **options)
+    equal(got, want, 1e-5)
+
+
+def split_by_tensors(rank: int, world: int, _: Path) -> None:
+    """Tensor parallelism, whose processes see the same rows."""
+    mesh = init_device_mesh("cpu", (1, world), mesh_dim_names=("sweep", "shard"))
+    model = models.llama().requires_grad_(False)
+    for layer in model.model.layers:
+        plan = {"gate_proj": ColwiseParallel(), "up_proj": ColwiseParallel()}
+        parallelize_module(layer.mlp, mesh["shard"], {**plan, "down_proj": RowwiseParallel()})
+    for options in ({"mesh": mesh}, {}):
+        with pytest.raises(fadapt.ConfigError, match="is split by tensor parallelism"):
+            train(model, **options)
 
 
 def every_method_over_rows(rank: int, world: int, directory: Path) -> None:
@@ -249,7 +300,16 @@ def every_method_over_rows(rank: int, world: int, directory: Path) -> None:
         equal(got, want, 1e-5)
 
 
-TWO = {f.__name__: f for f in (trials_over_ranks, differences, every_method_over_rows)}
+TWO = {
+    f.__name__: f
+    for f in (
+        trials_over_ranks,
+        fewer_trials_than_processes,
+        differences,
+        split_by_tensors,
+        every_method_over_rows,
+    )
+}
 FOUR = {f.__name__: f for f in (rows_over_ranks,)}
 
 

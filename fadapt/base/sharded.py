@@ -178,14 +178,40 @@ def compute_device(tensor: Tensor) -> torch.device:
 
 
 def groups_of(model: nn.Module) -> list[Any]:
-    """The process groups over which a model's weights are spread, each once."""
+    """The process groups over which a model's weights are spread, each once.
+
+    Not those that hold copies of them, as the nodes do where FSDP2 shards within each: they never
+    wait for each other.
+    """
     found: dict[str, Any] = {}
     for tensor in model.parameters():
         if is_dtensor(tensor):
             mesh: Any = tensor.device_mesh  # type: ignore[attr-defined]
-            for group in mesh.get_all_groups():
-                found.setdefault(group.group_name, group)
+            placements: Any = tensor.placements  # type: ignore[attr-defined]
+            for axis, placement in enumerate(placements):
+                if not placement.is_replicate():
+                    group = mesh.get_group(axis)
+                    found.setdefault(group.group_name, group)
     return list(found.values())
+
+
+def split_by_tensor_parallelism(model: nn.Module) -> str:
+    """The name of a weight that is a DTensor outside of FSDP2's units, or ""."""
+    units = Units()
+    for prefix, module in model.named_modules():
+        inside = units.hold(prefix, module)
+        for key, parameter in module.named_parameters(recurse=False):
+            if is_dtensor(parameter) and not inside:
+                return f"{prefix}.{key}" if prefix else key
+    return ""
+
+
+def shapes_of(model: nn.Module) -> dict[str, str]:
+    """{parameter: shape, dtype and how it is spread}: what processes can compare without values."""
+    return {
+        name: f"{tuple(p.shape)} {p.dtype} {getattr(p, 'placements', '')}"
+        for name, p in model.named_parameters(remove_duplicate=False)
+    }
 
 
 def agreed(model: nn.Module, flag: bool, some: bool = False) -> bool:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from functools import reduce
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..base.sharded import agreed, groups_of
 from ..errors import CalibrationError
 from ..statistics.reduction import Reduction, State
 from .stats import Stats
@@ -46,6 +49,50 @@ def all_reduce(stats: Stats, group: dist.ProcessGroup | None = None) -> Stats:
         for stream in order
     }
     return Stats(stats.streams, states, stats.base, stats.tolerance)
+
+
+def in_step(model: nn.Module, batches: Iterable[Any]) -> Iterable[Any]:
+    """Batches for a base of which each forward needs all processes; as they are for any other.
+
+    Raises:
+        CalibrationError: while they are read, in all processes, where one has no further batch or
+            fails to make it.
+    """
+    if not groups_of(model):
+        return batches
+    found = _InStep(model, batches)
+    return iter(found) if isinstance(batches, Iterator) else found
+
+
+class _InStep:
+    def __init__(self, model: nn.Module, batches: Iterable[Any]):
+        self.model, self.batches = model, batches
+
+    def __iter__(self) -> Iterator[Any]:
+        iterator, count, end = iter(self.batches), 0, object()
+        while True:
+            failed: Exception | None = None
+            batch = end
+            try:
+                batch = next(iterator, end)
+            except Exception as error:
+                failed = error
+            mine = batch is not end
+            if not agreed(self.model, mine):
+                # Of a failure the others have to learn as of an end.
+                any_has = agreed(self.model, mine or failed is not None, some=True)
+                if failed is not None:
+                    raise failed
+                if not any_has:
+                    return
+                raise CalibrationError(
+                    "the base is spread over processes, each of which takes part in every "
+                    f"forward: after {count} batches this one has {'a' if mine else 'no'} further "
+                    "batch, unlike another, where making it may have failed; give all processes "
+                    "equally many"
+                )
+            yield batch
+            count += 1
 
 
 def _reduce(reduction: Reduction, state: State, group: dist.ProcessGroup | None) -> State:

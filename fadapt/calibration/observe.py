@@ -25,6 +25,7 @@ from ..overlay.call import Bound
 from ..site import Site
 from ..statistics.reduction import Reduction, State, Statistic, Stream, statistics_of, width_of
 from ..targeting import resolve
+from .distributed import in_step
 from .memory_plan import plan_passes
 from .recorder import Discovery, Probe, Recorder, See, zero_states
 from .stats import Stats, base_fingerprints, check_tolerance
@@ -95,6 +96,7 @@ def observe(
         loss_fn=loss_fn,
     )
     source, again = _source(batches)
+    source = in_step(model, source)
 
     streams = {name: name for name in sites}
     if share and sum(side == "in" for _, side in wanted) > 1:

@@ -16,7 +16,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..base.sharded import compute_device, is_sharded
+from ..base.sharded import (
+    compute_device,
+    groups_of,
+    is_sharded,
+    split_by_tensor_parallelism,
+)
 from ..base.torch_private import pytree, timeout_of_default_group
 from ..errors import ConfigError, FadaptError
 
@@ -55,6 +60,12 @@ class Team:
         if mesh is not None:
             self._take(mesh)
         self._control = _control_group()
+        sizes = self._exchange((self.size, self.shards))
+        if len(set(sizes)) > 1:
+            raise ConfigError(
+                f"the processes have meshes of other sizes (sweep, shard): {sizes}; pass the same "
+                "mesh= in all"
+            )
         self._places = self._exchange((self.place, self.shard))
 
     def _take(self, mesh: Any) -> None:
@@ -91,12 +102,27 @@ class Team:
         self._check_devices(model)
         if not is_sharded(model):
             return
+        if name := split_by_tensor_parallelism(model):
+            raise ConfigError(
+                f"{name} is split by tensor parallelism, whose processes have to see the same "
+                "rows, and a sweep gives each its own; fully_shard the base instead, or train in "
+                "a loop of your own: fadapt.run(model, stack, batch).sum().backward()"
+            )
         if self.shards == 1 and self.several:
             raise ConfigError(
                 "the base is spread over processes, which have to see the same trials: write "
                 "mesh=init_device_mesh(device, (s, d), mesh_dim_names=('sweep', 'shard')), with d "
                 "the number of processes over which it was fully_shard'ed"
             )
+        for group in groups_of(model) if self.several else ():
+            spread = dist.get_process_group_ranks(group)
+            own = dist.get_process_group_ranks(self.shard_group)
+            if not set(spread) <= set(own):
+                raise ConfigError(
+                    f"the base is spread over the processes {spread}, and mesh splits the rows "
+                    f"over {own}: the others train other trials. Write fully_shard(layer, "
+                    'mesh=mesh["shard"])'
+                )
         if compiles:
             raise ConfigError(
                 "compile= traces the whole model into one graph (and may record CUDA graphs), and "

@@ -114,7 +114,9 @@ def difference(
     """
     if not whole.groups:  # rows of the base
         return ""
-    key = (kind, per_adapter, _structure(whole), batch_kind(batch), _modes(model))
+    # Of one row or several: not where other processes, which have to come along, may differ in it.
+    sizes = not groups_of(model)
+    key = (kind, per_adapter, _structure(whole), batch_kind(batch, sizes), _modes(model))
     known = _verdicts.setdefault(model, {})
     if passes is None:
         passes = known[key].passes + 1 if key in known else 1
@@ -482,11 +484,15 @@ def _structure(whole: Stack) -> Hashable:
     ), whole.per_row
 
 
-def batch_kind(batch: Any) -> Hashable:
-    """What the batches of one kind have in common: names, types, numbers of axes, axes of one."""
+def batch_kind(batch: Any, sizes: bool = True) -> Hashable:
+    """What the batches of one kind have in common: names, types, numbers of axes, axes of one.
+
+    Args:
+        sizes: whether axes of one count.
+    """
     leaves, spec = pytree.tree_flatten(batch)
     return spec, tuple(
-        (t.dtype, t.dim(), tuple(size == 1 for size in t.shape[:2]))
+        (t.dtype, t.dim(), tuple(sizes and size == 1 for size in t.shape[:2]))
         if isinstance(t, Tensor)
         else type(t)
         for t in leaves

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..base.eval_mode import evaluating, modules_by_id, training_pass
+from ..base.sharded import shapes_of
 from ..base.torch_private import pytree
 from ..distributed.rows import part_of, share_of
 from ..distributed.shares import cost, edges
@@ -72,6 +73,10 @@ class Loop:
         team.check(model, s.compile is not False)
         check_weights(model)
         self.steps = s.checked(batches, trials)
+        if team.several:  # before anything that all have to do alike
+            team.check_same("model", shapes_of(model))
+            team.check_same("sweep", identity.settings_of(s, trials, self.steps))
+            team.check_same("sweep", s.of_processes())
         self.model, self.settings, self.trials = model, s, list(trials.values())
         self.modules = modules_by_id(model)
         self.device = device_of(model)
@@ -202,6 +207,7 @@ class Loop:
         if mine and fixed:
             chunks = [(low - mine[0][0], high - mine[0][0]) for low, high in mine]
         self.runner = self._make_runner(chosen and min(chosen, len(self.flat)), chunks)
+        self._dealt = True
 
     def _check_spread(self) -> None:
         """Refuses what a sweep over several processes does not know."""
@@ -343,12 +349,14 @@ class Loop:
         """This process's part of a step."""
         self._last_batch, team = batch, self.team
         with training_pass(self.model, self.modules):
-            if self.runner.chosen is None or self.step == 0:
+            if self._dealt:  # and not: where this process has no width yet, which others may have
                 if self.own:
                     self.runner.choose(batch)
                 widths = team.gather((self.runner.chosen, len(self.own)))
-                if any(width == 1 < own for width, own in widths) and not self.separate:
+                alone = any(width == 1 < own for width, own in widths)
+                if alone and not self.separate and self.step == 0:
                     self._separate()
+                self._dealt = False
             if not self.own:
                 self.step += 1
                 return

@@ -65,6 +65,20 @@ class Settings(SimpleNamespace):
         """The directory, if there is one."""
         return None if self.directory is None else self.directory.path
 
+    def of_processes(self) -> dict[str, str]:
+        """What processes that train together need alike, beside what the numbers depend on.
+
+        The directory is the first process's; the others may call it something else.
+        """
+        kept = self.directory
+        names = "max_adapters", "verify", "compile", "log_every"
+        return {
+            **{name: repr(getattr(self, name)) for name in names},
+            "directory": "None" if kept is None else "a directory",
+            "Checkpoints(every=)": repr(kept and kept.every),
+            "calib": "None" if self.calib is None else "data",
+        }
+
     def checked(self, batches: Any, trials: Mapping[str, Trial]) -> int:
         """The number of steps; completes the settings.
 
