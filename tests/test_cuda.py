@@ -403,3 +403,23 @@ def test_a_sweep_halves_when_memory_runs_out() -> None:
             fadapt.trainable(tight.params[name]), fadapt.trainable(params), strict=True
         ):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_calibration_moves_the_whole_batch_to_the_model() -> None:
+    """A loss_fn reads labels, too; a gradient statistic calls it."""
+    model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Linear(16, 16)).cuda()
+    batches = [{"x": torch.randn(40, 8), "labels": torch.randint(16, (40,))} for _ in range(2)]
+
+    def loss_fn(out: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(out, batch["labels"])
+
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = model
+
+        def forward(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            return self.net(x)
+
+    params = fadapt.init(Net(), fadapt.LoRAGA(r=2), batches, loss_fn=loss_fn)
+    assert all(t.is_cuda for t in fadapt.trainable(params))

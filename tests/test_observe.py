@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import UserDict
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 import fadapt
 from fadapt import CalibrationError, CheckpointError, Config, FadaptWarning
+from fadapt.base.device import to_device
 from fadapt.calibration import (
     PCA,
     CenteredGram,
@@ -638,3 +640,16 @@ def test_every_reduction_can_be_asked_for() -> None:
     reductions: list[Reduction] = [Sketch(2), PCA(2), Gram(), SumSq()]
     stats = fadapt.observe(model, fadapt.LoRA(), [x], statistics=[Statistic(r) for r in reductions])
     assert set(stats.states["0.weight", "in"]) == {Sketch(2), CenteredGram()}
+
+
+def test_batches_keep_their_type_on_the_way_to_the_device():
+    class Encoding(UserDict):
+        pass
+
+    batch = Encoding(x=torch.ones(2), deep={"y": [torch.ones(1)]}, text="a")
+    moved = to_device(batch, torch.device("meta"))
+    assert type(moved) is Encoding
+    assert moved["x"].is_meta
+    assert moved["deep"]["y"][0].is_meta
+    assert moved["text"] == "a"
+    assert not batch["x"].is_meta

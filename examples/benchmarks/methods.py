@@ -219,8 +219,7 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         row: dict[str, Any] = {"method": name}
         try:
             row["identity"] = identity(model, method, few)
-            row["rank"] = rank(exact, method, ids)
-            row["parity"] = args.parity(exact, name, method, ids)
+            row["rank"], row["parity"] = args.known(exact, name, method, ids)
             row.update(cost(model, method, batch, adapter_dtype, lora, args.rounds))
         except Exception as error:  # the other methods are measured all the same
             row["error"] = f"{type(error).__name__}: {error}".replace("\n", " ")
@@ -228,15 +227,19 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         yield row
 
 
-def parity_column(source: Path | None) -> Any:
-    """What measures parity: PEFT itself, another machine's file, or nothing, with a word."""
+def exact_columns(source: Path | None) -> Any:
+    """What measures rank and parity: here, with PEFT if it is installed, or another's file."""
     if source is not None:
-        known = {row["method"]: row.get("parity") for row in json.loads(source.read_text())["rows"]}
-        return lambda model, name, method, ids: known.get(name)
+        rows = json.loads(source.read_text())["rows"]
+        known = {row["method"]: (row.get("rank"), row.get("parity")) for row in rows}
+        return lambda model, name, method, ids: known.get(name, (None, None))
     if find_spec("peft") is None:
         print("PEFT is not installed: its column stays empty", file=sys.stderr)
-        return lambda model, name, method, ids: None
-    return lambda model, name, method, ids: parity(model, method, ids)
+        return lambda model, name, method, ids: (rank(model, method, ids), None)
+    return lambda model, name, method, ids: (
+        rank(model, method, ids),
+        parity(model, method, ids),
+    )
 
 
 def machine(device: str) -> dict[str, Any]:
@@ -283,10 +286,12 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", help="of the base")
     parser.add_argument("--adapter-dtype", default=None, help="of the adapters; float32 if not set")
     parser.add_argument("--only", default="", help="a part of the methods' names")
-    parser.add_argument("--parity-from", type=Path, default=None, help="another machine's JSON")
+    parser.add_argument(
+        "--parity-from", type=Path, default=None, help="another machine's JSON, for rank and parity"
+    )
     parser.add_argument("--out", type=Path, default=Path("out/methods"), help="without a suffix")
     args = parser.parse_args()
-    args.parity = parity_column(args.parity_from)
+    args.known = exact_columns(args.parity_from)
 
     names = (*sizes, "dtype", "adapter_dtype")
     shown = {name: getattr(args, name) or "float32" for name in names}

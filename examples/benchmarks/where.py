@@ -67,13 +67,20 @@ def main() -> None:
         options["regional"] = True
     activity = ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU
     recorded = profile(activities=[activity])
-    ticks = Ticks(batch, recorded.start, {})
-    stack, steps = fadapt.stack(members), READY + STEPS
+
+    class Recorded(Ticks):
+        def __getitem__(self, index: int) -> Any:
+            found = super().__getitem__(index)
+            if len(self.spans["fit"]) == READY + STEPS:
+                recorded.stop()
+            return found
+
+    ticks = Recorded(batch, recorded.start, {})
+    stack, steps = fadapt.stack(members), READY + STEPS + 1
     fadapt.fit(
         model, stack, ticks, steps=steps, per_adapter=True, compile=options, verify=False,
         log_every=steps,
     )  # fmt: skip
-    recorded.stop()
     spans = sorted(
         (e.time_range.start, e.time_range.end, e.name)
         for e in recorded.events() or []

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..base.bound import refuse_adapted
 from ..base.checks import check_model
+from ..base.device import device_of, to_device
 from ..base.eval_mode import evaluating
 from ..base.weights import BaseWeight, Kind
 from ..config import Config, Rules, as_config
@@ -157,12 +158,14 @@ class _Feed:
         self.masked: bool | None = None
 
     def run(self, batch: Any, where: str) -> None:
+        batch = to_device(batch, device_of(self.model))
         args, kwargs = arguments(self.model, batch, where, self.head)
         self.model(*args, **kwargs)
 
     def loss(self, batch: Any, where: str) -> Tensor:
         """The batch's loss, in which padded tokens do not count."""
-        batch = without_padded_labels(self.model, batch)
+        # All of it: loss_fn reads the batch, too.
+        batch = without_padded_labels(self.model, to_device(batch, device_of(self.model)))
         args, kwargs = arguments(self.model, batch, where, head=True)
         output = self.model(*args, **kwargs)
         given = self.loss_fn(output, batch) if self.loss_fn else getattr(output, "loss", output)

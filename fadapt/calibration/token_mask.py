@@ -32,29 +32,23 @@ def halves(batch: Any) -> tuple[Any, ...]:
 def arguments(
     model: nn.Module, batch: Any, where: str, head: bool
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A batch as positional and keyword arguments on the model's device.
+    """A batch as positional and keyword arguments.
 
     Args:
         head: whether the logits themselves are needed; else a Hugging Face decoder is asked for one
             row of them, and for no loss.
     """
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
     if isinstance(batch, Mapping):
-        kwargs = {k: _to_device(v, device) for k, v in batch.items()}
-        kwargs = without_cache(model, kwargs)
+        kwargs = without_cache(model, dict(batch))
         return (), kwargs if head else without_logits(model, kwargs)
     if isinstance(batch, (tuple, list)):
-        return tuple(_to_device(v, device) for v in batch), {}
+        return tuple(batch), {}
     if isinstance(batch, Tensor):
-        return (batch.to(device),), {}
+        return (batch,), {}
     raise CalibrationError(
         f"{where} is a {type(batch).__name__}; give dicts of keyword arguments, tuples of "
         "positional ones or tensors. For texts: fadapt.calibration.text_batches(texts, tokenizer)"
     )
-
-
-def _to_device(value: Any, device: torch.device) -> Any:
-    return value.to(device) if isinstance(value, Tensor) else value
 
 
 def without_padded_labels(model: nn.Module, batch: Any) -> Any:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..base.device import to_device
 from ..base.torch_private import pytree
 from ..errors import ConfigError, require
 from ..seeds import generator
@@ -188,17 +189,6 @@ def rows_of(batch: Any, positions: Sequence[int]) -> Any:
     if list(positions) == list(range(first, last + 1)):
         return pytree.tree_map_only(Tensor, lambda t: t[first : last + 1], batch)
     return pytree.tree_map_only(Tensor, lambda t: t[list(positions)], batch)
-
-
-def to_device(batch: Any, device: torch.device) -> Any:
-    """The batch with its tensors on the device."""
-
-    def moved(t: Tensor) -> Tensor:
-        t = t.to(device, non_blocking=True)
-        # Made under torch.inference_mode, it could not be kept for a gradient.
-        return t.clone() if t.is_inference() else t
-
-    return pytree.tree_map_only(Tensor, moved, batch)
 
 
 def _stacked(batch: Any, n: int) -> Any:

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..base.device import to_device
 from ..base.eval_mode import evaluating, modules_by_id, training_pass
 from ..base.sharded import shapes_of
 from ..base.torch_private import pytree
@@ -29,7 +30,7 @@ from ..params.params import Params
 from ..params.stack import groups_of, stack_of
 from . import checkpoint, identity
 from .checkpoint import SEPARATOR, State, expect, expect_float, expect_int, expect_keys, expect_like
-from .data import Feed, to_device
+from .data import Feed
 from .directory import held, remove_adapters, save_adapters
 from .engine.chunks import ChunkRunner, bounds
 from .engine.compiler import Compiler

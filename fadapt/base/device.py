@@ -1,0 +1,34 @@
+"""Batches on a model's device."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .torch_private import pytree
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Of its first parameter; the CPU without one."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """The batch with its tensors on the device."""
+
+    def moved(t: Tensor) -> Tensor:
+        t = t.to(device, non_blocking=True)
+        # Made under torch.inference_mode, it could not be kept for a gradient.
+        return t.clone() if t.is_inference() else t
+
+    if isinstance(batch, MutableMapping) and not isinstance(batch, dict):
+        # Such as a tokenizer's BatchEncoding, which is a leaf for pytree; of its own type still.
+        copied = copy.copy(batch)
+        for key, value in batch.items():
+            copied[key] = to_device(value, device)
+        return copied
+    return pytree.tree_map_only(Tensor, moved, batch)
