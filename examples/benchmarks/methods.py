@@ -287,7 +287,7 @@ def main() -> None:
     parser.add_argument("--adapter-dtype", default=None, help="of the adapters; float32 if not set")
     parser.add_argument("--only", default="", help="a part of the methods' names")
     parser.add_argument(
-        "--parity-from", type=Path, default=None, help="another machine's JSON, for rank and parity"
+        "--parity-from", type=Path, default=None, help="another's JSON: rank, parity"
     )
     parser.add_argument("--out", type=Path, default=Path("out/methods"), help="without a suffix")
     args = parser.parse_args()
