@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import math
 import os
+import random
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -599,3 +602,52 @@ def test_a_checkpoint_may_go_on_at_another_width(tmp_path):
         found = small(directory, max_adapters=then)
         for a, b in zip(weights(whole).values(), weights(found).values(), strict=True):
             torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
+def test_ctrl_c_takes_the_outcome_along(tmp_path, stop):
+    """And with a directory it goes on from the step that was interrupted, bit for bit."""
+
+    def stops():
+        raise stop
+
+    breaking = Loss(6 * len(TRIALS) + 1, stops)
+    for directory in (None, tmp_path):
+        breaking.left = 6 * len(TRIALS) + 1
+        with pytest.raises(stop) as caught:
+            full_sweep(directory, loss_fn=breaking, checkpoint_every=None)
+        report, (note,) = caught.value.report, caught.value.__notes__
+        assert sorted(report.losses) == [1, 2, 3, 4, 5, 6]
+        assert set(report.final) == {t.name for t in TRIALS}
+        assert "after step 6 of" in note
+        assert ("the checkpoint goes on from here" in note) == (directory is not None)
+    same(full_sweep(None), full_sweep(tmp_path, checkpoint_every=None))
+
+
+def test_ctrl_c_at_any_moment_is_made_up_for(tmp_path):
+    """A signal between two instructions, wherever; at worst from an earlier step."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    rng, whole, hits = random.Random(), full_sweep(None), 0
+    start = time.monotonic()
+    full_sweep(tmp_path / "timed", checkpoint_every=5)
+    takes = time.monotonic() - start
+    try:
+        for k in range(3):
+            for _ in range(3):
+                signal.setitimer(signal.ITIMER_REAL, rng.uniform(0.02, 0.9) * takes)
+                try:
+                    full_sweep(tmp_path / str(k), checkpoint_every=5)
+                    signal.setitimer(signal.ITIMER_REAL, 0)
+                    break
+                except KeyboardInterrupt:
+                    hits += 1
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            same(whole, full_sweep(tmp_path / str(k), checkpoint_every=5))
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert hits

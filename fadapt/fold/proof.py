@@ -264,7 +264,7 @@ class _Proof:
         numbers = [
             leaf
             for leaf in pytree.tree_leaves(joined)
-            if isinstance(leaf, Tensor) and leaf.is_floating_point()
+            if isinstance(leaf, Tensor) and leaf.is_floating_point() and not _is_mask(leaf)
         ]
         with Flow([*moved.trainable(), *numbers], found.append):
             together = self.folded(moved, self.rows, joined)
@@ -383,6 +383,11 @@ class _Proof:
                         f"{error:.2g} in one pass with the other."
                     )
         return ""
+
+
+def _is_mask(numbers: Tensor) -> bool:
+    """Whether they are all 0 or 1: models ask whether a mask is full, to leave it out."""
+    return bool(((numbers == 0) | (numbers == 1)).all())
 
 
 def _generators(model: nn.Module) -> list[Tensor]:

@@ -49,6 +49,9 @@ from .trial import Trial
 
 T = TypeVar("T")
 
+STOPS = KeyboardInterrupt, SystemExit
+"""Ctrl-C, and what a handler of SIGTERM raises."""
+
 
 class Loop:
     """One run of a sweep, from its start or its checkpoint to the end.
@@ -313,9 +316,10 @@ class Loop:
                         self._one_step()
                     else:
                         break
-            self._note()
-            for trial in self.board.running():
-                self.board.close(trial, "finished", "", self.step)
+            with self._changing():
+                self._note()
+                for trial in self.board.running():
+                    self.board.close(trial, "finished", "", self.step)
             self._save()
         if self.settings.path is not None:
             adapters = self._best_in_order()
@@ -339,7 +343,7 @@ class Loop:
                 order = self.flat.order
                 weights = [1 / self.trials[t].accumulate for t in order]
                 losses = self.runner.gradients(batch, weights, self.step)
-        except Exception:
+        except (Exception, *STOPS):
             self.whole = not self.runner.partial
             self.data.go_back(before[0])
             self.generators.load_state_dict(before[1])
@@ -390,13 +394,12 @@ class Loop:
         self._update(order, losses)
 
     def _update(self, order: list[int], losses: Tensor) -> None:
-        self.whole = False
-        self.optimizer.step(self.step, losses)
-        self.step += 1
-        self.chunk = max(self.chunk, self.runner.width)
-        alive = torch.cat([a.to(losses.device) for a in self.optimizer.alive])
-        self.history.add(self.step, order, losses, alive)
-        self.whole = True
+        with self._changing():
+            self.optimizer.step(self.step, losses)
+            self.step += 1
+            self.chunk = max(self.chunk, self.runner.width)
+            alive = torch.cat([a.to(losses.device) for a in self.optimizer.alive])
+            self.history.add(self.step, order, losses, alive)
 
     def _check_independence(self, batch: Any) -> None:
         """Before the first step, for other kinds of batches, and now and again."""
@@ -446,14 +449,24 @@ class Loop:
         evaluates = s.eval is not None and (ends or rung or periodic)
         saves = self._checkpoint_due() and not ends
         if evaluates or saves or self.step % s.log_every == 0:
-            bar.update(self.step, self._note(), self.board.leader())
+            with self._changing():
+                losses = self._note()
+            bar.update(self.step, losses, self.board.leader())
         if evaluates and self.board.running():
             scores = self._evaluate()
             if rung:
-                self._stop_losers(scores)
+                with self._changing():
+                    self._stop_losers(scores)
         self.settled = self.step
         if saves:
             self._save()
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """What is interrupted within is no state to go on from."""
+        self.whole = False
+        yield
+        self.whole = True
 
     def _note(self) -> list[float]:
         """Waits for the device and notes what has diverged; returns the running losses."""
@@ -502,12 +515,13 @@ class Loop:
             raise
         self.board.metric = next(iter(scores))
         ranked = scores[self.board.metric]
-        better = set(self.board.improved(self.step, ranked))
-        for trial in better:  # another process may have kept it
-            self.board.best.pop(trial, None)
-        for trial, block, row in self.flat.rows():
-            if trial in better and trial in self.own:
-                self.board.best[trial] = block.train(row)
+        with self._changing():
+            better = set(self.board.improved(self.step, ranked))
+            for trial in better:  # another process may have kept it
+                self.board.best.pop(trial, None)
+            for trial, block, row in self.flat.rows():
+                if trial in better and trial in self.own:
+                    self.board.best[trial] = block.train(row)
         return ranked
 
     def _scores_of_all(self, mine: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -672,10 +686,13 @@ class Loop:
 
     @contextmanager
     def _nothing_lost(self) -> Iterator[None]:
-        """An error of the caller's code, the disk or the device takes the outcome so far along."""
+        """An error of the caller's code, the disk or the device takes the outcome so far along.
+
+        So does Ctrl-C, at whichever instruction it comes.
+        """
         try:
             yield
-        except Exception as error:
+        except (Exception, *STOPS) as error:
             kept = ""
             if self.team.several:  # the others may be anywhere, and have trials of their own
                 kept = ", which has the weights of this process's trials"
