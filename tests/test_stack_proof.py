@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import warnings
 
@@ -222,6 +223,57 @@ def test_an_output_without_rows_is_refused_where_it_is_handed_out() -> None:
     losses = fadapt.run(model, stack, x, own)
     alone = torch.stack([fadapt.run(model, p, x, own) for p in fadapt.unstack(stack)])
     torch.testing.assert_close(losses, alone)
+
+
+@dataclasses.dataclass(frozen=True)
+class Held:
+    rows: Tensor
+    more: object = None
+
+
+@pytest.mark.parametrize("per_adapter", [False, True])
+def test_dataclasses_are_taken_apart(per_adapter: bool) -> None:
+    """Also those that no registry of trees knows, within others; and mixed rows are seen there."""
+
+    class Returns(Mixing):
+        def forward(self, x: Tensor) -> Held:  # type: ignore[override]
+            h = super().forward(x)
+            return Held(h, {"inner": [Held(h * 2)], "name": "x"})
+
+    model, x = Returns(torch.tanh), reals(3, 8, 4) if per_adapter else reals(8, 4)
+    made = members(model)
+    stack = fadapt.stack(made)
+    out = fadapt.apply(model, stack, x, per_adapter=per_adapter)
+    assert type(out) is Held
+    assert out.rows.shape == out.more["inner"][0].rows.shape == (3, 8, 4)
+    for k, p in enumerate(made):
+        alone = fadapt.apply(model, p, x[k] if per_adapter else x)
+        torch.testing.assert_close(out.rows[k], alone.rows)
+        torch.testing.assert_close(out.more["inner"][0].rows[k], alone.rows * 2)
+
+    def loss(out, _):
+        assert out.rows.shape == out.more["inner"][0].rows.shape == (8, 4)
+        return (out.rows + out.more["inner"][0].rows).square().sum()
+
+    losses = fadapt.run(model, stack, x, loss, per_adapter=per_adapter)
+    alone = [fadapt.run(model, p, x[k] if per_adapter else x, loss) for k, p in enumerate(made)]
+    torch.testing.assert_close(losses, torch.stack(alone))
+    model = Returns(MIXERS["batch statistics"])
+    with pytest.raises(fadapt.FadaptError, match=r"rows.* of one of two test adapters"):
+        fadapt.apply(model, fadapt.stack(members(model)), x, per_adapter=per_adapter)
+
+
+def test_tensors_in_other_objects_are_refused() -> None:
+    class Returns(Mixing):
+        def forward(self, x: Tensor) -> torch.distributions.Normal:  # type: ignore[override]
+            return torch.distributions.Normal(super().forward(x), 1.0)
+
+    model, x = Returns(torch.tanh), reals(8, 4)
+    stack = fadapt.stack(members(model))
+    with pytest.raises(fadapt.FadaptError, match=r"returns a Normal, whose loc has .* rows"):
+        fadapt.apply(model, stack, x)
+    with pytest.raises(fadapt.FadaptError, match=r"returns a Normal, whose loc has .* rows"):
+        fadapt.run(model, stack, x, lambda out, _: out.mean.square().mean())
 
 
 class Counted(nn.Module):

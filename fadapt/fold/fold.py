@@ -8,6 +8,7 @@ from the sum of the losses.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, cast
@@ -426,7 +427,11 @@ def reorder(batch: Any, order: Sequence[int]) -> Any:
 
 
 def unfold(output: Any, stack: Stack, rows: int) -> Any:
-    """The output with (N, B, ...) tensors in place of (N x B, ...) ones."""
+    """The output with (N, B, ...) tensors in place of (N x B, ...) ones.
+
+    Raises:
+        FadaptError: tensors in an object that cannot be taken apart.
+    """
     if stack.per_row:
         return output
 
@@ -435,19 +440,83 @@ def unfold(output: Any, stack: Stack, rows: int) -> Any:
             return t.unflatten(0, (stack.size, rows))
         return t
 
-    return pytree.tree_map(split, output)
+    return _map(split, output, stack.size * rows)
 
 
 def slices(tree: Any, stack: Stack, rows: int) -> Sequence[Any]:
-    """The part of each adapter of a folded batch or output."""
+    """The part of each adapter of a folded batch or output.
+
+    Raises:
+        FadaptError: tensors in an object that cannot be taken apart.
+    """
     n = stack.size
     leaves, spec = pytree.tree_flatten(tree)
     # As in FoldedSite._parts: the gradient of n slices would fill the whole output n times.
-    columns = [
-        t.split(rows) if isinstance(t, Tensor) and t.dim() and t.shape[0] == n * rows else (t,) * n
-        for t in leaves
-    ]
+    columns = [_parts_of(leaf, n, rows) for leaf in leaves]
     return [pytree.tree_unflatten([c[i] for c in columns], spec) for i in range(n)]
+
+
+def _parts_of(leaf: Any, n: int, rows: int) -> Sequence[Any]:
+    """What each of n adapters gets of a leaf."""
+    if isinstance(leaf, Tensor):
+        return leaf.split(rows) if leaf.dim() and leaf.shape[0] == n * rows else (leaf,) * n
+    if not _is_dataclass(leaf):
+        _refuse_hidden(leaf, n * rows)
+        return (leaf,) * n
+    copies = [copy.copy(leaf) for _ in range(n)]
+    for f in dataclasses.fields(leaf):
+        values, spec = pytree.tree_flatten(getattr(leaf, f.name))
+        columns = [_parts_of(value, n, rows) for value in values]
+        for i, new in enumerate(copies):  # object's: a frozen one refuses its own
+            part = pytree.tree_unflatten([c[i] for c in columns], spec)
+            object.__setattr__(new, f.name, part)
+    return copies
+
+
+def opened(tree: Any) -> Any:
+    """A tree in which dataclasses that no registry of trees knows are dicts."""
+    return pytree.tree_map(
+        lambda leaf: (
+            {f.name: opened(getattr(leaf, f.name)) for f in dataclasses.fields(leaf)}
+            if _is_dataclass(leaf)
+            else leaf
+        ),
+        tree,
+    )
+
+
+def _map(function: Callable[[Any], Any], tree: Any, rows: int) -> Any:
+    """A function of the leaves, also of those in dataclasses."""
+
+    def visit(leaf: Any) -> Any:
+        if not _is_dataclass(leaf):
+            _refuse_hidden(leaf, rows)
+            return function(leaf)
+        new = copy.copy(leaf)
+        for f in dataclasses.fields(leaf):
+            object.__setattr__(new, f.name, _map(function, getattr(leaf, f.name), rows))
+        return new
+
+    return pytree.tree_map(visit, tree)
+
+
+def _is_dataclass(leaf: Any) -> bool:
+    return dataclasses.is_dataclass(leaf) and not isinstance(leaf, type)
+
+
+def _refuse_hidden(leaf: Any, rows: int) -> None:
+    """Refuses an object, such as a distribution, that holds a tensor with the rows of all."""
+    if torch.compiler.is_compiling() or isinstance(leaf, (Tensor, type, nn.Module)):
+        return
+    if not hasattr(leaf, "__dict__"):
+        return
+    for key, value in vars(leaf).items():
+        if isinstance(value, Tensor) and value.dim() and value.shape[0] == rows:
+            raise FadaptError(
+                f"the model returns a {type(leaf).__name__}, whose {key} has the {rows} rows of "
+                "all adapters, and fadapt cannot take it apart: return tensors, in tuples, dicts "
+                f"or dataclasses. {APART}"
+            )
 
 
 def _tensors(batch: Any) -> list[tuple[str, Tensor]]:

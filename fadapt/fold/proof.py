@@ -398,7 +398,7 @@ def _generators(model: nn.Module) -> list[Tensor]:
 
 def named(tree: Any) -> Named:
     """The floating tensors of an output, by their place in it."""
-    leaves, _ = pytree.tree_flatten_with_path(tree)
+    leaves, _ = pytree.tree_flatten_with_path(fold.opened(tree))
     return {
         f"output{pytree.keystr(path)}": leaf
         for path, leaf in leaves

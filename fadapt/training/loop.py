@@ -328,12 +328,14 @@ class Loop:
 
     def _one_step(self) -> None:
         before = self.data.state_dict(), self.generators.state_dict()
+        self.whole = False
         order = self.flat.order
         try:
             batch = next(self.data)
             self._check_independence(batch)
             if self.team.several:
                 self._step_of_several(batch)
+                self.whole = True
                 return
             with training_pass(self.model, self.modules):
                 if self.runner.chosen is None:
@@ -344,9 +346,9 @@ class Loop:
                 weights = [1 / self.trials[t].accumulate for t in order]
                 losses = self.runner.gradients(batch, weights, self.step)
         except (Exception, *STOPS):
-            self.whole = not self.runner.partial
             self.data.go_back(before[0])
             self.generators.load_state_dict(before[1])
+            self.whole = not self.runner.partial
             raise
         self._update(order, losses)
 
@@ -400,6 +402,7 @@ class Loop:
             self.chunk = max(self.chunk, self.runner.width)
             alive = torch.cat([a.to(losses.device) for a in self.optimizer.alive])
             self.history.add(self.step, order, losses, alive)
+            self.runner.partial = False
 
     def _check_independence(self, batch: Any) -> None:
         """Before the first step, for other kinds of batches, and now and again."""

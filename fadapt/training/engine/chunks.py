@@ -73,7 +73,8 @@ class ChunkRunner:
 
     Attributes:
         chosen: the width to hand on to a later object; None before :meth:`choose`.
-        partial: whether the flat params have taken gradients of some chunks, but not of all.
+        partial: whether the flat params have taken gradients for a step that is not done; who does
+            it says so.
     """
 
     def __init__(
@@ -130,9 +131,7 @@ class ChunkRunner:
             seeds = torch.tensor(weights[chunk.low : chunk.high], dtype=wide, device=device)
             return chunk.step((self._part(batch, chunk), seeds))
 
-        found = self._join(self._each(work, "training"))
-        self.partial = False
-        return found
+        return self._join(self._each(work, "training"))
 
     def _step(self, params: Stack | Params, low: int, high: int) -> Any:
         """See :class:`Chunk`."""
@@ -155,8 +154,8 @@ class ChunkRunner:
                 torch.autograd.grad(losses, trained, weights.to(losses), allow_unused=True)
             )
             found = [next(grads) if leaf.requires_grad else None for leaf in leaves]
-            self.flat.take_gradients(low, high, found, self.accumulates)
             self.partial = self.accumulates
+            self.flat.take_gradients(low, high, found, self.accumulates)
             # A copy: torch's own CUDA graphs use the same memory again in the next pass.
             return losses.detach().clone()
 
