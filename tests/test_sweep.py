@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import fadapt
 from fadapt.params.stack import rank_axes
 from fadapt.training import Halving, Trial, fit, grid, sweep
+from fadapt.training.engine import optimizer as engine_optimizer
 from fadapt.training.engine.flat_params import FlatParams
 from fadapt.training.grid import named
 from fadapt.training.loop import Loop
@@ -448,6 +449,35 @@ def test_a_diverged_trial_is_frozen_before_the_step_that_broke_it():
     assert (worst.name, worst.status, worst.step) == ("x", "diverged", 1)
     assert "weights" in worst.reason
     assert equal_bits(report.params["x"], start)
+
+
+@pytest.mark.parametrize("lr", [0.01, 3e38])
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD])
+def test_large_trials_are_updated_in_turn(optimizer, lr, monkeypatch):
+    """With a copy of one trial's weights at a time, bit for bit what one call makes of all."""
+    model, batches = net(torch.float32), make_batches(dtype=torch.float32)
+    trials = with_lr(lr)
+    trials[0] = dataclasses.replace(trials[0], accumulate=3, clip=0.05)
+    trials[3] = dataclasses.replace(trials[3], lr_ratio={"A": 0.0})
+    options = dict(steps=9, loss_fn=loss_fn, optimizer=optimizer, eval=batches[:2], eval_every=3)
+    options["halving"] = Halving(6)
+    at_once = sweep(model, trials, batches, **options)
+    monkeypatch.setattr(engine_optimizer, "AT_ONCE", 0)
+    copied = []
+    clone = Tensor.clone
+    monkeypatch.setattr(Tensor, "clone", lambda t, *a, **k: copied.append(t) or clone(t, *a, **k))
+    loop = Loop(model, named(trials), batches, settings(**options))
+    assert loop.optimizer.in_turn
+    loop.optimizer.step(2, torch.ones(len(trials)))
+    assert max(t.numel() for t in copied) <= max(v.numel() for r in loop.optimizer.rows
+                                                 for v in r.values)  # fmt: skip
+    monkeypatch.undo()
+    monkeypatch.setattr(engine_optimizer, "AT_ONCE", 0)
+    in_turn = sweep(model, trials, batches, **options)
+    assert in_turn.results == at_once.results
+    for name in at_once.names:
+        assert equal_bits(in_turn.params[name], at_once.params[name])
+        assert equal_bits(in_turn.final[name], at_once.final[name])
 
 
 def test_a_nonfinite_gradient_freezes_at_once():

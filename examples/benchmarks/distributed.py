@@ -16,7 +16,8 @@ passes counts.
     torchrun --nproc-per-node 2 examples/benchmarks/distributed.py --question c --layers 80
 
 Each has the shape of its question by default; --layers 4 and so on make it smaller, and --json PATH
-writes the record.
+writes the record. What is being done goes to the standard error with the seconds so far, so that a
+run that is cut off tells how far it came.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -60,6 +62,17 @@ KEYS = "layers", "hidden", "heads", "kv", "head_dim", "inner", "vocab"
 TRIALS = {"a": 64, "b": 16, "c": 16}
 
 marks: list[float] = []
+BEGUN = time.perf_counter()
+
+
+def phase(what: str) -> None:
+    """Says on the standard error that something begins, and the seconds so far."""
+    if CUDA:
+        torch.cuda.synchronize()
+    if RANK == 0:
+        memory = f", {torch.cuda.memory_allocated() / 2**30:.1f} GiB" if CUDA else ""
+        seconds = time.perf_counter() - BEGUN
+        print(f"[{seconds:7.1f} s{memory}] {what}", file=sys.stderr, flush=True)
 
 
 def config_of(o: argparse.Namespace) -> Any:
@@ -81,6 +94,7 @@ def config_of(o: argparse.Namespace) -> Any:
 
 def base(o: argparse.Namespace, mesh: Any = None) -> nn.Module:
     """The frozen model; with a mesh, made shard by shard, so that it never is whole anywhere."""
+    phase("the base: its modules, without values")
     config = config_of(o)
     before = torch.get_default_dtype()
     torch.set_default_dtype(o.dtype)
@@ -92,11 +106,13 @@ def base(o: argparse.Namespace, mesh: Any = None) -> nn.Module:
         torch.set_default_dtype(before)
     model.requires_grad_(False).eval()
     if mesh is not None:
+        phase("the base: shards")
         for layer in model.model.layers:
             fully_shard(layer, mesh=mesh)
         for part in (model.model.embed_tokens, model.lm_head):  # whole only while they run
             fully_shard(part, mesh=mesh)
         fully_shard(model, mesh=mesh)
+    phase("the base: values")
     model.to_empty(device=DEVICE)
     if model.config.tie_word_embeddings:
         model.tie_weights()
@@ -127,22 +143,28 @@ def methods(o: argparse.Namespace) -> list[fadapt.Method]:
     return sorted((kinds[i % 4] for i in range(o.trials)), key=repr)
 
 
-def trials(o: argparse.Namespace) -> list[fadapt.Trial]:
+def trials(o: argparse.Namespace, model: nn.Module) -> list[fadapt.Trial]:
     rates = [1e-4 * (1 + i / o.trials) for i in range(o.trials)]
+    starts: dict[fadapt.Method, fadapt.Params] = {}
+    for method in methods(o):
+        if method not in starts:
+            phase(f"init of {method}")
+            starts[method] = fadapt.init(
+                model, fadapt.Config({TARGETS: method}, dtype=o.adapter_dtype)
+            )
     return [
-        fadapt.Trial(
-            fadapt.Config({TARGETS: method}, dtype=o.adapter_dtype), lr=rate, name=f"{i} {method}"
-        )
+        fadapt.Trial(starts[method], lr=rate, name=f"{i} {method}")
         for i, (method, rate) in enumerate(zip(methods(o), rates, strict=True))
     ]
 
 
 def note_time(model: nn.Module, stack: fadapt.Stack) -> Tensor:
-    """An evaluation that reads the clock."""
+    """An evaluation that reads the clock, and has no best weights to keep."""
     if CUDA:
         torch.cuda.synchronize()
     marks.append(time.perf_counter())
-    return torch.zeros(len(stack))
+    phase(f"reading {len(marks)}")
+    return torch.full((len(stack),), torch.nan)
 
 
 def measure(model: nn.Module, o: argparse.Namespace, rows: int, **options: Any) -> dict[str, Any]:
@@ -154,9 +176,11 @@ def measure(model: nn.Module, o: argparse.Namespace, rows: int, **options: Any) 
     if CUDA:
         torch.cuda.reset_peak_memory_stats()
     begin = time.perf_counter()
+    chosen = trials(o, model)
+    phase(f"the sweep; a reading every {o.every} steps")
     report = fadapt.sweep(
         model,
-        trials(o),
+        chosen,
         batches,
         steps=o.every * (o.rounds + 1),
         eval=note_time,
@@ -167,6 +191,7 @@ def measure(model: nn.Module, o: argparse.Namespace, rows: int, **options: Any) 
         progress=False,
         **options,
     )
+    phase("the report is there")
     seconds = time.perf_counter() - begin
     at = marks[:: max(1, len(marks) // (o.rounds + 1))]
     spans = [1e3 * (b - a) / o.every for a, b in itertools.pairwise(at)]
@@ -296,7 +321,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--methods", choices=("lora", "mixed"), help="by default lora, c: mixed")
     parser.add_argument("--rows", type=int, default=1, help="of an adapter, for each process")
     parser.add_argument("--tokens", type=int, default=512)
-    parser.add_argument("--every", type=int, help="steps between readings; a: 10, b and c: 5")
+    parser.add_argument("--every", type=int, help="steps between readings; a: 10, b: 5, c: 1")
     parser.add_argument("--rounds", type=int, default=4, help="readings")
     parser.add_argument("--dtype", type=lambda s: getattr(torch, s))
     parser.add_argument("--adapter-dtype", type=lambda s: getattr(torch, s))
@@ -309,7 +334,7 @@ def arguments() -> argparse.Namespace:
             setattr(o, key, value)
     o.trials = o.trials or TRIALS[o.question]
     o.together = o.together or 16
-    o.every = o.every or (10 if o.question == "a" else 5)
+    o.every = o.every or {"a": 10, "b": 5, "c": 1}[o.question]
     o.methods = o.methods or ("mixed" if o.question == "c" else "lora")
     o.dtype = o.dtype or (torch.bfloat16 if CUDA else torch.float32)
     o.adapter_dtype = o.adapter_dtype or o.dtype

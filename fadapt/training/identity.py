@@ -65,13 +65,22 @@ def base_of(model: nn.Module) -> dict[str, str]:
     return prints
 
 
-def start_of(params: Params) -> str:
-    """A fingerprint of a trial's initial leaves, fixed ones included."""
-    digest = hashlib.sha256()
-    for name, adapter in params.items():
-        for leaf, tensor in sorted(adapter.leaves.items()):
-            digest.update(f"{name} {leaf} {fingerprint(tensor)}".encode())
-    return digest.hexdigest()[:32]
+def starts_of(trials: Mapping[str, Params]) -> dict[str, str]:
+    """A fingerprint of each trial's initial leaves, fixed ones included.
+
+    Leaves that trials share, as those of one config do, are read once.
+    """
+    prints: dict[int, str] = {}
+    found = {}
+    for name, params in trials.items():
+        digest = hashlib.sha256()
+        for site, adapter in params.items():
+            for leaf, tensor in sorted(adapter.leaves.items()):
+                if id(tensor) not in prints:
+                    prints[id(tensor)] = fingerprint(tensor)
+                digest.update(f"{site} {leaf} {prints[id(tensor)]}".encode())
+        found[name] = digest.hexdigest()[:32]
+    return found
 
 
 def _optimizer(factory: Any) -> str:

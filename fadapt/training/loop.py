@@ -134,16 +134,16 @@ class Loop:
 
     def report(self) -> Report:
         """The outcome so far."""
-        if self.team.several:
-            last = self._last()
-            mine = last, self.board.best, self.board.left, self.chunk
-            parts = self.team.gather(mine)
-            last, self.board.best, self.board.left = (
-                {t: tree for part in parts for t, tree in part[k].items()} for k in range(3)
-            )
-            self.chunk = max(part[3] for part in parts)
-            return self.board.report(last, self.step, self.history, self.elapsed(), self.chunk)
-        return self._report_of_own()
+        if self.team.size == 1:  # all processes train all trials, whose weights may be much
+            self.team.gather(None)  # none has failed
+            return self._report_of_own()
+        last = self._last()
+        parts = self.team.gather((last, self.board.best, self.board.left, self.chunk))
+        last, self.board.best, self.board.left = (
+            {t: tree for part in parts for t, tree in part[k].items()} for k in range(3)
+        )
+        self.chunk = max(part[3] for part in parts)
+        return self.board.report(last, self.step, self.history, self.elapsed(), self.chunk)
 
     def _report_of_own(self) -> Report:
         last = self._last()
@@ -270,7 +270,7 @@ class Loop:
             "sweep": identity.settings_of(self.settings, self._named(self.trials), self.steps),
             "given": identity.given_of(self.settings, self._batches),
             "base": identity.base_of(self.model),
-            "starts": {n: identity.start_of(p) for n, p in self._named(self.starts).items()},
+            "starts": identity.starts_of(self._named(self.starts)),
         }
         for part, what in DIFFERENT.items():
             self.team.check_same(what, self._identity[part])
@@ -302,7 +302,7 @@ class Loop:
             return
         with checkpoint.fitting(path):
             self.load_state_dict(state)
-        if not self.team.first:  # one process keeps what no longer trains
+        if not self.team.first and self.team.size > 1:  # one keeps what no longer trains
             self.board.best, self.board.left = {}, {}
 
     def _train(self) -> None:
@@ -738,7 +738,9 @@ class Loop:
         if self.settings.path is None:
             return
         state = self.state_dict()
-        if self.team.several:
+        if self.team.size == 1:
+            self.team.gather(None)  # none has failed
+        else:
             kept = {part: state[part] for part in ("best", "left")} | self._only(self.members)
             everyone = self.team.to_first(kept)
             for part in kept:

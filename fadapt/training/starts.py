@@ -29,13 +29,16 @@ def initial(
         ConfigError: Params of another model, or adapters with nothing to train.
     """
     made: dict[Config, Params] = {}
+    checked: set[int] = set()
     if isinstance(calib, Iterator):
         calib = list(calib)
     result = []
     for name, trial in trials.items():
         config = trial.resolved()
         if isinstance(config, Params):
-            _check_base(name, model, config)
+            if id(config) not in checked:  # once, where trials share their Params
+                _check_base(name, model, config)
+                checked.add(id(config))
             params = config
         else:
             if config not in made:

@@ -256,6 +256,12 @@ class FlatGroup:
                 total = total.view(*total.shape[:2], *new.shape[2:])
                 yield total, new[rows.start - start : rows.stop - start, :own]
 
+    @property
+    def projects(self) -> bool:
+        """Whether some method has constraints."""
+        adapters = self._group.params.values()
+        return any(type(a.method).project is not Method.project for a in adapters)
+
     def project(self) -> None:
         """Moves every member into its methods' constraints."""
         for name, adapter in self._group.params.items():

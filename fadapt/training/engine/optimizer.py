@@ -31,6 +31,10 @@ ELEMENTWISE = (
 """Optimisers that treat every entry alone: a trial's row is one parameter. The others (Adafactor,
 Muon) get every leaf, at its own rank, as a parameter of its own."""
 
+AT_ONCE = 2**30
+"""Numbers up to which all trials are updated in one call of the optimiser. More go trial by trial:
+the weights of before the step, which a trial that diverges keeps, are a copy."""
+
 
 @dataclass
 class _Row:
@@ -48,6 +52,11 @@ class _Row:
     values: list[Tensor]
     grads: list[Tensor]
     ratios: list[float]
+
+    def give(self, now: bool) -> None:
+        """Lets the optimiser see this trial's gradients, or not."""
+        for value, grad, ratio in zip(self.values, self.grads, self.ratios, strict=True):
+            value.grad = grad if now and ratio else None
 
 
 class TrialOptimizer:
@@ -91,6 +100,9 @@ class TrialOptimizer:
                     self._leaders.append((row.trial, ratio))
                 groups[key]["params"].append(value)
         self.optimizer = _build(factory, list(groups.values()))
+        numbers = sum(v.numel() for b in flat.blocks for v in b.values)
+        free = not any(b.projects for b in flat.blocks)
+        self.in_turn = self.elementwise and free and numbers > AT_ONCE
         _check_supported(self.optimizer, [trials[t] for t in flat.order])
         self.alive = [torch.ones(b.size, dtype=torch.bool, device=b.device) for b in flat.blocks]
         limits = [[trials[t].clip or math.inf for t in flat.order[s]] for _, s in flat.spans()]
@@ -134,20 +146,45 @@ class TrialOptimizer:
                 if not ratio:  # no part of the norm, nor a reason to stop
                     grad.zero_()
         whole = None if all(due) else self._device_flags(due)
-        before = []
         for i, block in enumerate(self.flat.blocks):
             self._clip_gradients(i, block, None if whole is None else whole[i])
-            before.append([v.clone() for _, v in block.own_values])
         rates = self.rates(step)
         for group, (trial, ratio) in zip(self.optimizer.param_groups, self._leaders, strict=True):
             group["lr"] = rates[trial] * ratio
+        if self.in_turn:
+            self._update_in_turn(due)
+        else:
+            self._update_at_once(due, whole)
+        for i, block in enumerate(self.flat.blocks):
+            self._clear(block, None if whole is None else whole[i])
+
+    def _update_at_once(self, due: list[bool], whole: list[Tensor] | None) -> None:
+        before = [[v.clone() for _, v in block.own_values] for block in self.flat.blocks]
         for row, now in zip(self.rows, due, strict=True):
-            for value, grad, ratio in zip(row.values, row.grads, row.ratios, strict=True):
-                value.grad = grad if now and ratio else None
+            row.give(now)
         self.optimizer.step()
         for i, block in enumerate(self.flat.blocks):
             block.project()
             self._guard(i, block, before[i], None if whole is None else whole[i])
+
+    def _update_in_turn(self, due: list[bool]) -> None:
+        """The same, trial by trial, with a copy of one trial's weights at a time."""
+        for row in self.rows:
+            row.give(False)
+        flags = [alive[k] for alive in self.alive for k in range(len(alive))]
+        for row, now, alive in zip(self.rows, due, flags, strict=True):
+            if not now:
+                continue
+            before = [v.clone() for v in row.values]
+            row.give(True)
+            self.optimizer.step()
+            row.give(False)
+            for new in row.values:
+                if new.numel():
+                    largest = torch.linalg.vector_norm(new, torch.inf)
+                    alive &= torch.isfinite(largest).to(alive.device)  # a view of the flags
+            for new, old in zip(row.values, before, strict=True):
+                torch.where(alive.to(new.device), new, old, out=new)
 
     def freeze(self, trials: Collection[int]) -> None:
         """Updates these trials no more."""
@@ -182,6 +219,9 @@ class TrialOptimizer:
         for (rows, new), old in zip(block.own_values, before, strict=True):
             # In one pass over the memory; both are read before the result is written.
             torch.where(changed[rows].to(new.device)[:, None], new, old, out=new)
+
+    def _clear(self, block: FlatGroup, due: Tensor | None) -> None:
+        """Gradients that became an update count no more."""
         for rows, grad in block.own_grads:
             if due is not None:
                 grad.masked_fill_(due[rows].to(grad.device)[:, None], 0)
