@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +28,8 @@ import fadapt
 from fadapt import DoRA, LoRA
 from fadapt.distributed import team
 from fadapt.statistics.reduction import statistics_of
+from fadapt.training import loop
+from fadapt.training.engine import optimizer as engine_optimizer
 from tests import models, ranks
 from tests.test_laws import ROWS
 
@@ -200,6 +204,8 @@ def differences(rank: int, world: int, directory: Path) -> None:
     assert 0 < len(report.params) < 7  # of its own trials
     with pytest.raises(fadapt.ConfigError, match="mesh has the dimensions"):
         train(model, mesh=init_device_mesh("cpu", (world,), mesh_dim_names=("data",)))
+    with pytest.raises(fadapt.ConfigError, match="must be a torch"):
+        train(model, mesh=(1, world))
     equal(train(model), alone(model), 1e-5)  # the group is as good as before
 
 
@@ -267,6 +273,58 @@ def split_by_tensors(rank: int, world: int, _: Path) -> None:
             train(model, **options)
 
 
+def states_over_ranks(rank: int, world: int, directory: Path) -> None:
+    """Each process keeps the optimiser's state of some trials: the same to the last bit."""
+    mesh = init_device_mesh("cpu", (1, world), mesh_dim_names=("sweep", "shard"))
+    model = sharded(models.qwen3().requires_grad_(False), mesh=mesh["shard"])
+
+    def score(model, stack):
+        score.left -= 1
+        if not score.left:
+            raise StopError
+        with torch.no_grad():
+            return fadapt.run(model, stack, batches(1)[0])
+
+    def swept(path: Path | None = None, stop: int = 0) -> fadapt.Report:
+        score.left = stop
+        some = trials()
+        some[1] = dataclasses.replace(some[1], accumulate=1, lr=1e30)  # diverges
+        kept = path and fadapt.Checkpoints(path, every=1)
+        options = {"eval": score, "eval_every": 1, "halving": fadapt.Halving(3), "directory": kept}
+        return fadapt.sweep(model, some, batches(), mesh=mesh, log_every=1, **options)
+
+    want = swept()
+    calls = -score.left
+    for in_turn in (engine_optimizer.AT_ONCE, 0):
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            monkeypatch.setattr(engine_optimizer, "AT_ONCE", in_turn)
+            monkeypatch.setattr(loop, "SPLIT_FROM", 0)
+            made: list = []
+
+            class Kept(engine_optimizer.TrialOptimizer):
+                def __init__(self, *given, made=made):
+                    super().__init__(*given)
+                    made.append(self)
+
+            monkeypatch.setattr(loop, "TrialOptimizer", Kept)
+            equal(swept(directory / str(in_turn)), want)
+            for optimizer in made:
+                everyone: list = [None] * world
+                dist.all_gather_object(everyone, {row.trial for row in optimizer.mine})
+                assert sum(map(len, everyone)) == len(optimizer.rows) == len(set.union(*everyone))
+                assert all(everyone) or len(optimizer.rows) < world
+                assert len(optimizer.optimizer.state) <= sum(len(r.values) for r in optimizer.mine)
+            with pytest.raises(StopError):
+                swept(directory / "stopped", stop=3)
+        dist.barrier()
+        equal(swept(directory / "stopped"), want)  # it goes on where no states are split
+        assert -score.left < calls
+        dist.barrier()
+        if rank == 0:
+            shutil.rmtree(directory / "stopped")
+        dist.barrier()
+
+
 def every_method_over_rows(rank: int, world: int, directory: Path) -> None:
     """Each row of the laws' table, and dropout, trained over a sharded base and a split batch."""
     whole = models.qwen3().requires_grad_(False)
@@ -307,6 +365,7 @@ TWO = {
         fewer_trials_than_processes,
         differences,
         split_by_tensors,
+        states_over_ranks,
         every_method_over_rows,
     )
 }

@@ -249,8 +249,10 @@ def main() -> None:
         torch.cuda.set_device(DEVICE)
     found: dict[str, Any] = {}
     compiles: dict[str, Any] = {}
-    if o.compile:
+    if o.compile == "1":
         compiles["compile"] = {"mode": "reduce-overhead"} if CUDA else True
+    elif o.compile == "regional":
+        compiles["compile"] = {"regional": True}
     model = base(o) if o.question == "a" or (o.alone and RANK == 0) else None
     if o.alone and RANK == 0:
         with on_its_own():
@@ -325,7 +327,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=4, help="readings")
     parser.add_argument("--dtype", type=lambda s: getattr(torch, s))
     parser.add_argument("--adapter-dtype", type=lambda s: getattr(torch, s))
-    parser.add_argument("--compile", type=int, default=1, help="0 or 1: question a only")
+    parser.add_argument(
+        "--compile",
+        choices=("0", "1", "regional"),
+        default="1",
+        help="question a only: not, the whole pass, or equal layers once, which is sooner ready",
+    )
     parser.add_argument("--alone", type=int, help="0 or 1: one process first; c: 0")
     parser.add_argument("--json", type=Path)
     o = parser.parse_args()

@@ -49,6 +49,10 @@ class Team:
         self._control: Any = None
         self.shard_group: Any = None
         self._places: list[tuple[int, int]] = [(0, 0)]
+        if mesh is not None and not hasattr(mesh, "mesh_dim_names"):
+            raise ConfigError(
+                f"mesh must be a torch.distributed.device_mesh.DeviceMesh, got {mesh!r:.80}"
+            )
         _join_torchrun()
         if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
             if mesh is not None and mesh.size() > 1:
@@ -69,7 +73,7 @@ class Team:
         self._places = self._exchange((self.place, self.shard))
 
     def _take(self, mesh: Any) -> None:
-        names = tuple(getattr(mesh, "mesh_dim_names", None) or ())
+        names = tuple(mesh.mesh_dim_names or ())
         if not names or not set(names) <= set(NAMES) or mesh.size() != self.world:
             raise ConfigError(
                 f"mesh has the dimensions {names} over {mesh.size()} processes of {self.world}; "
@@ -162,19 +166,28 @@ class Team:
                 found[place] = one
         return found
 
-    def to_first(self, value: Any) -> list[Any]:
+    def of_peers(self, value: Any) -> list[Any]:
+        """What each of the processes gives that train this one's trials."""
+        everyone = self._exchange(value)
+        pairs = zip(self._places, everyone, strict=True)
+        return [one for (place, _), one in pairs if place == self.place]
+
+    def to_first(self, value: Any, of_all: bool = False) -> list[Any]:
         """What each share's first process gives, in the first process; elsewhere nothing.
 
         For much: as :meth:`gather`, each process would hold what all give.
+
+        Args:
+            of_all: what each process gives instead.
         """
         if not self.several:
             return [value]
         self._exchange(None)  # none has failed
         everyone: list[Any] | None = [None] * self.world if self.first else None
-        mine = _on_host(value) if self.shard == 0 else None
+        mine = _on_host(value) if of_all or self.shard == 0 else None
         self._reach(lambda: dist.gather_object(mine, everyone, 0, self._control))
         pairs = zip(self._places, everyone or [], strict=False)
-        return [one for (_, shard), one in pairs if shard == 0]
+        return [one for (_, shard), one in pairs if of_all or shard == 0]
 
     def of_first(self, value: Any) -> Any:
         """What the first process gives."""

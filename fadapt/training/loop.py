@@ -22,6 +22,7 @@ from ..base.sharded import shapes_of
 from ..base.torch_private import pytree
 from ..distributed.rows import part_of, share_of
 from ..distributed.shares import cost, edges
+from ..distributed.split import Split
 from ..distributed.team import Team
 from ..dropout import of_part
 from ..errors import CheckpointError, ConfigError, FadaptError, OneByOneWarning
@@ -179,7 +180,13 @@ class Loop:
         return FlatParams(stack_of(members, self.by_rank), numbers, apart)
 
     def _make_optimizer(self) -> TrialOptimizer:
-        return TrialOptimizer(self.flat, self.trials, self.settings.optimizer, self.steps)
+        split, team = None, self.team
+        if team.shards > 1:
+            sizes = {t: sum(v.numel() for v in b.row(r, b.values)) for t, b, r in self.flat.rows()}
+            if len(sizes) >= team.shards and sum(sizes.values()) > SPLIT_FROM:
+                split = Split(sizes, team.shard_group)
+        given = self.flat, self.trials, self.settings.optimizer, self.steps
+        return TrialOptimizer(*given, split)
 
     def _deal(self, chosen: int | None = None) -> None:
         """This process's share of the members, their values as they were at the start.
@@ -228,6 +235,10 @@ class Loop:
             if trial in self.own and trial not in members:
                 self.board.left[trial] = block.train(row)
         kept, chosen = self._only(members), self.runner.chosen
+        if self.team.shards > 1:
+            split = self.optimizer.split is not None  # each has its part of the states
+            for state in self.team.of_peers(kept["optimizer"] if split else {}):
+                kept["optimizer"] |= state
         self.members = sorted(members)
         self._deal(chosen)
         everyone = self.team.gather(self.own)
@@ -738,11 +749,16 @@ class Loop:
         if self.settings.path is None:
             return
         state = self.state_dict()
-        if self.team.size == 1:
-            self.team.gather(None)  # none has failed
-        else:
+        if self.team.several:
             kept = {part: state[part] for part in ("best", "left")} | self._only(self.members)
-            everyone = self.team.to_first(kept)
+            states = kept.pop("optimizer")
+            if self.team.shards > 1:
+                sent = states if self.team.shard == 0 or self.optimizer.split else {}
+                everyone = self.team.to_first(sent, of_all=True)
+                state["optimizer"] = {k: v for one in everyone for k, v in one.items()}
+            else:
+                kept["optimizer"] = states
+            everyone = self.team.to_first(kept) if self.team.size > 1 else [kept]
             for part in kept:
                 state[part] = {k: v for one in everyone for k, v in one[part].items()}
             state["optimizer"]["class"] = self.optimizer.name
@@ -755,6 +771,10 @@ class Loop:
         params = self.report().params
         return {name: params[name] for name in self.board.names}
 
+
+SPLIT_FROM = 2**28
+"""Numbers that are trained from which on processes over one base each keep the optimiser's state of
+some trials. Fewer are updated faster than they are sent."""
 
 PADDING = 2**28
 """Numbers to fill up ranks from which on each rank is a group of its own. Fewer groups are faster,

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ...distributed.split import Split
 from ...errors import CheckpointError, ConfigError, require
 from ..checkpoint import SEPARATOR, State, expect, expect_keys, expect_like
 from ..trial import Trial
@@ -68,8 +69,10 @@ class TrialOptimizer:
         factory: ``factory(param_groups)`` returns the optimiser; functools.partial holds what else
             it takes. lr and weight decay come from the trials.
         steps: batches in all, from which the schedules know their end.
+        split: over processes that train the same trials: which of them this one updates.
 
     Attributes:
+        mine: the rows that this process updates.
         alive: a flag per row of each group.
         accumulates: whether some trial's gradient adds up over several batches.
     """
@@ -80,14 +83,17 @@ class TrialOptimizer:
         trials: Sequence[Trial],
         factory: Callable[..., Optimizer],
         steps: int,
+        split: Split | None = None,
     ):
+        self.split = split
         self.flat, self.trials, self.factory, self.steps = flat, trials, factory, steps
         self.accumulates = any(trial.accumulate > 1 for trial in trials)
         self.elementwise = _unwrap_partial(factory) in ELEMENTWISE
         self.rows = [self._row(*place) for place in flat.rows()]
+        self.mine = [row for row in self.rows if split is None or split.is_mine(row.trial)]
         groups: dict[Any, dict[str, Any]] = {}
         self._leaders: list[tuple[int, float]] = []
-        for row in self.rows:
+        for row in self.mine:
             t = trials[row.trial]
             for value, ratio in zip(row.values, row.ratios, strict=True):
                 if not ratio:
@@ -163,6 +169,9 @@ class TrialOptimizer:
         for row, now in zip(self.rows, due, strict=True):
             row.give(now)
         self.optimizer.step()
+        for row, now in zip(self.rows, due, strict=True):
+            if now and self.split is not None:
+                self.split.send(row.trial, row.values)
         for i, block in enumerate(self.flat.blocks):
             block.project()
             self._guard(i, block, before[i], None if whole is None else whole[i])
@@ -176,9 +185,12 @@ class TrialOptimizer:
             if not now:
                 continue
             before = [v.clone() for v in row.values]
-            row.give(True)
-            self.optimizer.step()
-            row.give(False)
+            if self.split is None or self.split.is_mine(row.trial):
+                row.give(True)
+                self.optimizer.step()
+                row.give(False)
+            if self.split is not None:
+                self.split.send(row.trial, row.values)
             for new in row.values:
                 if new.numel():
                     largest = torch.linalg.vector_norm(new, torch.inf)
@@ -244,9 +256,12 @@ class TrialOptimizer:
                     self.optimizer.state[value] = dict(state)
 
     def state_dict(self) -> State:
-        """The state of each trial, in an order that does not depend on the other trials."""
+        """The state of each trial, in an order that does not depend on the other trials.
+
+        Over processes that share the updates, of those that this one makes.
+        """
         result: State = {"class": self.name}
-        for row in self.rows:
+        for row in self.mine:
             for i, state in enumerate(self._packed(row)):
                 for name, value in state.items():
                     if value is not None and not isinstance(value, (Tensor, bool, int, float)):
@@ -260,6 +275,8 @@ class TrialOptimizer:
     def load_state_dict(self, state: State, step: int) -> None:
         """Takes over what :meth:`state_dict` returned after so many steps.
 
+        Over processes that share the updates, each gets all states and takes its own.
+
         The state is compared with that of an optimiser which has made a step: a kernel reads and
         writes moments of another shape without a look.
         """
@@ -268,14 +285,17 @@ class TrialOptimizer:
             f"the optimiser is {state.get('class')!r}",
         )
         likes = self._template()
-        updated = [r for r in self.rows if step >= self.trials[r.trial].accumulate]
+        updated = [r for r in self.mine if step >= self.trials[r.trial].accumulate]
         known = {
             SEPARATOR.join((str(r.trial), str(i), name)): like
             for r in updated
             for i, one in enumerate(likes[r.trial])
             for name, like in one.items()
         }
-        given = {k: v for k, v in state.items() if k != "class"}
+        others = {str(r.trial) for r in self.rows} - {str(r.trial) for r in self.mine}
+        given = {
+            k: v for k, v in state.items() if k != "class" and k.split(SEPARATOR)[0] not in others
+        }
         expect_keys(given, known, "the optimiser's state")
         for key, like in known.items():
             _check_state(key, given[key], like, self.steps)
@@ -288,7 +308,8 @@ class TrialOptimizer:
 
     def _template(self) -> dict[int, list[dict[str, Any]]]:
         """The packed states of an optimiser of the same kind after a step without gradients."""
-        flat = self.flat.keep(range(len(self.flat)))
+        mine = {row.trial for row in self.mine}
+        flat = self.flat.keep([i for i, row in enumerate(self.rows) if row.trial in mine])
         other = TrialOptimizer(flat, self.trials, self.factory, self.steps)
         for row in other.rows:
             for value, grad, ratio in zip(row.values, row.grads, row.ratios, strict=True):
