@@ -41,6 +41,15 @@ def is_sharded(model: nn.Module) -> bool:
     return any(is_unit(m) for m in model.modules()) or any(map(is_dtensor, model.parameters()))
 
 
+def has_units(model: nn.Module) -> bool:
+    """Whether any part of the model is a unit of FSDP2; quick where there are no processes."""
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_initialized()):
+        return False
+    return any(map(is_unit, model.modules()))
+
+
 class Units:
     """Which modules of a model lie in a unit of FSDP2, told while they are walked from the top."""
 

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from ..base.eval_mode import evaluating
 from ..base.flow import Flow
 from ..base.memory import is_out_of_memory
-from ..base.sharded import agreed, groups_of
+from ..base.sharded import agreed, groups_of, has_units
 from ..base.torch_private import is_transformed, pytree
 from ..errors import FadaptError
 from ..overlay.instead import is_run_otherwise
@@ -115,7 +115,7 @@ def difference(
     if not whole.groups:  # rows of the base
         return ""
     # Of one row or several: not where other processes, which have to come along, may differ in it.
-    sizes = not groups_of(model)
+    sizes = not has_units(model)
     key = (kind, per_adapter, _structure(whole), batch_kind(batch, sizes), _modes(model))
     known = _verdicts.setdefault(model, {})
     if passes is None:
