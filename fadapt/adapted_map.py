@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base.linear_map import LinearMap
+from .base.linear_map import DenseMap, LinearMap
+from .base.torch_private import is_transformed
 from .base.weights import LINEAR_KINDS, Kind
 from .dropout import drop, fresh_draw
 from .errors import ConfigError, TargetError, require
@@ -21,6 +23,7 @@ from .method import (
     RUNTIME_LEAVES,
     STRENGTH,
     Factors,
+    LastProduct,
     Leaves,
     Method,
     Site,
@@ -287,6 +290,22 @@ def compute_dtype(method: Method, p: Mapping[str, Tensor]) -> torch.dtype:
     return torch.float32
 
 
+def is_plain_product(x: Tensor, base: LinearMap) -> bool:
+    """Whether base(x) is torch's product of a plain block of rows, of which nobody else knows.
+
+    It is then a tensor of its own, in rows as in the shape of x to the last bit, into which an
+    increment may be written.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and type(base) is DenseMap
+        and type(x) is Tensor
+        and x.dim() > 1
+        and x.is_contiguous()
+        and not is_transformed()
+    )
+
+
 def adapt_input(
     method: Method, p: Mapping[str, Tensor], x: Tensor, where: str = ""
 ) -> tuple[Tensor, Any]:
@@ -322,6 +341,7 @@ def adapt_output(
     where: str = "",
     training: bool = False,
     draw: Tensor | None = None,
+    into: bool | None = None,
 ) -> Tensor:
     """The adapted output, from the base's output y = base(x').
 
@@ -331,6 +351,9 @@ def adapt_output(
         where: the site's name, for errors.
         training: whether the layer is in training mode.
         draw: the number of the pass, from which masks of dropout follow; None takes a new one.
+        into: whether a ``last_product`` is added within the product: into y itself, which was
+            made for this call alone (True), or into a copy (False), by the same arithmetic. None
+            forms the increment.
 
     Raises:
         ConfigError: an increment of another shape than what it is added to.
@@ -354,6 +377,10 @@ def adapt_output(
     if training and method.dropout and drops_input(method):
         draw = fresh_draw(x.device) if draw is None else draw
         x = drop(x, method.dropout, p.get(DROPOUT_KEY), draw)
+    if into is not None and dtype is y.dtype and wanted == shape and says_last_product(cls):
+        product = method.last_product(p, x, base)
+        if product is not None and product[1].dim() == y.dim():
+            return _add_product(method, p, y, into, product)
     if cls.delta_takes_training:
         delta = method.delta(p, x, rows, base, training=training)  # type: ignore[call-arg]
     else:
@@ -361,6 +388,38 @@ def adapt_output(
     _check_shape(method, "delta", delta, wanted, where)
     delta = _as(_with_strength(method, p, delta), y.dtype)
     return y + (delta if wanted == shape else delta.reshape(shape))
+
+
+@functools.cache
+def says_last_product(cls: type[Method]) -> bool:
+    """Whether a class says of its own ``delta`` what its last product is."""
+    return _is_of_own_increment(cls, "last_product", {"delta"})
+
+
+def _is_of_own_increment(cls: type[Method], says: str, of: set[str]) -> bool:
+    """Whether what a class says of its increment is not said of that of another class.
+
+    Args:
+        says: the name of the function that says it.
+        of: the names of the functions that it is about.
+    """
+    for c in cls.__mro__:
+        if says in vars(c):
+            return c is not Method
+        if vars(c).keys() & of:
+            return False
+    return False
+
+
+def _add_product(
+    method: Method, p: Mapping[str, Tensor], y: Tensor, into: bool, product: LastProduct
+) -> Tensor:
+    """y + c h Bᵀ by one product, so that no increment takes memory and time of its own."""
+    h, b, c = product
+    h, b = _with_strength(method, p, h), b.mT
+    if y.dim() == 2:
+        return y.addmm_(h, b, alpha=c) if into else torch.addmm(y, h, b, alpha=c)
+    return y.baddbmm_(h, b, alpha=c) if into else torch.baddbmm(y, h, b, alpha=c)
 
 
 def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -393,10 +452,7 @@ def increment_factors(method: Method, p: Mapping[str, Tensor], base: LinearMap) 
 
     What a class says of its increment is not taken for a subclass with another increment.
     """
-    order = type(method).__mro__
-    says = next(i for i, cls in enumerate(order) if "low_rank" in vars(cls))
-    means = (i for i, c in enumerate(order) if vars(c).keys() & {"delta", "shift"})
-    if next(means, len(order)) < says:
+    if not _is_of_own_increment(type(method), "low_rank", {"delta", "shift"}):
         return None
     factors = method.low_rank(p, base)
     if factors is None or method.owns_strength or STRENGTH not in p:

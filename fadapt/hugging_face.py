@@ -148,7 +148,9 @@ def calls_loss_function(model: nn.Module) -> bool:
     if not isinstance(getattr(type(model), "loss_function", None), property):
         return False
     for kind in type(model).__mro__:  # a loop, which Dynamo follows on every torch
-        forward = inspect.unwrap(vars(kind).get("forward", id))
+        if "forward" not in vars(kind):
+            continue
+        forward = inspect.unwrap(vars(kind)["forward"])
         if "loss_function" in getattr(getattr(forward, "__code__", None), "co_names", ()):
             return True
     return False

@@ -27,6 +27,7 @@ from .statistics.reduction import Statistic as Statistic
 
 Leaves = dict[str, Tensor]
 Factors = tuple[Tensor, Tensor]
+LastProduct = tuple[Tensor, Tensor, float]
 STRENGTH = "strength"
 DROPOUT_KEY = "dropout_key"
 RUNTIME_LEAVES = (STRENGTH, DROPOUT_KEY)
@@ -184,6 +185,17 @@ class Method:
         None, the default, where it has no low rank in general. Written beside ``delta`` and
         ``shift``, it holds for them alone: a subclass that overrides one of them says its own.
         A method with ``owns_strength`` includes the strength, for others the caller does.
+        """
+        return None
+
+    def last_product(
+        self, p: Mapping[str, Tensor], x: Tensor, base: LinearMap
+    ) -> LastProduct | None:
+        """``delta`` as h (tokens, k), B (out, k) and a number c: the increment is c h Bᵀ.
+
+        None, the default, where it is no such product. What is given here is added to the output by
+        the product itself, which spares the pass that would add an increment. Written beside
+        ``delta``, it holds for it alone: a subclass that overrides ``delta`` says its own.
         """
         return None
 

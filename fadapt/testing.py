@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .adapted_map import ContractError, check_contract, increment_factors
+from .adapted_map import ContractError, check_contract, increment_factors, says_last_product
 from .base.linear_map import DenseMap
 from .config import Config
 from .errors import ConfigError, FadaptError, FadaptWarning
@@ -443,6 +443,24 @@ def low_rank_is_the_increment(method: Method, case: Case) -> None:
                 _close(factors[1] @ factors[0], change, f"low_rank at strength {c}")
 
 
+def last_product_is_delta(method: Method, case: Case) -> None:
+    """What ``last_product`` states is ``delta``; a method may state nothing."""
+    model = case.model()
+    params = case.trained(model, method)
+    if not says_last_product(type(method)):
+        return
+    for adapter in params.at_sites().values():
+        site = adapter.site
+        bias = None if site.bias is None else model.get_parameter(site.bias).detach()
+        base = DenseMap(site.matrix(model.get_parameter(site.name).detach()), bias)
+        x = torch.randn(5, site.in_features, generator=case.rng, dtype=case.dtype)
+        product = method.last_product(adapter.leaves, x, base)
+        if product is not None:
+            h, b, c = product
+            delta = method.delta(adapter.leaves, x, base(x), base)
+            _close(c * h @ b.mT, delta, "last_product against delta")
+
+
 # In the order in which they explain: the first that fails names the cause, not a consequence.
 LAWS: tuple[Callable[[Method, Case], None], ...] = (
     well_formed,
@@ -462,6 +480,7 @@ LAWS: tuple[Callable[[Method, Case], None], ...] = (
     local_seeded_init,
     strength_scales,
     low_rank_is_the_increment,
+    last_product_is_delta,
 )
 
 CASES = (
@@ -495,7 +514,7 @@ def check_method(
     Example:
         >>> from fadapt.testing import Case, check_method
         >>> check_method(fadapt.LoRA(r=2), [Case()], count=lambda out, size: 2 * (out + size))
-        LoRA(r=2, alpha=16.0): 17 laws hold in 1 of 1 cases
+        LoRA(r=2, alpha=16.0): 18 laws hold in 1 of 1 cases
     """
     try:
         check_contract(method)

@@ -126,7 +126,8 @@ class View(Block):
 
 def own_tensors(tensors: Mapping[str, Any]) -> Mapping[str, Any]:
     """The module's own parameters or buffers, also within a call that sees others."""
-    return tensors.own if isinstance(tensors, ScopedTensors) else tensors
+    # Not isinstance, which the abstract class behind a ScopedTensors answers in Python.
+    return tensors.own if type(tensors) is ScopedTensors else tensors
 
 
 def open_view(module: int | None = None) -> View | None:
@@ -293,7 +294,11 @@ class ScopedFunction(_Stand):
 
     @is_step
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        seen = self.seen()
+        view, place = _active.get(), self.place
+        if view is not None and view.open and place[0] in view.modules:  # as of ``seen``
+            seen = view.seen.get(place, _ABSENT)
+        else:
+            seen = self.seen()
         return (self.plain() if seen is _ABSENT else seen)(*args, **kwargs)
 
     def plain(self) -> Callable[..., Any]:

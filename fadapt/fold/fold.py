@@ -22,6 +22,7 @@ from ..adapted_map import (
     adapt_output,
     drops_input,
     has_shift,
+    is_plain_product,
 )
 from ..base.linear_map import DenseMap, LinearMap
 from ..base.torch_private import pytree
@@ -86,6 +87,10 @@ class FoldedSite:
         # First: torch.compile copies an x that it has not written down before it is seen as rows.
         y = None if shifts or not torch.compiler.is_compiling() else base(x)
         rows = x.reshape(n, -1, x.shape[-1])
+        plain = is_plain_product(x, base)
+        # One group has all rows of the output, and may write into it. More of them add to copies of
+        # their parts, by the same product: who else is there changes no bit.
+        alone = len(self.pieces) == 1 and not self.rest
         entered = [
             adapter.over(functools.partial(_adapt_input, adapter.method, self.site.name), part)
             for (_, adapter), part in zip(self.pieces, self._parts(rows), strict=True)
@@ -94,13 +99,15 @@ class FoldedSite:
             # The rows, not x: so the gradients of x add up in one order, whether or not another
             # adapter of the pass shifts it, and a trial's bits do not depend on who else is there.
             whole = self._gather([value for value, _ in entered], rows) if shifts else rows
-            y = base(whole.reshape(x.shape))
+            y = base(whole if plain else whole.reshape(x.shape))
         # Not as rows: torch.compile would write the gradient of a sum that is seen as rows, and by
         # the base's product as a matrix, twice.
-        split = y.unflatten(0, (n, -1))
+        split = y if plain else y.unflatten(0, (n, -1))
         left = [
             adapter.over(
-                functools.partial(self._adapt_output, adapter.method, base),
+                functools.partial(
+                    self._adapt_output, adapter.method, base, alone if plain else None
+                ),
                 saved,
                 part,
                 *self._apart(index, adapter, x.device),
@@ -109,7 +116,7 @@ class FoldedSite:
                 self.pieces, entered, self._parts(split), strict=True
             )
         ]
-        return self._gather(left, split).reshape(y.shape)
+        return self._gather(left, split).reshape(*x.shape[:-1], y.shape[-1])
 
     def cannot_embed(self) -> str:
         """Why the members cannot share an embedding; "" where they can, or it is none."""
@@ -173,13 +180,15 @@ class FoldedSite:
         self,
         method: Method,
         base: LinearMap,
+        into: bool | None,
         p: Any,
         saved: Any,
         y: Tensor,
         draw: Tensor | None = None,
     ) -> Tensor:
         training = self.owner is not None and self.owner.training
-        return adapt_output(method, p, saved, y, base, self.site.name, training, draw)
+        into = into if method.supports_batch_dims else None  # torch.func.vmap maps the others
+        return adapt_output(method, p, saved, y, base, self.site.name, training, draw, into)
 
     def _apart(
         self, index: tuple[int, ...], adapter: StackedAdapter, device: torch.device

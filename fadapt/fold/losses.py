@@ -28,9 +28,6 @@ from .fold import take
 LossFn = Callable[[Any, Any], Tensor]
 """(output, batch) -> a scalar loss."""
 
-# Dynamo traces the removal of a module's attribute since 2.13.
-_REMOVES_ATTRIBUTES = torch.__version__ >= "2.13"
-
 
 class NotApartError(Exception):
     """A model's own loss is not one call of its loss function on rows: its adapters need turns."""
@@ -148,7 +145,7 @@ def taken_apart(
         try:
             yield
         finally:
-            if before is not None or (compiling and not _REMOVES_ATTRIBUTES):
+            if before is not None:
                 setattr(model, LOSS_FUNCTION, apart.function)
             else:
                 delattr(model, LOSS_FUNCTION)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import require
-from ..method import Factors, Leaves
+from ..method import Factors, LastProduct, Leaves
 from ._ranks import check_rank
 from .lora import LoRA
 
@@ -51,6 +51,11 @@ class MovedFactors(LoRA):
     def delta(self, p: Mapping[str, Tensor], x: Tensor, y: Tensor, base: LinearMap) -> Tensor:
         down, up = self._factors(p)
         return self.scaled(p, x @ down.mT) @ up.mT
+
+    def last_product(self, p: Mapping[str, Tensor], x: Tensor, base: LinearMap) -> LastProduct:
+        down, up = self._factors(p)
+        s, h = self.s(p), x @ down.mT
+        return (h, up, s) if isinstance(s, float) else (s * h, up, 1.0)
 
     def low_rank(self, p: Mapping[str, Tensor], base: LinearMap) -> Factors | None:
         down, up = self._factors(p)

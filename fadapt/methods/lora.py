@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from ..method import Factors, Leaves, RankPadded
+from ..method import Factors, LastProduct, Leaves, RankPadded
 from ._ranks import check_rank_range
 
 if TYPE_CHECKING:
@@ -64,6 +64,10 @@ class LoRA(RankPadded):
 
     def delta(self, p: Mapping[str, Tensor], x: Tensor, y: Tensor, base: LinearMap) -> Tensor:
         return self.scaled(p, x @ p["A"].mT) @ p["B"].mT
+
+    def last_product(self, p: Mapping[str, Tensor], x: Tensor, base: LinearMap) -> LastProduct:
+        s, h = self.s(p), x @ p["A"].mT
+        return (h, p["B"], s) if isinstance(s, float) else (s * h, p["B"], 1.0)
 
     def low_rank(self, p: Mapping[str, Tensor], base: LinearMap) -> Factors | None:
         return p["A"], self.scaled(p, p["B"])

@@ -28,14 +28,16 @@ def refuse_checkpoint(adapter: Adapted) -> None:
     """
     if torch.compiler.is_compiling():
         return
+    # Inside a checkpoint autograd saves through its hooks, or, if it is the reentrant one, nothing.
+    outside = torch.is_grad_enabled() and not saving_is_hooked()
+    again = in_backward()
+    if outside and not again:
+        return
     view = open_view()
     if view is None or view.recomputes or not view.grad:
         return
-    if in_backward():
+    if again:
         view.pending = False
-        return
-    # Inside a checkpoint autograd saves through its hooks, or, if it is the reentrant one, nothing.
-    if torch.is_grad_enabled() and not saving_is_hooked():
         return
     frame: FrameType | None = sys._getframe()
     inside = False

@@ -16,6 +16,7 @@ from ..adapted_map import (
     check_tensor_parallel,
     dense,
     drops_input,
+    is_plain_product,
 )
 from ..base.linear_map import DenseMap, LinearMap
 from ..base.sharded import replicated
@@ -153,6 +154,13 @@ class Adapter:
         The base sees x in its own shape, so its kernel and rounding are those of the plain layer.
         """
         p, method, where = self.leaves, self.method, self.site.name
+        if is_plain_product(x, base):
+            # As rows: torch's own product sees a plain block of them as a matrix, too.
+            rows = x if x.dim() == 2 else x.flatten(0, -2)
+            shifted, saved = adapt_input(method, p, rows, where)
+            y, training = base(shifted), self.training
+            y = adapt_output(method, p, saved, y, base, where, training, self.draw, into=True)
+            return y if rows is x else y.reshape(*x.shape[:-1], y.shape[-1])
         if method.supports_batch_dims:
             x, saved = adapt_input(method, p, x, where)
             return adapt_output(method, p, saved, base(x), base, where, self.training, self.draw)

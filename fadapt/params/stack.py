@@ -580,7 +580,9 @@ def _member(adapter: Adapter, row: int, original: Adapter) -> Adapter:
 
 def _added(method: Method, original: Adapter) -> set[str]:
     """The fixed leaves that a member has only within the stack."""
-    return set(_hyper_leaves(method)) | ({STRENGTH} - original.fixed.keys())
+    # Dynamo subtracts no keys of a dict from a set before torch 2.13.
+    unset = set() if STRENGTH in original.fixed else {STRENGTH}
+    return set(_hyper_leaves(method)) | unset
 
 
 def _flatten_stacked(a: StackedAdapter) -> tuple[Any, Any]:
