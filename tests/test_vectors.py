@@ -204,6 +204,18 @@ def test_a_sweep_of_norms_is_one_pass(recwarn: pytest.WarningsRecorder) -> None:
             torch.testing.assert_close(a, b)
 
 
+def test_a_compiled_stack_of_rms_norms_is_right_or_refused() -> None:
+    base = nn.Sequential(nn.RMSNorm(8), nn.Linear(8, 4))
+    whole = fadapt.stack([lively(base, {"0": Add()}), lively(base, {"0": fadapt.IA3()})])
+    torch.compiler.reset()
+    step = torch.compile(lambda p, x: fadapt.apply(base, p, x), backend="eager", fullgraph=True)
+    if torch.__version__ < "2.13":
+        with pytest.raises(Exception, match=r"0.weight is of an nn.RMSNorm.*with torch 2.13"):
+            step(whole, X)
+    else:
+        torch.testing.assert_close(step(whole, X), fadapt.apply(base, whole, X))
+
+
 def test_a_compiled_stack_of_norms() -> None:
     base = model()
     # Not rms, through which Dynamo of torch 2.11 cannot trace a tensor subclass.

@@ -29,6 +29,7 @@ from ..base.scope import (
 from ..base.sharded import compute_device, is_dtensor
 from ..base.survey import Held, Survey, Walk, survey
 from ..base.torch_private import buffers_of, is_persistent, parameters_of
+from ..base.weights import Kind
 from ..dropout import fresh_draw
 from ..errors import ConfigError, TargetError
 from ..hugging_face import CHECKPOINT_FUNCTION, checkpoint_function, forward_key
@@ -37,8 +38,11 @@ from ..params.params import Params
 from .checkpointing import Recomputed, refuse_checkpoint
 from .exact import layer_map, marked_like
 from .rules import overlay
-from .tensor import Overlay
+from .tensor import Overlay, materialize
 from .witness import Watched
+
+# Dynamo follows F.layer_norm to an overlay in every version, and F.rms_norm since 2.13.
+_FOLLOWS_RMS_NORM = torch.__version__ >= "2.13"
 
 
 class SwappedForward:
@@ -131,6 +135,24 @@ def _overlay_of(adapter: Adapted, weight: Tensor) -> Overlay:
     return overlay(weight.detach(), adapter, required_grad=weight.requires_grad)
 
 
+def _traced(adapter: Adapted, weight: Tensor, module: nn.Module) -> Tensor:
+    """What a compiled call sees of a site's weight.
+
+    The vector of one adapter itself: Dynamo does not follow every function of norms to an overlay,
+    and an adapted vector costs next to nothing to compute.
+    """
+    made = _overlay_of(adapter, weight)
+    if adapter.site.kind is Kind.VECTOR:
+        if isinstance(adapter, Adapter):
+            return materialize(made)
+        if not _FOLLOWS_RMS_NORM and isinstance(module, nn.RMSNorm):
+            raise TargetError(
+                f"{adapter.site.name} is of an nn.RMSNorm, of which torch {torch.__version__} "
+                "compiles no stack; run it uncompiled, one adapter at a time, or with torch 2.13"
+            )
+    return made
+
+
 _ALIAS = OnRead(lambda weight: marked_like(weight.detach(), True))
 """Of a base parameter that asks for gradients, which must not reach it."""
 
@@ -216,7 +238,7 @@ class Mount:
                 found[part.held.name] = (
                     marked_like(weight.detach(), True)
                     if adapter is None
-                    else _overlay_of(adapter, weight)
+                    else _traced(adapter, weight, module)
                 )
         for prefix, _, key, buffer in self._buffers():
             found[f"{prefix}.{key}" if prefix else key] = buffer.clone()
