@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from .base.torch_private import is_transformed
 
 
 def inverse_permutation(order: Sequence[int]) -> list[int]:
@@ -61,9 +63,13 @@ def random_svd(
 
 def full_precision(like: Tensor) -> AbstractContextManager:
     """Switches autocast off, for the small products that norms and solves depend on."""
-    if like.device.type == "meta":  # has no autocast
+    kind = like.device.type
+    if kind == "meta":  # has no autocast
         return nullcontext()
-    return torch.autocast(like.device.type, enabled=False)
+    # To switch off what is off takes as long as several small products.
+    if not torch.compiler.is_compiling() and not torch.is_autocast_enabled(kind):
+        return nullcontext()
+    return torch.autocast(kind, enabled=False)
 
 
 def skew(upper: Tensor, size: int) -> Tensor:
@@ -78,13 +84,38 @@ def skew(upper: Tensor, size: int) -> Tensor:
     """
     if size < 2:
         return upper.sum(-1)[..., None, None]
-    i = torch.arange(size, device=upper.device)
-    low, high = torch.minimum(i[:, None], i), torch.maximum(i[:, None], i)
-    # Where (low, high) stands in ``upper``. The diagonal reads some entry, times the sign 0.
-    place = (low * (2 * size - low - 3) // 2 + high - 1).clamp(min=0)
-    sign = torch.sign(i - i[:, None]).to(upper.dtype)
+    place, sign = _skew_places(size, upper)
     # Read by an index, because vmap refuses an indexed write into a constant.
-    return upper.index_select(-1, place.flatten()).unflatten(-1, (size, size)) * sign
+    return upper.index_select(-1, place).unflatten(-1, (size, size)) * sign
+
+
+_places: dict[tuple[int, torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
+
+
+def _skew_places(size: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Where each entry of a skew matrix stands among the upper ones (size²,), and its sign.
+
+    Kept, because to make them costs more than the small products that follow; but for what is made
+    while a call is traced, transformed or recorded, and may hold no values afterwards.
+    """
+    key = size, like.device, like.dtype
+    keeps = not (
+        torch.compiler.is_compiling()
+        or is_transformed()
+        or type(like) not in (Tensor, nn.Parameter)
+        or (like.is_cuda and torch.cuda.is_current_stream_capturing())
+    )
+    if keeps and key in _places:
+        return _places[key]
+    with torch.inference_mode(False) if keeps else nullcontext():
+        i = torch.arange(size, device=like.device)
+        low, high = torch.minimum(i[:, None], i), torch.maximum(i[:, None], i)
+        # The diagonal reads some entry, times the sign 0.
+        place = (low * (2 * size - low - 3) // 2 + high - 1).clamp(min=0).flatten()
+        made = place, torch.sign(i - i[:, None]).to(like.dtype)
+    if keeps:
+        _places[key] = made
+    return made
 
 
 def block_diagonal(blocks: Tensor) -> Tensor:

@@ -111,7 +111,9 @@ class BOFT(Method):
         """Inputs of one product of all factors, at least those that they mix; 0: one by one."""
         mixed = self.block_size * 2 ** (self.n_butterfly_factor - 1)
         most = max(self.block_size, WIDTH)
-        return max((n for n in range(mixed, most + 1, mixed) if d_in % n == 0), default=0)
+        # Not max(..., default=0), which Dynamo does not follow.
+        widths = [n for n in range(mixed, most + 1, mixed) if d_in % n == 0]
+        return widths[-1] if widths else 0
 
     def _moved(self, turns: Tensor, x: Tensor) -> Tensor:
         """x (G_m ... G_1 - I) for the blocks R - I (..., m, in / b, b, b)."""

@@ -81,12 +81,19 @@ class DoRA(LoRA):
             a, b = a.detach(), b.detach()
         with full_precision(a):
             # The leaves' precision will do for |V|² - w2 = s rowsum(B ∘ (2 W Aᵀ + s B A Aᵀ)).
-            cross, own = base.linear(a).to(w2.dtype), ((a @ a.mT) @ b.mT).to(w2.dtype)
-        change = s * (b.mT.to(w2.dtype) * (2 * cross + s * own)).sum(-2, keepdim=True)
+            inner = self._inner(a, b, base.linear(a), s, w2.dtype)
+        change = (b.mT.to(w2.dtype) * inner).sum(-2, keepdim=True)
+        moved = torch.add(w2, change, alpha=s) if isinstance(s, float) else w2 + s * change
         # Where V nearly vanishes the difference may round below zero.
-        floor = torch.finfo(w2.dtype).eps
-        n2 = torch.maximum(w2 + change, floor * w2)
-        zero = n2 == 0
-        n = torch.where(zero, 1, n2).sqrt()
-        n0 = torch.where(zero, 1, w2).sqrt()
-        return (n0 - n + n0 * p["mu"].to(w2.dtype)) / n
+        info = torch.finfo(w2.dtype)
+        n = torch.maximum(moved, info.eps * w2).clamp(min=info.tiny).sqrt()
+        n0 = w2.clamp(min=info.tiny).sqrt()  # so that a zero row has finite gradients
+        return torch.addcmul(n0 - n, n0, p["mu"].to(w2.dtype)) / n
+
+    def _inner(
+        self, a: Tensor, b: Tensor, cross: Tensor, s: Tensor | float, dtype: torch.dtype
+    ) -> Tensor:
+        """2 W Aᵀ + s B A Aᵀ, transposed, from cross = (W Aᵀ)ᵀ."""
+        if isinstance(s, float) and a.dim() == 2 and a.dtype is cross.dtype is dtype:
+            return torch.addmm(cross, a @ a.mT, b.mT, beta=2, alpha=s)
+        return 2 * cross.to(dtype) + s * ((a @ a.mT) @ b.mT).to(dtype)

@@ -97,4 +97,6 @@ class OFT(Method):
         if self.exact:
             return cayley_minus_identity(-q)
         q2 = q @ q
-        return 2 * q + 2 * q2 + (2 * q + q2) @ q2
+        twice = torch.add(q2, q, alpha=2)
+        rest = twice + q2  # 2 Q + 2 Q² + (2 Q + Q²) Q²
+        return torch.baddbmm(rest, twice, q2) if q.dim() == 3 else rest + twice @ q2
