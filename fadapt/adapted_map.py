@@ -452,7 +452,7 @@ def increment_factors(method: Method, p: Mapping[str, Tensor], base: LinearMap) 
 
     What a class says of its increment is not taken for a subclass with another increment.
     """
-    if not _is_of_own_increment(type(method), "low_rank", {"delta", "shift"}):
+    if not _is_of_own_increment(type(method), "low_rank", {"delta", "shift", "increment"}):
         return None
     factors = method.low_rank(p, base)
     if factors is None or method.owns_strength or STRENGTH not in p:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import fadapt
 from fadapt import LoRA
 from fadapt.dropout import drop, dropout_key
 from tests import models as zoo
+from tests.test_laws import ROWS, Case, case_of
 
 X = torch.randn(6, 3, 10, generator=torch.Generator().manual_seed(1))
 
@@ -384,3 +386,29 @@ def test_pefts_dropout_is_read_and_written(config: Any, tmp_path: Path) -> None:
     mixed = {"0": LoRA(r=2, dropout=0.1), "2": LoRA(r=2)}
     with pytest.raises(fadapt.CheckpointError, match="one dropout for all"):
         fadapt.peft.save_peft(base, fadapt.init(base, mixed), tmp_path / "mixed")
+
+
+@pytest.mark.parametrize("row", [r for r in ROWS if not isinstance(ROWS[r], fadapt.Chain)])
+def test_every_method_drops_or_refuses(row: str) -> None:
+    """A share of dropout that drops nothing would be a silent lie."""
+    if isinstance(ROWS[row], fadapt.Sum):
+        return  # whose parts have their own
+    case = case_of(row, Case((12, 16, 8), dtype=torch.float32))
+    method, model = dataclasses.replace(ROWS[row], dropout=0.5), case.model()
+    refused = ""
+    try:
+        params = case.trained(model, method)
+    except fadapt.ConfigError as error:
+        refused = str(error)
+    if refused:
+        assert "write dropout=0.0" in refused
+        return
+    model.train()
+    torch.manual_seed(0)
+    x = case.x(30)
+    one, other = fadapt.apply(model, params, x), fadapt.apply(model, params, x)
+    assert not torch.equal(one, other)
+    torch.manual_seed(0)
+    assert torch.equal(one, fadapt.apply(model, params, x))
+    model.eval()
+    assert torch.equal(fadapt.apply(model, params, x), fadapt.apply(model, params, x))

@@ -185,3 +185,98 @@ def test_boft_of_many_tokens_is_that_of_few(size: int, factors: int, members: in
     torch.testing.assert_close(many, few)
     for one, other in zip(found, torch.autograd.grad(few.sin().sum(), leaves), strict=True):
         torch.testing.assert_close(one, other)
+
+
+DENSE = {
+    "HiRA": fadapt.HiRA(r=4),
+    "MiSS bat": fadapt.MiSS(r=8, mode="bat"),
+    "LoHa": fadapt.LoHa(r=8),
+    "Full": fadapt.Full(),
+    "SHiRA": fadapt.SHiRA(r=8),
+    "RandLoRA": fadapt.RandLoRA(r=8),
+    "FourierFT": fadapt.FourierFT(n_frequency=99),
+    "C3A": fadapt.C3A(block_size=8),
+}
+
+
+def trained(method: fadapt.Method, dtype: torch.dtype, size: float = 0.3) -> tuple:
+    model = seeded(nn.Sequential(nn.Linear(64, 48))).to(dtype)
+    params = fadapt.init(model, method)
+    with torch.no_grad():
+        for leaf in fadapt.trainable(params):
+            leaf.copy_(size * reals(*leaf.shape, seed=leaf.numel()))
+    return model, params
+
+
+@pytest.mark.parametrize("part", [1, 2**9, 2**20])
+@pytest.mark.parametrize("name", DENSE)
+def test_one_product_with_the_sum_of_weight_and_increment(
+    name: str, part: int, monkeypatch
+) -> None:
+    """Alone and in float64 it is taken, and equals the increment's own product, part by part."""
+    monkeypatch.setattr("fadapt.recomputed.PART", part)
+    model, params = trained(DENSE[name], torch.float64)
+    params = fadapt.scale(params, 0.5)
+    x = reals(2, 150, 64).double().requires_grad_()
+    leaves = [x, *fadapt.trainable(params)]
+    one = fadapt.apply(model, params, x)
+    found = torch.autograd.grad(one.sin().sum(), leaves)
+    monkeypatch.setattr("fadapt.dense_increment.DenseIncrement.whole", lambda *_: None)
+    other = fadapt.apply(model, params, x)
+    torch.testing.assert_close(one, other)
+    for a, b in zip(found, torch.autograd.grad(other.sin().sum(), leaves), strict=True):
+        torch.testing.assert_close(a, b)
+    if name != "C3A":
+        assert not torch.equal(one, other)  # it was another product
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_over_bfloat16_small_increments_stay(name: str) -> None:
+    """Products in bfloat16 of the increment alone: of 1e-4 of the weight it keeps its digits."""
+    size = 2.0 if name == "FourierFT" else 3e-4
+    model, params = trained(DENSE[name], torch.bfloat16, size)
+    x = reals(300, 64).bfloat16()
+    a = params["0.weight"]
+    bank = next((params[k].leaves for k in params if k.startswith("shared:")), {})
+    wide = {k: t.detach().double() if t.is_floating_point() else t
+            for k, t in {**bank, **a.leaves}.items()}  # fmt: skip
+    weight = model[0].weight.detach().double()
+    change = a.method.increment(wide, lambda: weight, 48, 64)
+    p = {**bank, **a.leaves}
+    base = fadapt.base.linear_map.DenseMap(model[0].weight.detach())
+    delta = a.method.delta(p, x.float(), base(x), base)
+    ref = x.double() @ change.mT
+    assert float((delta.detach().double() - ref).abs().max() / ref.abs().max()) < 0.01
+    weights = reals(300, 48, seed=3).bfloat16()
+    found = torch.autograd.grad((delta * weights).sum(), [*a.train.values()])
+    leaves = {k: t.requires_grad_() for k, t in wide.items() if k in a.train}
+    out = x.double() @ a.method.increment({**wide, **leaves}, lambda: weight, 48, 64).mT
+    refs = torch.autograd.grad((out * weights.double()).sum(), [*leaves.values()])
+    for one, other in zip(found, refs, strict=True):
+        assert one.dtype == torch.float32
+        assert float((one.double() - other).norm() / other.norm()) < 0.01
+
+
+def test_the_sum_is_left_to_those_whose_map_it_is() -> None:
+    """A subclass's own delta, a bias that trains, dropout: nothing is bypassed."""
+
+    class Half(fadapt.Full):
+        def delta(self, p, x, y, base):
+            return super().delta(p, x, y, base) / 2
+
+    x = reals(30, 64)
+    model, params = trained(fadapt.Full(), torch.float32)
+    half = fadapt.init(model, Half())
+    with torch.no_grad():
+        half["0.weight"].train["D"].copy_(params["0.weight"].train["D"])
+    torch.testing.assert_close(
+        fadapt.apply(model, half, x), fadapt.apply(model, fadapt.scale(params, 0.5), x)
+    )
+    both = fadapt.init(model, {"0.weight": fadapt.HiRA(r=2), "0.bias": fadapt.Full()})
+    fadapt.apply(model, both, x).sum().backward()
+    torch.testing.assert_close(both["0.bias"].train["D"].grad, torch.full((48, 1), 30.0))
+    model.train()
+    dropped = fadapt.init(model, fadapt.Full(dropout=0.5))
+    with torch.no_grad():
+        dropped["0.weight"].train["D"].add_(1.0)
+    assert not torch.equal(fadapt.apply(model, dropped, x), fadapt.apply(model, dropped, x))

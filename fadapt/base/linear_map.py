@@ -71,6 +71,10 @@ class DenseMap:
         y = x @ self._weight
         return y if self._bias is None else y + self._bias
 
+    def with_weight(self, weight: Tensor) -> DenseMap:
+        """The same map with another matrix (out, in)."""
+        return DenseMap(weight.mT if self._transposed else weight, self._bias, self._transposed)
+
     def linear(self, z: Tensor) -> Tensor:
         z_base = z.to(self._weight.dtype)
         y = z_base @ self._weight if self._transposed else F.linear(z_base, self._weight)

@@ -59,6 +59,7 @@ class BOFT(Method):
     block_size: int = 4
     n_butterfly_factor: int = 1
 
+    reads_input: ClassVar[bool] = False
     casts_output: ClassVar[bool] = False
 
     @property

@@ -4,7 +4,8 @@ The block of outputs m and inputs n holds w[m, n, (q - p) mod b] / in at row p a
 block is a circular correlation of x_n with w[m, n]. With the real Fourier transform F of length b,
     y'_m = y_m + F⁻¹ Σ_n conj(F w[m, n]) ∘ F x_n / in.
 Trainable: w (out / b, in / b, b), zero. Count: in out / b. The work is that of the transforms and
-of in out / b products a token, and no matrix of in x out is made.
+of in out / b products a token, and no matrix of in x out is made; but over a base in bfloat16, for
+more tokens than inputs, where the transforms' traffic in float32 takes longer than a product.
 Identity at the start: w = 0. The bias is untouched. The increment has full rank in general.
 Starts of PEFT's that are not the identity are ``init_weights`` "xavier_uniform" (its default),
 "kaiming_uniform" and "gaussian"; the adapted model then differs from the base from the start.
@@ -18,16 +19,17 @@ section 3.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
+from ..dense_increment import DenseIncrement
 from ..errors import require
 from ..linalg import full_precision
-from ..method import Leaves, Method
+from ..method import Leaves
 
 if TYPE_CHECKING:
     from ..base.linear_map import LinearMap
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class C3A(Method):
+class C3A(DenseIncrement):
     """Blocks that are circular convolutions.
 
     Args:
@@ -51,12 +53,6 @@ class C3A(Method):
 
     block_size: int = 256
     init_weights: bool | Literal["xavier_uniform", "kaiming_uniform", "gaussian"] = True
-
-    reads_output: ClassVar[bool] = False
-
-    @property
-    def supports_batch_dims(self) -> bool:
-        return True
 
     @property
     def starts_at_identity(self) -> bool:
@@ -91,7 +87,21 @@ class C3A(Method):
             w = site.uniform(rng, shape, (6 / (d_in + d_out)) ** 0.5)
         return {"w": w}, {}
 
+    def prefers_matrix(self, p: Mapping[str, Tensor], tokens: int, d_out: int, d_in: int) -> bool:
+        return False  # in float32
+
+    def increment(
+        self, p: Mapping[str, Tensor], weight: Callable[[], Tensor], d_out: int, d_in: int
+    ) -> Tensor:
+        w, b = p["w"], self.block_size
+        one = torch.arange(b, device=w.device)
+        turn = (one - one.unsqueeze(-1)) % b  # of row p and column q
+        blocks = w.index_select(-1, turn.flatten()).unflatten(-1, (b, b)) / d_in
+        return blocks.transpose(-3, -2).flatten(-2).flatten(-3, -2)
+
     def delta(self, p: Mapping[str, Tensor], x: Tensor, y: Tensor, base: LinearMap) -> Tensor:
+        if y.dtype is torch.bfloat16 and math.prod(x.shape[:-1]) >= x.shape[-1]:
+            return super().delta(p, x, y, base)
         b, wide = self.block_size, torch.promote_types(x.dtype, torch.float32)
         with full_precision(x):
             # (..., frequency, n, m) and (..., frequency, tokens, n): one product a frequency.

@@ -7,6 +7,8 @@ The norm is factored, so that W' is never formed:
 and with c = m / |V| the increment is (c - 1) ∘ (y - b) + c ∘ s (x Aᵀ) Bᵀ. The bias is untouched.
 Identity at the start: B = 0 makes |V|² == w2 bitwise, hence c - 1 == 0.
 The norm is a constant in backpropagation (section 4.3), so it is also one for jvp.
+Training keeps the layer's output for the gradient of m, in the base's dtype; without it, that
+gradient would cost a product of the size of W's own.
 Dropout acts on the low-rank path alone: x Aᵀ sees the x without the dropped entries, and the gain
 c - 1 meets the output y of all of them (PEFT's gain meets that of the dropped x).
 A zero row of W has m = 0 and stays zero; its outputs and gradients are finite.

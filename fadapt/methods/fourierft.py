@@ -4,12 +4,14 @@ C (out, in) holds the n trained values at n fixed random places (u_k, v_k), one 
     ΔW[p, q] = 1 / (out in) Σ_k spectrum[k] cos 2π(u_k p / out + v_k q / in).
 Trainable: spectrum (n,), zero. Fixed: indices (2, n) int64, drawn from ``random_loc_seed`` alone,
 so that layers of the same shape share them. Count: n.
-Neither C nor ΔW is made. A transform is a product of one for each axis:
+For a few tokens neither C nor ΔW is made. A transform is a product of one for each axis:
     y' = y + s Re F⁻¹_out S(spectrum ∘ (F⁻¹_in x)[v]),  S adds the k-th entry to place u_k.
+For 4 min(in, out) of them and more ΔW itself is cheaper, by one transform of C.
 Identity at the start: spectrum = 0. The bias is untouched. The increment has rank at most 2 n.
 PEFT starts at a standard normal spectrum, which changes the model: ``init_weights=False``.
-Numerics: Fourier transforms are in float32 or better, and made again in the backward pass: the n
-complex values a token are more than x. On CUDA the sums of S are in no fixed order.
+Numerics: Fourier transforms are in float32 or better, of some tokens at a time, and made again in
+the backward pass: the n complex values a token are more than x. On CUDA the sums of S are in no
+fixed order.
 Pitfall: one step of a value moves all of W by 150 / (out in); PEFT's comparison trains it badly at
 its defaults, so search the learning rate.
 
@@ -20,25 +22,29 @@ arXiv 2405.03003, eq. 2 to 4.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from ..dense_increment import DenseIncrement
 from ..errors import require
 from ..linalg import full_precision
-from ..method import Factors, Leaves, Method
+from ..method import Factors, Leaves
 from ..recomputed import again
 
 if TYPE_CHECKING:
     from ..base.linear_map import LinearMap
     from ..site import Site, SiteView
 
+TOKENS = 128
+"""That are transformed at a time."""
+
 
 @dataclass(frozen=True)
-class FourierFT(Method):
+class FourierFT(DenseIncrement):
     """A few coefficients of the Fourier transform of the increment.
 
     Args:
@@ -57,12 +63,6 @@ class FourierFT(Method):
     scaling: float = 150.0
     random_loc_seed: int = 777
     init_weights: bool = True
-
-    reads_output: ClassVar[bool] = False
-
-    @property
-    def supports_batch_dims(self) -> bool:
-        return True
 
     @property
     def starts_at_identity(self) -> bool:
@@ -94,20 +94,55 @@ class FourierFT(Method):
         start = site.zeros(*shape) if self.init_weights else site.normal(rng, shape)
         return {"spectrum": start}, {"indices": indices}
 
+    def prefers_matrix(self, p: Mapping[str, Tensor], tokens: int, d_out: int, d_in: int) -> bool:
+        return tokens >= 4 * min(d_out, d_in)
+
+    def increment(
+        self, p: Mapping[str, Tensor], weight: Callable[[], Tensor], d_out: int, d_in: int
+    ) -> Tensor:
+        spectrum, n = p["spectrum"], self.n_frequency
+        wide = torch.promote_types(spectrum.dtype, torch.float32)
+        lead = spectrum.shape[:-2] if spectrum.dim() > 1 else ()
+        u, v = (p["indices"][..., k, :] for k in (0, 1))
+        values = spectrum.reshape(*lead, n).to(wide)
+        place = (u * d_in + v).expand(*lead, n)
+        c = values.new_zeros(*lead, d_out * d_in).scatter(-1, place, values)
+        with full_precision(spectrum):
+            # The real part is even: that of the transform, which of real values is half as large.
+            half = torch.fft.rfft2(c.unflatten(-1, (d_out, d_in))).real
+        negative = -torch.arange(d_out, device=c.device) % d_out
+        rest = half[..., 1 : (d_in + 1) // 2].index_select(-2, negative).flip(-1)
+        return (torch.cat([half, rest], -1) * (self.scaling / (d_out * d_in))).to(spectrum.dtype)
+
     def delta(self, p: Mapping[str, Tensor], x: Tensor, y: Tensor, base: LinearMap) -> Tensor:
-        wide, d_out = torch.promote_types(x.dtype, torch.float32), y.shape[-1]
-        u, v = (p["indices"][..., k : k + 1, :] for k in (0, 1))  # (..., 1, n)
+        d_in, d_out = x.shape[-1], y.shape[-1]
+        tokens = math.prod(x.shape[:-1]) // math.prod(p["spectrum"].shape[:-1])
+        if self.prefers_matrix(p, tokens, d_out, d_in):
+            return super().delta(p, x, y, base)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        u, v = p["indices"].unbind(-2)  # (..., n)
+        # Of real values a transform is its first half; the second is conjugate, in reverse.
+        far_u, far_v = 2 * u > d_out, 2 * v > d_in
+        u, v = torch.where(far_u, d_out - u, u), torch.where(far_v, d_in - v, v)
+        scale = p["spectrum"].new_full((), self.scaling / d_in, dtype=wide)
+        real = torch.where((u == 0) | (2 * u == d_out), scale, scale / 2).unsqueeze(-1)
+        gains = real, torch.where(far_u == far_v, -1, 1).unsqueeze(-1) * real
 
         def increment(x: Tensor, spectrum: Tensor) -> Tensor:
             with full_precision(x):
-                waves = torch.fft.ifft(x.to(wide))
-                rows = (*x.shape[:-1], self.n_frequency)
-                values = waves.gather(-1, v.expand(rows)) * (spectrum.to(wide) * self.scaling)
-                places = values.new_zeros(*x.shape[:-1], d_out)
-                out = torch.fft.ifft(places.scatter_add(-1, u.expand(rows), values))
-            return out.real.to(x.dtype)
+                waves, half = torch.fft.rfft(x.to(wide)).mT, []
+                spectrum = spectrum.to(wide)
+                spectrum = spectrum.mT if spectrum.dim() > 1 else spectrum.unsqueeze(-1)
+                for part, gain in zip((waves.real, waves.imag), gains, strict=True):
+                    values = _taken(part.contiguous(), v) * (spectrum * gain)
+                    half.append(_added(values, u, d_out // 2 + 1))
+                return torch.fft.irfft(torch.complex(*half).mT, n=d_out).to(x.dtype)
 
-        return again(increment, x, p["spectrum"])
+        if torch.compiler.is_compiling() or not isinstance(x, Tensor) or x.dim() < 2:
+            return again(increment, x, p["spectrum"])
+        # What one token needs on the way is several times x.
+        parts = [again(increment, part, p["spectrum"]) for part in x.split(TOKENS, -2)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -2)
 
     def low_rank(self, p: Mapping[str, Tensor], base: LinearMap) -> Factors | None:
         d_out, d_in = base.weight().shape[-2:]
@@ -125,3 +160,18 @@ class FourierFT(Method):
         # cos(α + β) = cos α cos β - sin α sin β.
         b = torch.cat([scale * rows.cos(), -scale * rows.sin()])
         return torch.cat([columns.cos(), columns.sin()]), b.mT
+
+
+def _taken(rows: Tensor, index: Tensor) -> Tensor:
+    """The rows (..., n, tokens) at ``index`` (n,), or at each member's own (members, n)."""
+    if index.dim() == 1:
+        return rows.index_select(-2, index)
+    return rows.gather(-2, index.unsqueeze(-1).expand(*rows.shape[:-2], -1, rows.shape[-1]))
+
+
+def _added(rows: Tensor, index: Tensor, count: int) -> Tensor:
+    """The sums (..., count, tokens) of the rows of each index."""
+    sums = rows.new_zeros(*rows.shape[:-2], count, rows.shape[-1])
+    if index.dim() == 1:
+        return sums.index_add(-2, index, rows)
+    return sums.scatter_add(-2, index.unsqueeze(-1).expand(rows.shape), rows)

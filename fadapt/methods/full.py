@@ -5,6 +5,8 @@ Identity at the start: D = 0. The bias is untouched; in a Chain, :class:`fadapt.
 The yardstick of full fine-tuning, over a base that stays as it is: weight decay pulls towards the
 base, and strengths interpolate. It also takes embeddings, kernels, and norms and biases by name.
 PEFT keeps such copies of whole modules under ``modules_to_save``.
+Numerics: D's gradient is a product of the size of W's own. Alone and in float32 the base meets
+W + D in one product; over 16 bits, where W + D would round D away, x meets both.
 Pitfall: as large as the weight itself, and a stack holds one for each member.
 
 Ilharco et al. 2022, "Editing Models with Task Arithmetic", arXiv 2212.04089, where D is the task
@@ -13,22 +15,22 @@ vector.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ..method import Leaves, Method
+from ..dense_increment import DenseIncrement
+from ..method import Leaves
 
 if TYPE_CHECKING:
-    from ..base.linear_map import LinearMap
     from ..site import SiteView
 
 
 @dataclass(frozen=True)
-class Full(Method):
+class Full(DenseIncrement):
     """A dense increment of a matrix or of a vector.
 
     Example:
@@ -37,12 +39,6 @@ class Full(Method):
         torch.Size([16, 8])
     """
 
-    reads_output: ClassVar[bool] = False
-
-    @property
-    def supports_batch_dims(self) -> bool:
-        return True
-
     @property
     def adapts_vectors(self) -> bool:
         return True
@@ -50,5 +46,7 @@ class Full(Method):
     def init(self, site: SiteView, rng: torch.Generator) -> tuple[Leaves, Leaves]:
         return {"D": site.zeros(site.out_features, site.in_features)}, {}
 
-    def delta(self, p: Mapping[str, Tensor], x: Tensor, y: Tensor, base: LinearMap) -> Tensor:
-        return x @ p["D"].mT
+    def increment(
+        self, p: Mapping[str, Tensor], weight: Callable[[], Tensor], d_out: int, d_in: int
+    ) -> Tensor:
+        return p["D"]

@@ -4,9 +4,9 @@ Trainable: A (r, in) uniform on ±1/sqrt(in), B (out, r) zero. Count: r (in + ou
 Identity at the start: B = 0. The bias is untouched. The increment has full rank in general, though
 that of B A is r: no LoRA equals it. An entry of W that is 0 stays 0.
 Numerics: W ∘ (B A) is a matrix of in x out that is made in every pass, for every adapter of a stack
-(a quantized W is dequantized for it), and not kept. Other orders of the products need r passes over
-W. So a training step has three products of the size of W's own, where LoRA's has none beside the
-base's two: it takes about twice LoRA's time, and no formula has fewer.
+(a quantized W is dequantized for it), and not kept; other orders of the products need r passes over
+W. Its gradient is one product of the size of W's own beside the base's two. Alone and in float32
+the base meets W + W ∘ (B A) and there is no other; else there are two more.
 Pitfall: the increment is relative to W, whose entries are small, so HiRA takes learning rates that
 are some ten times LoRA's.
 
@@ -16,24 +16,23 @@ Models", ICLR 2025 (openreview TwJrTz9cRS), eq. 4.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
+from ..dense_increment import DenseIncrement
 from ..method import Leaves, RankPadded
-from ..recomputed import frozen_weight, product
 from ._ranks import check_rank_range
 
 if TYPE_CHECKING:
-    from ..base.linear_map import LinearMap
     from ..site import SiteView
 
 
 @dataclass(frozen=True)
-class HiRA(RankPadded):
+class HiRA(DenseIncrement, RankPadded):
     """The weight times a low-rank matrix, entry by entry, as the increment.
 
     Args:
@@ -47,11 +46,11 @@ class HiRA(RankPadded):
 
     r: int = 32
 
-    reads_output: ClassVar[bool] = False
     rank_axes: ClassVar[Mapping[str, int]] = {"A": -2, "B": -1}
+    row_axes: ClassVar[Mapping[str, int]] = {"B": -2}
 
     @property
-    def supports_batch_dims(self) -> bool:
+    def reads_weight(self) -> bool:
         return True
 
     def __post_init__(self) -> None:
@@ -62,10 +61,8 @@ class HiRA(RankPadded):
         a = site.uniform(rng, (self.r, site.in_features), site.in_features**-0.5)
         return {"A": a, "B": site.zeros(site.out_features, self.r)}, {}
 
-    def delta(self, p: Mapping[str, Tensor], x: Tensor, y: Tensor, base: LinearMap) -> Tensor:
-        weight, own = frozen_weight(base)
-
-        def make(b: Tensor, a: Tensor, *own: Tensor) -> Tensor:
-            return weight(*own).to(x.dtype) * (b @ a)
-
-        return product(x, make, p["B"], p["A"], *own)
+    def increment(
+        self, p: Mapping[str, Tensor], weight: Callable[[], Tensor], d_out: int, d_in: int
+    ) -> Tensor:
+        low_rank = p["B"] @ p["A"]
+        return weight().to(low_rank.dtype) * low_rank

@@ -4,9 +4,9 @@ Trainable: w2_a (out, r) zero; w1_a (out, r), w1_b and w2_b (r, in) uniform on �
 Count: 2 r (in + out).
 Identity at the start: w2_a = 0, as in LyCORIS (PEFT starts at w2_b = 0). The bias is untouched.
 The increment has rank at most r²: it is B A with the products of all pairs of columns in
-B (out, r²) and of rows in A (r², in). Where r² (in + out) < in out it is applied so, and no matrix
-of in x out is made; for larger r the product itself is cheaper, and is made, and made again in the
-backward pass. At r = 16 either way costs as a LoRA of rank 256 does.
+B (out, r²) and of rows in A (r², in). Where 2 r² (in + out) < in out it is applied so, and no
+matrix of in x out is made; for larger r the product itself is cheaper, and is made, and made again
+in the backward pass.
 Pitfall: the gradient of each factor carries the other's size, so moderate ranks want a larger
 learning rate than LoRA's.
 
@@ -17,13 +17,14 @@ Text-To-Image Customization", arXiv 2309.14859.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
+from ..dense_increment import DenseIncrement
 from ..method import Factors, Leaves, RankPadded
 from ..recomputed import product
 from ._ranks import check_rank_range
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class LoHa(RankPadded):
+class LoHa(DenseIncrement, RankPadded):
     """The Hadamard product of two low-rank matrices.
 
     Args:
@@ -50,12 +51,8 @@ class LoHa(RankPadded):
     r: int = 8
     alpha: float = 8.0
 
-    reads_output: ClassVar[bool] = False
+    row_axes: ClassVar[Mapping[str, int]] = {"w1_a": -2, "w2_a": -2}
     rank_axes: ClassVar[Mapping[str, int]] = {"w1_a": -1, "w1_b": -2, "w2_a": -1, "w2_b": -2}
-
-    @property
-    def supports_batch_dims(self) -> bool:
-        return True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -70,13 +67,22 @@ class LoHa(RankPadded):
             "w2_b": site.uniform(rng, wide, site.in_features**-0.5),
         }, {}
 
+    def prefers_matrix(self, p: Mapping[str, Tensor], tokens: int, d_out: int, d_in: int) -> bool:
+        # Two products and their gradients, in place of one and that of the matrix.
+        r = p["w1_a"].shape[-1]
+        return 2 * r * r * (d_in + d_out) >= d_in * d_out
+
+    def increment(
+        self, p: Mapping[str, Tensor], weight: Callable[[], Tensor], d_out: int, d_in: int
+    ) -> Tensor:
+        names = "w1_a", "w1_b", "w2_a", "w2_b"
+        return _hadamard(*(p[name] for name in names)) * p.get("s", self.alpha / self.r)
+
     def delta(self, p: Mapping[str, Tensor], x: Tensor, y: Tensor, base: LinearMap) -> Tensor:
-        (d_out, r), d_in = p["w1_a"].shape[-2:], p["w1_b"].shape[-1]
-        s = p.get("s", self.alpha / self.r)
-        if r * r * (d_in + d_out) < d_in * d_out:
-            h = product(x, _row_pairs, p["w1_b"], p["w2_b"])
-            return product(s * h, _column_pairs, p["w1_a"], p["w2_a"])
-        return s * product(x, _hadamard, *(p[name] for name in ("w1_a", "w1_b", "w2_a", "w2_b")))
+        if self.prefers_matrix(p, 0, y.shape[-1], x.shape[-1]):
+            return super().delta(p, x, y, base)
+        h = product(x, _row_pairs, p["w1_b"], p["w2_b"])
+        return product(p.get("s", self.alpha / self.r) * h, _column_pairs, p["w1_a"], p["w2_a"])
 
     def low_rank(self, p: Mapping[str, Tensor], base: LinearMap) -> Factors | None:
         a, b = _pairs(p)

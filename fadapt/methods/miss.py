@@ -5,8 +5,8 @@ Every block of r columns of W gets the same increment Dᵀ.
     mini: D (r, mini_r), repeated along the outputs. Rank min(r, mini_r). Count: r mini_r.
     bat (block affine transformation, formerly Bone): D (out / r, r, r), the block of outputs a and
         inputs c becomes W_ac + (W_ac + I) D_a. Full rank. Count: out r. It makes one matrix of
-        in x out in every pass (a quantized W is dequantized for it), which is not kept; three
-        products of the size of W's own make a training step about twice LoRA's.
+        in x out in every pass (a quantized W is dequantized for it), which is not kept. As for
+        HiRA, its gradient is one product of the size of W's own.
 Trainable: D zero. Identity at the start: D = 0. The bias is untouched.
 Pitfall: r sets the number of values and, in "miss", what is summed: r = in is the full increment,
 small r sums many entries of x into one, so the sizes of the steps grow as in / r.
@@ -17,7 +17,7 @@ Structure" (first "Bone: Block-Affine Adaptation of Large Language Models"), arX
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -25,9 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..dense_increment import DenseIncrement
 from ..errors import require
-from ..method import Factors, Leaves, Method
-from ..recomputed import frozen_weight, product
+from ..method import Factors, Leaves
 from ._ranks import check_rank_range
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class MiSS(Method):
+class MiSS(DenseIncrement):
     """One increment shared by all blocks of r columns.
 
     Args:
@@ -54,11 +54,11 @@ class MiSS(Method):
     mode: Literal["miss", "bat", "mini"] = "miss"
     mini_r: int = 1
 
-    reads_output: ClassVar[bool] = False
+    row_axes: ClassVar[Mapping[str, int]] = {"D": -3}
 
     @property
-    def supports_batch_dims(self) -> bool:
-        return True
+    def reads_weight(self) -> bool:
+        return self.mode == "bat"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -93,19 +93,23 @@ class MiSS(Method):
         }[self.mode]
         return {"D": site.zeros(*shape)}, {}
 
+    def prefers_matrix(self, p: Mapping[str, Tensor], tokens: int, d_out: int, d_in: int) -> bool:
+        return self.mode == "bat"
+
+    def increment(
+        self, p: Mapping[str, Tensor], weight: Callable[[], Tensor], d_out: int, d_in: int
+    ) -> Tensor:
+        r, d = self.r, p["D"]
+        # (out / r, r, in / r, r): the rows of the blocks of one a, in one product with D_a.
+        blocks = weight().to(d.dtype).unflatten(-1, (-1, r)).unflatten(-3, (-1, r))
+        blocks = blocks + torch.eye(r, dtype=d.dtype, device=d.device).unsqueeze(-2)
+        change = blocks.flatten(-3, -2) @ d
+        return change.unflatten(-2, (r, -1)).flatten(-2).flatten(-3, -2)
+
     def delta(self, p: Mapping[str, Tensor], x: Tensor, y: Tensor, base: LinearMap) -> Tensor:
         d, r = p["D"], self.r
         if self.mode == "bat":
-            weight, own = frozen_weight(base)
-
-            def make(d: Tensor, *own: Tensor) -> Tensor:
-                # (out / r, r, in / r, r): the rows of the blocks of one a, in one product with D_a.
-                blocks = weight(*own).to(x.dtype).unflatten(-1, (-1, r)).unflatten(-3, (-1, r))
-                blocks = blocks + torch.eye(r, dtype=x.dtype, device=x.device).unsqueeze(-2)
-                change = blocks.flatten(-3, -2) @ d
-                return change.unflatten(-2, (r, -1)).flatten(-2).flatten(-3, -2)
-
-            return product(x, make, d, *own)
+            return super().delta(p, x, y, base)
         sums = F.pad(x, (0, -x.shape[-1] % r)).unflatten(-1, (-1, r)).sum(-2)
         out = sums @ d
         if self.mode == "mini":

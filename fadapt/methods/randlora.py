@@ -12,9 +12,9 @@ Identity at the start: λ = 0. The bias is untouched.
 The pairing of the r N inner places is PEFT's: U's run over j first and V's over k first, so term j
 of the paper's sum is spread over others. A and B are random, so the family of maps is alike.
 Numerics: of few tokens x goes through U and V; of more than 2 m, ΔW itself is made, which is
-cheaper. Neither U nor ΔW is kept for the backward pass. A full rank has its price: both ways take
-at least three products of the size of W's own where LoRA has none, so a step is two to three times
-LoRA's.
+cheaper. Neither U nor ΔW is kept for the backward pass. A full rank has its price: of a square W
+the first way takes five products of the size of W's own beside the base's two, and making ΔW twice
+and its gradient takes three of m tokens each, so a step of few tokens is about twice LoRA's.
 Pitfall: the start depends on which other sites there are, by the sizes of A and B.
 
 Albert et al. 2025, "RandLoRA: Full-rank parameter-efficient fine-tuning of large models",
@@ -24,15 +24,16 @@ arXiv 2502.00987, eq. 4.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from ..dense_increment import DenseIncrement
 from ..errors import require
-from ..method import Leaves, Method
+from ..method import Leaves
 from ..recomputed import product
 from ._ranks import check_rank_range
 
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class RandLoRA(Method):
+class RandLoRA(DenseIncrement):
     """A full-rank increment from trained scales of random factors that all sites share.
 
     Args:
@@ -63,12 +64,6 @@ class RandLoRA(Method):
     projection_prng_key: int = 0
     sparse: bool = False
     very_sparse: bool = False
-
-    reads_output: ClassVar[bool] = False
-
-    @property
-    def supports_batch_dims(self) -> bool:
-        return True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -121,28 +116,35 @@ class RandLoRA(Method):
         m = min(rows, columns)
         return {"A": (self.r, m), "B": (max(rows, columns), -(-m // self.r), self.r)}
 
+    def prefers_matrix(self, p: Mapping[str, Tensor], tokens: int, d_out: int, d_in: int) -> bool:
+        return tokens > 2 * min(d_in, d_out)
+
+    def increment(
+        self, p: Mapping[str, Tensor], weight: Callable[[], Tensor], d_out: int, d_in: int
+    ) -> Tensor:
+        change = self._v(p, d_out, d_in) @ self._u(p, p["lambda"], p["g"])
+        return change if d_in <= d_out else change.mT
+
     def delta(self, p: Mapping[str, Tensor], x: Tensor, y: Tensor, base: LinearMap) -> Tensor:
-        (r, terms), m = p["lambda"].shape[-2:], p["g"].shape[-1]
-        d_in, d_out = x.shape[-1], y.shape[-1]
-        a = p["A"][..., :m].unsqueeze(-2)
-        v = p["B"][..., : max(d_in, d_out), :terms, :].flatten(-2)
-        start, s = 1 / max(terms, m), self.alpha / r
-
-        def scaled(outer: Tensor, inner: Tensor) -> Tensor:
-            u = a * (s * outer).unsqueeze(-1) * (start + inner).unsqueeze(-3)
-            return u.flatten(-3, -2)
-
-        def whole(outer: Tensor, inner: Tensor) -> Tensor:
-            change = v @ scaled(outer, inner)
-            return change if m == d_in else change.mT
-
-        trained = p["lambda"], p["g"]
+        d_in, d_out, trained = x.shape[-1], y.shape[-1], (p["lambda"], p["g"])
         tokens = math.prod(x.shape[:-1]) // math.prod(p["g"].shape[:-2])
-        if tokens > 2 * m:
-            return product(x, whole, *trained)
-        if m == d_in:
-            return product(x, scaled, *trained) @ v.mT
-        return product(x @ v, lambda outer, inner: scaled(outer, inner).mT, *trained)
+        if self.prefers_matrix(p, tokens, d_out, d_in):
+            return super().delta(p, x, y, base)
+        v = self._v(p, d_out, d_in)
+        if d_in <= d_out:
+            return product(x, lambda *t: self._u(p, *t), *trained) @ v.mT
+        return product(x @ v, lambda *t: self._u(p, *t).mT, *trained)
+
+    def _u(self, p: Mapping[str, Tensor], outer: Tensor, inner: Tensor) -> Tensor:
+        """s U (..., r N, m)."""
+        (r, terms), m = outer.shape[-2:], inner.shape[-1]
+        a = p["A"][..., :m].unsqueeze(-2)
+        gain = 1 / max(terms, m) + inner
+        return (a * (self.alpha / r * outer).unsqueeze(-1) * gain.unsqueeze(-3)).flatten(-3, -2)
+
+    def _v(self, p: Mapping[str, Tensor], d_out: int, d_in: int) -> Tensor:
+        """V (..., n, N r)."""
+        return p["B"][..., : max(d_in, d_out), : p["g"].shape[-2], :].flatten(-2)
 
 
 def _uniform(shape: tuple[int, ...], fan_in: int, rng: torch.Generator) -> Tensor:

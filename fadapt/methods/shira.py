@@ -6,9 +6,10 @@ int32, n different places row by row, drawn at random: from the site's own gener
 Identity at the start: v = 0. The bias is untouched. The increment has full rank in general: no LoRA
 equals it.
 Numerics: of few tokens (generation), n products a token: the entries of x at the columns, times v,
-added up by rows. Of more, S is made for one product, which is cheaper than n scattered sums a
-token, and made again in the backward pass, so that training keeps v and x alone. On CUDA the sums
-of the first way are in no fixed order.
+added up by rows. Of more, S is made for products, which are cheaper than n scattered sums a token,
+and made again in the backward pass, so that training keeps v and x alone; the gradient of all of S,
+of which v's is a part, is one product of the size of W's own. On CUDA the sums of the first way are
+in no fixed order.
 Pitfall: the largest n that means anything is in out; r is bounded by that.
 
 Bhardwaj et al. 2024, "Sparse High Rank Adapters", arXiv 2406.13175, section 3 (SHiRA-Rand).
@@ -17,16 +18,17 @@ Bhardwaj et al. 2024, "Sparse High Rank Adapters", arXiv 2406.13175, section 3 (
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from ..base.torch_private import is_transformed
+from ..dense_increment import DenseIncrement
 from ..errors import require
-from ..method import Leaves, Method
-from ..recomputed import product
+from ..method import Leaves
 from ._ranks import check_rank_range
 
 if TYPE_CHECKING:
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class SHiRA(Method):
+class SHiRA(DenseIncrement):
     """Some entries of the weight, chosen at random and trained.
 
     Args:
@@ -52,12 +54,6 @@ class SHiRA(Method):
 
     r: int = 32
     random_seed: int | None = None
-
-    reads_output: ClassVar[bool] = False
-
-    @property
-    def supports_batch_dims(self) -> bool:
-        return True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -90,22 +86,36 @@ class SHiRA(Method):
         indices = torch.stack([places // d_in, places % d_in]).to(site.device, torch.int32)
         return {"v": site.zeros(n)}, {"indices": indices}
 
-    def delta(self, p: Mapping[str, Tensor], x: Tensor, y: Tensor, base: LinearMap) -> Tensor:
-        v, (d_in, d_out) = p["v"], (x.shape[-1], y.shape[-1])
+    def prefers_matrix(self, p: Mapping[str, Tensor], tokens: int, d_out: int, d_in: int) -> bool:
+        return tokens * p["v"].shape[-1] >= d_in * d_out
+
+    def increment(
+        self, p: Mapping[str, Tensor], weight: Callable[[], Tensor], d_out: int, d_in: int
+    ) -> Tensor:
+        v = p["v"]
         # Of a stack v is (members, 1, n), alone (n,); the places of all members may be the same.
-        row, column = (p["indices"][..., k : k + 1, :].long() for k in (0, 1))
-        tokens = math.prod(x.shape[:-1]) // math.prod(v.shape[:-1])
-        # The rows of an embedding are no tensor: one product with S takes its columns.
-        if isinstance(x, Tensor) and tokens * v.shape[-1] < d_in * d_out:
-            places = (*x.shape[:-1], v.shape[-1])
-            values = x.gather(-1, column.expand(places)) * v
-            sums = values.new_zeros(*x.shape[:-1], d_out)
-            return sums.scatter_add(-1, row.expand(places), values)
+        row, column = _places(p)
         place = row * d_in + column
         place = place.expand_as(v) if v.dim() > 1 else place.squeeze(-2)
+        flat = v.new_zeros(*v.shape[:-1], d_out * d_in)
+        # In place, where torch.func does not map it, there is one matrix less.
+        flat = flat.scatter(-1, place, v) if is_transformed() else flat.scatter_(-1, place, v)
+        return flat.reshape(*v.shape[:-2], d_out, d_in)
 
-        def make(v: Tensor) -> Tensor:
-            flat = v.new_zeros(*v.shape[:-1], d_out * d_in).scatter(-1, place, v)
-            return flat.reshape(*v.shape[:-2], d_out, d_in)
+    def delta(self, p: Mapping[str, Tensor], x: Tensor, y: Tensor, base: LinearMap) -> Tensor:
+        v, (d_in, d_out) = p["v"], (x.shape[-1], y.shape[-1])
+        tokens = math.prod(x.shape[:-1]) // math.prod(v.shape[:-1])
+        # The rows of an embedding are no tensor: one product with S takes its columns.
+        if not isinstance(x, Tensor) or self.prefers_matrix(p, tokens, d_out, d_in):
+            return super().delta(p, x, y, base)
+        row, column = _places(p)
+        places = (*x.shape[:-1], v.shape[-1])
+        values = x.gather(-1, column.expand(places)) * v
+        sums = values.new_zeros(*x.shape[:-1], d_out)
+        return sums.scatter_add(-1, row.expand(places), values)
 
-        return product(x, make, v)
+
+def _places(p: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Rows and columns (..., 1, n)."""
+    row, column = (p["indices"][..., k : k + 1, :].long() for k in (0, 1))
+    return row, column

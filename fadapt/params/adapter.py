@@ -20,6 +20,7 @@ from ..adapted_map import (
 )
 from ..base.linear_map import DenseMap, LinearMap
 from ..base.sharded import replicated
+from ..dense_increment import DenseIncrement
 from ..errors import FadaptError
 from ..method import STRENGTH, Leaves, Method
 from ..site import Site
@@ -154,6 +155,10 @@ class Adapter:
         The base sees x in its own shape, so its kernel and rounding are those of the plain layer.
         """
         p, method, where = self.leaves, self.method, self.site.name
+        if isinstance(method, DenseIncrement) and not self.training:
+            y = method.whole(p, x, base)
+            if y is not None:
+                return y
         if is_plain_product(x, base):
             # As rows: torch's own product sees a plain block of them as a matrix, too.
             rows = x if x.dim() == 2 else x.flatten(0, -2)
