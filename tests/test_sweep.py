@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import inspect
@@ -252,6 +253,27 @@ def test_a_loop_of_ones_own_has_the_same_rates():
             torch.testing.assert_close(
                 adapter.train[key], leaf.default.weight, atol=2e-5, rtol=2e-4
             )
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD, torch.optim.Adafactor])
+def test_param_groups_at_the_optimizers_own_rate(kind) -> None:
+    params = fadapt.init(nn.Sequential(nn.Linear(4, 2)), fadapt.LoRA(r=1))
+    a, b = params["0.weight"].train.values()
+    for given, usual in (({"lr": 0.01}, 0.01), ({}, kind([a]).defaults["lr"])):
+        optimizer = kind(fadapt.param_groups(params, {"B": 16.0}), **given)
+        rates = [group["lr"] for group in optimizer.param_groups]
+        assert rates == [usual, 16 * usual]
+        assert [group["params"] for group in optimizer.param_groups] == [[a], [b]]
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+        optimizer.step()
+        schedule.step()
+        assert [group["lr"] for group in optimizer.param_groups] == [usual / 2, 8 * usual]
+        other = kind(fadapt.param_groups(params, {"B": 16.0}), lr=1.0)
+        other.load_state_dict(copy.deepcopy(optimizer).state_dict())
+        assert [group["lr"] for group in other.param_groups] == [usual / 2, 8 * usual]
+    (free,) = fadapt.param_groups(params, {"A": 0.0}, weight_decay=0.1)  # LoRA-FA
+    assert free["params"][0] is b
+    assert free["weight_decay"] == 0.1
 
 
 def test_param_groups_of_a_stack():
