@@ -263,6 +263,17 @@ def test_dataclasses_are_taken_apart(per_adapter: bool) -> None:
         fadapt.apply(model, fadapt.stack(members(model)), x, per_adapter=per_adapter)
 
 
+def test_rows_that_meet_are_refused_whatever_the_loss_makes_of_equal_rows() -> None:
+    model = Mixing(lambda h: h - h[:1])
+    stack, x = fadapt.stack(members(model)), reals(8, 4)
+
+    def contrast(out, _):
+        return F.cross_entropy(out @ out.mT, torch.arange(len(out)))
+
+    with pytest.raises(fadapt.FadaptError, match="not independent"):
+        fadapt.run(model, stack, x, contrast)
+
+
 def test_tensors_in_other_objects_are_refused() -> None:
     class Returns(Mixing):
         def forward(self, x: Tensor) -> torch.distributions.Normal:  # type: ignore[override]

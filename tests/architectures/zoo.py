@@ -143,6 +143,13 @@ case("XLM", model("XLMWithLMHeadModel", "XLMConfig", vocab_size=V, emb_dim=D, n_
 case("XLNet", model("XLNetForSequenceClassification", "XLNetConfig", vocab_size=V, d_model=D, n_layer=L, n_head=H, d_inner=FF), classes, rules="layer_1|layer_2", refuses_apply=True)
 case("XLNet LM", model("XLNetLMHeadModel", "XLNetConfig", vocab_size=V, d_model=D, n_layer=L, n_head=H, d_inner=FF), filled, rules="layer_1|layer_2", refuses_apply=True)
 
+case("DeepSeek-V3", model("DeepseekV3ForCausalLM", "DeepseekV3Config", **STD, num_key_value_heads=4, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, n_group=2, topk_group=1, first_k_dense_replace=1, q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=8, v_head_dim=8, n_shared_experts=1), tokens, rules="self_attn", wide=True)
+case("GLM-4", model("Glm4ForCausalLM", "Glm4Config", **GQA), tokens, wide=True)
+case("BitNet", model("BitNetForCausalLM", "BitNetConfig", **GQA), tokens, wide=True)
+case("DiffLlama", model("DiffLlamaForCausalLM", "DiffLlamaConfig", **GQA), tokens, wide=True)
+case("GPT-J", model("GPTJForCausalLM", "GPTJConfig", vocab_size=V, n_embd=D, n_layer=L, n_head=H, n_positions=64, rotary_dim=4), tokens, wide=True)
+case("MPT", model("MptForCausalLM", "MptConfig", vocab_size=V, d_model=D, n_heads=H, n_layers=L, max_seq_len=64), tokens, wide=True)
+
 # Encoders.
 case("BERT masked", model("BertForMaskedLM", "BertConfig", **STD), filled)
 case("BERT next sentence", model("BertForNextSentencePrediction", "BertConfig", **STD), classes)
@@ -159,12 +166,20 @@ case("ModernBERT", model("ModernBertForMaskedLM", "ModernBertConfig", **STD, cls
 case("Longformer", model("LongformerForSequenceClassification", "LongformerConfig", **STD, attention_window=[4, 4]), classes, refuses_apply=True)
 case("Funnel", model("FunnelForSequenceClassification", "FunnelConfig", vocab_size=V, d_model=D, n_head=H, d_head=8, d_inner=FF, block_sizes=[1, 1], num_decoder_layers=1), classes, rules="linear|ffn")
 
+case("ConvBERT", model("ConvBertForMaskedLM", "ConvBertConfig", **STD, embedding_size=D, conv_kernel_size=3, num_groups=1, head_ratio=2), filled, wide=True)
+case("SqueezeBERT", model("SqueezeBertForSequenceClassification", "SqueezeBertConfig", **STD, embedding_size=D), classes, wide=True)
+case("ESM", model("EsmForMaskedLM", "EsmConfig", **STD, mask_token_id=4, position_embedding_type="rotary"), filled, wide=True)
+case("CANINE", model("CanineForSequenceClassification", "CanineConfig", **STD, local_transformer_stride=2, downsampling_rate=2, num_hash_functions=2, num_hash_buckets=16), lambda: {"input_ids": ids(8), "labels": CLASSES}, wide=True)
+
 # Encoder-decoders.
 case("BART", model("BartForConditionalGeneration", "BartConfig", **SIDES), filled)
 case("Pegasus", model("PegasusForConditionalGeneration", "PegasusConfig", **SIDES), filled, wide=True)
 case("T5", model("T5ForConditionalGeneration", "T5Config", vocab_size=V, d_model=D, d_kv=8, d_ff=FF, num_layers=L, num_heads=H, decoder_start_token_id=0), filled)
 case("LED", model("LEDForConditionalGeneration", "LEDConfig", **{k: v for k, v in SIDES.items() if k != "max_position_embeddings"}, attention_window=4, max_encoder_position_embeddings=64, max_decoder_position_embeddings=64), filled, refuses_apply=True)
 case("Whisper", model("WhisperForConditionalGeneration", "WhisperConfig", **{k: v for k, v in SIDES.items() if k != "max_position_embeddings"}, num_mel_bins=8, max_source_positions=12, max_target_positions=32), lambda: {"input_features": torch.randn(ROWS, 8, 24, generator=rng()), "labels": ids()})
+
+case("M2M-100", model("M2M100ForConditionalGeneration", "M2M100Config", **SIDES), filled, wide=True)
+case("ProphetNet", model("ProphetNetForConditionalGeneration", "ProphetNetConfig", vocab_size=V, hidden_size=D, encoder_ffn_dim=FF, decoder_ffn_dim=FF, num_encoder_layers=L, num_decoder_layers=L, num_encoder_attention_heads=H, num_decoder_attention_heads=H, max_position_embeddings=64, pad_token_id=0, decoder_start_token_id=2, ngram=2, num_buckets=4, relative_max_distance=8), filled, wide=True)
 
 # Experts.
 case("Mixtral", model("MixtralForCausalLM", "MixtralConfig", **GQA, num_local_experts=4, num_experts_per_tok=2), tokens, rules="self_attn")
@@ -180,6 +195,8 @@ case("Mamba", model("MambaForCausalLM", "MambaConfig", vocab_size=V, hidden_size
 case("FalconMamba", model("FalconMambaForCausalLM", "FalconMambaConfig", vocab_size=V, hidden_size=D, state_size=4, num_hidden_layers=L, time_step_rank=2), tokens, rules="in_proj|out_proj")
 case("Mamba-2", model("Mamba2ForCausalLM", "Mamba2Config", vocab_size=V, hidden_size=D, state_size=4, num_hidden_layers=L, num_heads=8, head_dim=8, n_groups=1, chunk_size=4), tokens, wide=True)
 case("Jamba", model("JambaForCausalLM", "JambaConfig", **STD, num_key_value_heads=2, attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1, num_experts=4, num_experts_per_tok=2, mamba_d_state=4, mamba_dt_rank=2, use_mamba_kernels=False), tokens, rules="in_proj|out_proj|q_proj|v_proj")
+case("Falcon-H1", model("FalconH1ForCausalLM", "FalconH1Config", **GQA, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=4, mamba_n_groups=1, mamba_chunk_size=4), tokens, wide=True)
+case("LFM2", model("Lfm2ForCausalLM", "Lfm2Config", **GQA, layer_types=["conv", "full_attention"]), tokens, wide=True)
 case("RWKV", model("RwkvForCausalLM", "RwkvConfig", vocab_size=V, hidden_size=D, num_hidden_layers=L, attention_hidden_size=D, intermediate_size=FF, rescale_every=0), tokens, own_gradient=False)
 case("RecurrentGemma", model("RecurrentGemmaForCausalLM", "RecurrentGemmaConfig", **STD, block_types=["recurrent", "attention"], lru_width=D, attention_window_size=8), tokens, wide=True, rules="q_proj|v_proj|linear_x|mlp_block")
 
@@ -194,6 +211,9 @@ case("SegFormer", model("SegformerForSemanticSegmentation", "SegformerConfig", n
 case("MobileViT", model("MobileViTForImageClassification", "MobileViTConfig", image_size=32, hidden_sizes=[16, 16, 16], neck_hidden_sizes=[8, 8, 8, 8, 8, 8, 8], num_attention_heads=2), lambda: images(32), refuses_run=True, refuses_apply=True)
 case("LeViT", model("LevitForImageClassification", "LevitConfig", image_size=32, hidden_sizes=[16, 16, 16], num_attention_heads=[2, 2, 2], depths=[1, 1, 1], key_dim=[8, 8, 8]), lambda: images(32))
 case("ResNet", model("ResNetForImageClassification", "ResNetConfig", embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic"), lambda: images(32), rules="classifier")
+
+case("Hiera", model("HieraForImageClassification", "HieraConfig", image_size=[16, 16], patch_size=[3, 3], patch_stride=[2, 2], patch_padding=[1, 1], embed_dim=8, depths=[1, 1], num_heads=[1, 2], query_stride=[2, 2], masked_unit_size=[4, 4], num_query_pool=1, masked_unit_attention=[True, False]), images, wide=True)
+case("PVT", model("PvtForImageClassification", "PvtConfig", image_size=32, depths=[1, 1], num_encoder_blocks=2, hidden_sizes=[16, 16], sequence_reduction_ratios=[2, 1], num_attention_heads=[2, 2], patch_sizes=[4, 2], strides=[4, 2], mlp_ratios=[2, 2]), lambda: images(32), wide=True)
 
 # Sound.
 case("Wav2Vec2", model("Wav2Vec2ForSequenceClassification", "Wav2Vec2Config", **SPEECH, classifier_proj_size=16), lambda: {"input_values": sound(), "labels": CLASSES}, rules="proj")
