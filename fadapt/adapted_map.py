@@ -141,6 +141,10 @@ def check_contract(method: Method) -> None:
             were changed after construction to what they may not be.
     """
     cls = type(method)
+    _require(
+        isinstance(method, Method),
+        f"expected a method, an instance of a subclass of fadapt.Method, got {method!r:.80}",
+    )
     own = [n for n, hint in inspect.get_annotations(cls).items() if "ClassVar" not in str(hint)]
     _require(
         "__dataclass_fields__" in vars(cls) or not own,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapted_map import adapt, dense, increment_factors
+from .arguments import listed
 from .base.bound import refuse_adapted
 from .base.checks import check_model
 from .base.linear_map import DenseMap, LinearMap
@@ -20,6 +21,7 @@ from .methods.lora import LoRA
 from .overlay import experts
 from .params.adapter import Adapter
 from .params.params import Params, trainable_leaves
+from .patterns import check_pattern
 
 ROUNDING = 1e-6
 """A relative error that float32 factors have anyway."""
@@ -98,8 +100,11 @@ def as_lora(
             "convert the members of a stack one by one: fadapt.unstack(stack)"
         )
     require(r is None or (type(r) is int and r >= 1), f"r must be None or an int from 1, got {r!r}")
-    patterns = (drop_bias,) if isinstance(drop_bias, str) else tuple(drop_bias)
+    params.check_whole()
+    write = "drop_bias=['a pattern'], () for none"
+    patterns = [drop_bias] if isinstance(drop_bias, str) else listed("drop_bias", drop_bias, write)
     for pattern in patterns:
+        check_pattern(pattern, "drop_bias")
         if not any(re.search(pattern, name) for name in params):
             raise ConfigError(f"drop_bias {pattern!r} matches no site; they are {list(params)[:8]}")
     refuse_adapted(model, "fadapt.as_lora")

@@ -15,6 +15,11 @@ Batch = Mapping[str, Any] | tuple[Any, ...] | Tensor
 def arguments(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The positional and keyword arguments that a batch stands for."""
     if isinstance(batch, Mapping):
+        if odd := [k for k in batch if not isinstance(k, str)]:
+            raise ConfigError(
+                f"a batch that is a dict holds keyword arguments, and this one has the key "
+                f"{odd[0]!r:.80}; a model that takes one dict gets it in a tuple: (it,)"
+            )
         return (), dict(batch)
     if isinstance(batch, tuple):
         return batch, {}
@@ -36,11 +41,6 @@ def call_arguments(
     if len(args) != 1 or not isinstance(args[0], (Mapping, tuple)):
         return args, dict(kwargs)
     positional, named = arguments(args[0])
-    if odd := [k for k in named if not isinstance(k, str)]:
-        raise ConfigError(
-            f"a dict as the only positional argument holds keyword arguments, and this one has "
-            f"the key {odd[0]!r:.80}; a model that takes one dict gets it in a tuple: (it,)"
-        )
     if twice := sorted(named.keys() & kwargs.keys()):
         raise ConfigError(f"{twice} are given in the batch and as keyword arguments; leave one out")
     return positional, {**named, **kwargs}

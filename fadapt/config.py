@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from .arguments import listed
 from .errors import ConfigError
 from .method import Method
 from .method_json import method_from_json, method_to_json
@@ -78,7 +79,9 @@ class Config:
                 'write fadapt.LoRA(r=8) or {"q_proj|v_proj": fadapt.LoRA(r=8)}'
             )
         if self.layers is not None:
-            layers = tuple(self.layers) if isinstance(self.layers, Iterable) else ()
+            many = isinstance(self.layers, (set, frozenset))
+            given = sorted(self.layers, key=repr) if many else self.layers
+            layers = tuple(listed("layers", given, _LAYERS))
             if not layers or not all(type(i) is int for i in layers):
                 raise ConfigError(
                     "layers must be layer indices such as [0] or [-1], or None for all; got "
@@ -93,18 +96,15 @@ class Config:
         for pattern in exclude:
             check_pattern(pattern, "exclude")
         object.__setattr__(self, "exclude", exclude)
-        if self.dtype is not None and self.dtype not in (
-            torch.float16,
-            torch.bfloat16,
-            torch.float32,
-            torch.float64,
-        ):
+        floats = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+        known = isinstance(self.dtype, torch.dtype) and self.dtype in floats
+        if self.dtype is not None and not known:
             raise ConfigError(
                 "dtype must be a floating torch.dtype (float16, bfloat16, float32 or float64) or "
                 f"None, got {self.dtype!r:.80}"
             )
-        if not isinstance(self.seed, int):
-            raise ConfigError(f"seed must be an int, got {self.seed!r}")
+        if type(self.seed) is not int:
+            raise ConfigError(f"seed must be an int, got {self.seed!r:.80}")
 
     @property
     def rule_list(self) -> tuple[tuple[str, Method | None], ...]:
@@ -167,6 +167,9 @@ class Config:
         return hash((self.rule_list, self.layers, self.roles, self.exclude, self.dtype, self.seed))
 
 
+_LAYERS = "layer indices such as [0] or [-1], or None for all"
+
+
 def as_config(cfg: Config | Rules) -> Config:
     """A Config from a method, a {pattern: method} dict or a Config."""
     return cfg if isinstance(cfg, Config) else Config(cfg)
@@ -175,6 +178,6 @@ def as_config(cfg: Config | Rules) -> Config:
 def _strings(value: Any, what: str) -> tuple[Any, ...]:
     if isinstance(value, str):
         return (value,)
-    if not isinstance(value, Iterable):
-        raise ConfigError(f"{what} must be a tuple of strings, () for none; got {value!r}")
-    return tuple(value)
+    many = isinstance(value, (set, frozenset))
+    given = sorted(value, key=repr) if many else value
+    return tuple(listed(what, given, f"{what}=('a', 'b'), () for none"))

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from .adapted_map import SharedLeaves, check_start, drops_input, has_shared, start, start_shared
+from .arguments import check_function, is_many
 from .base.bound import refuse_adapted
 from .base.checks import check_model
 from .base.sharded import full
@@ -51,12 +52,10 @@ def as_stats(
         FadaptError: the model is inside ``bound``.
     """
     refuse_adapted(model, "calibrating")
-    if calib is not None and not isinstance(calib, Stats):
-        reads = hasattr(calib, "__iter__") or hasattr(calib, "__getitem__")
-        if not reads or isinstance(calib, (str, bytes, type)):
-            raise CalibrationError(
-                f"calib must be batches (a list, a DataLoader) or fadapt.Stats, got {calib!r:.80}"
-            )
+    if not (calib is None or isinstance(calib, Stats) or is_many(calib)):
+        raise CalibrationError(
+            f"calib must be batches (a list, a DataLoader) or fadapt.Stats, got {calib!r:.80}"
+        )
     for _, site, method in found:
         if calib is None and any(True for _ in statistics_of(method.statistic)):
             raise CalibrationError(
@@ -157,6 +156,7 @@ def init(
     config = as_config(cfg)
     check_model(model)
     refuse_adapted(model, "fadapt.init")
+    check_function("loss_fn", loss_fn, "def loss_fn(output, batch)")
     with torch.no_grad():
         found, covered = resolve_with_coverage(model, config)
         _check_finite([weight for weight, _, _ in found])

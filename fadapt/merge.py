@@ -105,7 +105,7 @@ def merge(
 
 def _check_dtype(dtype: Any) -> None:
     floats = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-    if dtype is not None and dtype not in floats:
+    if dtype is not None and (not isinstance(dtype, torch.dtype) or dtype not in floats):
         raise ConfigError(
             f"dtype of merged weights must be one of {', '.join(map(str, floats))}; got "
             f"{dtype!r:.80}"

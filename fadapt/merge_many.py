@@ -75,7 +75,7 @@ def merge_many(
         ['weight']
     """
     members, values = check_members(params, weights, "merge_many(model, [a, b], [0.5, 0.5])")
-    if rule not in get_args(Rule):
+    if not isinstance(rule, str) or rule not in get_args(Rule):
         raise ConfigError(f"rule must be one of {list(get_args(Rule))}, got {rule!r:.80}")
     number = isinstance(density, (int, float)) and not isinstance(density, bool)
     if not number or not 0 < density <= 1 or (rule == "sum" and density != 1):

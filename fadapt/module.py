@@ -30,6 +30,7 @@ from .overlay.call import call
 from .params.adapter import Adapter
 from .params.params import Params, is_made
 from .params.stack import Stack
+from .targeting import check_fits
 
 
 class AdapterModule(nn.Module):
@@ -239,6 +240,7 @@ def as_module(model: nn.Module, params: Params) -> AdapterModule:
     if not isinstance(params, Params):
         raise ConfigError(f"params must come from fadapt.init, load or join; got {type(params)}")
     params.check_whole()
+    check_fits(model, [a.site for a in params.at_sites().values()])
     module = _class_for(type(model))(model, params)
     return module.train(model.training)
 

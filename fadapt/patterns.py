@@ -12,9 +12,13 @@ from .errors import ConfigError
 SECONDS = 0.05
 """A search of one name takes microseconds; one that takes this long will not end."""
 
-# A repeated group, or three repetitions: without one of these the time is at most quadratic.
-_CAN_BE_SLOW = re.compile(r"\)[*+{]|(?:[*+}].*){3}", re.DOTALL)
-_PROBES = ("model.layers.0.self_attn.q_proj.weight", "a" * 40, "0" * 40)
+# So often a part may be repeated or left out, each of which a search may have to try.
+_COUNTED = re.compile(r"\)\{(\d*),?(\d*)\}")
+MOST = 9
+# And so many may have another form or be left out, one after the other.
+_CHOICE = re.compile(r"\([^()]*\||(?<![\\(*+}])\?")
+CHOICES = 15
+PROBES = ("model.layers.0.self_attn.q_proj.weight", "a" * 40, "0" * 40)
 
 
 def check_pattern(pattern: Any, what: str) -> None:
@@ -35,7 +39,7 @@ def check_pattern(pattern: Any, what: str) -> None:
         shown = repr(pattern) if len(repr(pattern)) < 100 else f"{repr(pattern)[:80]}..."
         why = str(error) or type(error).__name__
         raise ConfigError(f"{what} {shown} is not a regular expression: {why}") from error
-    check_speed(pattern, what, _PROBES)
+    check_speed(pattern, what, PROBES)
 
 
 def check_speed(pattern: str, what: str, names: Iterable[str]) -> None:
@@ -47,8 +51,20 @@ def check_speed(pattern: str, what: str, names: Iterable[str]) -> None:
     Raises:
         ConfigError: naming the pattern.
     """
-    if not _CAN_BE_SLOW.search(pattern):
+    # Both are quick up to the one character from which on a name is long enough.
+    if len(_CHOICE.findall(pattern)) > CHOICES:
+        raise ConfigError(
+            f"{what} {pattern!r:.200} has more than {CHOICES} choices one after the other, which "
+            "may take for ever; write several patterns"
+        )
+    if not _can_be_slow(pattern):
         return
+    for match in _COUNTED.finditer(pattern):
+        if any(len(n) > 3 or int(n or 0) > MOST for n in match.groups()):
+            raise ConfigError(
+                f"{what} {pattern!r:.200} repeats a group more than {MOST} times, which may take "
+                f"for ever; write * or + in the place of {match[0][1:]!r}"
+            )
     compiled = re.compile(pattern)
     for name in names:
         for end in range(1, len(name) + 1):
@@ -60,6 +76,12 @@ def check_speed(pattern: str, what: str, names: Iterable[str]) -> None:
                         f"text in many ways (already in {name[:end]!r}); write one without a "
                         "repetition within a repetition"
                     )
+
+
+def _can_be_slow(pattern: str) -> bool:
+    """Whether the time may be more than quadratic: a repeated group, or three repetitions."""
+    groups = any(f"){repeat}" in pattern for repeat in "*+{")
+    return groups or sum(map(pattern.count, "*+}")) >= 3
 
 
 def _is_slow(compiled: re.Pattern[str], text: str) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .arguments import check_flags, check_function
 from .base.checks import check_model
 from .batch import Batch, call_arguments
 from .errors import ConfigError
@@ -69,6 +70,8 @@ def run(
         >>> params["0.weight"].train["B"].grad.shape
         torch.Size([16, 2])
     """
+    check_flags(per_adapter=per_adapter, verify=verify)
+    check_function("loss_fn", loss_fn, "def loss_fn(output, batch)")
     if isinstance(params, Stack):
         check_model(model)
         return run_stack(model, params, batch, loss_fn, per_adapter, verify)
@@ -110,6 +113,9 @@ def apply(
         >>> torch.equal(fadapt.apply(model, params, {"input": x}), model(x))
         True
     """
+    check_flags(per_adapter=per_adapter, verify=verify)
+    if not isinstance(method, str):
+        raise ConfigError(f'method must be a name such as "generate", got {method!r:.80}')
     args, kwargs = call_arguments(args, kwargs)
     if isinstance(params, Stack):
         check_model(model)

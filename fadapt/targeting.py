@@ -14,7 +14,7 @@ from .base.checks import check_model
 from .base.quantized import quantized_map
 from .base.roles import find_roles
 from .base.towers import layers_of, split_name
-from .base.weights import LINEAR_KINDS, BaseWeight, Kind, find_weights
+from .base.weights import LINEAR_KINDS, BaseWeight, Kind, find_weights, weights_by_name
 from .config import DEFAULT_EXCLUDE, Config
 from .errors import ConfigError, FadaptError, TargetError
 from .hugging_face import input_embeddings, output_heads
@@ -133,6 +133,23 @@ def coverage_of(model: nn.Module, sites: Iterable[str], config: Config | None) -
     except FadaptError:  # a config of another model, whose adapters fit this one too
         pass
     return coverage(weights, names, reasons)
+
+
+def check_fits(model: nn.Module, sites: Iterable[Site]) -> None:
+    """Refuses a model whose weights are not, in place and form, those of the sites.
+
+    Raises:
+        TargetError: names the first site.
+    """
+    weights = weights_by_name(model)
+    for site in sites:
+        weight = weights.get(site.name)
+        why = "does not exist" if weight is None else site.mismatch(weight)
+        if why:
+            raise TargetError(
+                f"the params adapt {site.name}, which {why} in this {type(model).__name__}; pass "
+                "the base that they were made for"
+            )
 
 
 def site_of(

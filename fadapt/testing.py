@@ -23,9 +23,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from .adapted_map import ContractError, check_contract, increment_factors, says_last_product
+from .arguments import check_function, listed
 from .base.linear_map import DenseMap
 from .config import Config
 from .errors import ConfigError, FadaptError, FadaptWarning
+from .fields import check_fields
 from .init import init
 from .io.adapters import load, save
 from .merge import merge
@@ -54,6 +56,15 @@ class Case:
     seed: int = 0
     calib: Callable[[Case], Any] | None = None
     rule: str = ""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        least = min(self.widths)
+        if least < 1 or not self.dtype.is_floating_point:
+            raise ConfigError(
+                f"{self}: widths are ints from 1, and dtype is floating; write Case((12, 16, 8))"
+            )
+        check_function("calib", self.calib, "def calib(case)")
 
     @property
     def rng(self) -> torch.Generator:
@@ -520,8 +531,13 @@ def check_method(
         check_contract(method)
     except ConfigError as error:
         raise AssertionError(f"{method} is no method yet: {error}") from error
+    check_function("calib", calib, "def calib(case)")
+    check_function("count", count, "def count(out_features, in_features)")
+    draws = listed("cases", cases, "cases=[fadapt.testing.Case()]")
+    if odd := [c for c in draws if not isinstance(c, Case)]:
+        raise ConfigError(f"cases must be fadapt.testing.Case objects, got {odd[0]!r:.80}")
     total, refusals = 0, []
-    for case in cases:
+    for case in draws:
         case, total = replace(case, calib=calib), total + 1
         try:
             _hold(method, case, well_formed)

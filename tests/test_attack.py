@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.attack import calls, files
+from tests.attack import arguments, calls, files
 
 
 @pytest.mark.parametrize("kind", ["adapters", "statistics", "plain"])
@@ -24,3 +24,10 @@ def test_calls() -> None:
     tally = calls.attack()
     assert not tally.bad, tally.table()
     assert sum(sum(c.values()) for c in tally.counts.values()) > 700
+
+
+def test_arguments() -> None:
+    """One in twelve; all of them are tried by ``tox -e attack``."""
+    tally, _ = arguments.attack(share=12)
+    assert not tally.bad, tally.table()
+    assert sum(sum(c.values()) for c in tally.counts.values()) > 2000

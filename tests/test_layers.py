@@ -16,6 +16,7 @@ ROOT = Path(fadapt.__file__).parent
 FLOORS = (
     ("errors", "seeds", "fusion", "linalg"),
     ("hugging_face", "batch", "fields", "patterns", "dropout"),
+    ("arguments",),
     ("base",),
     ("recomputed", "statistics"),
     ("site",),
@@ -47,7 +48,7 @@ ONLY = {
         *("errors", "seeds", "linalg", "base", "recomputed", "statistics", "site", "method"),
         "adapted_map",
     },
-    "statistics": {"errors", "linalg"},
+    "statistics": {"errors", "linalg", "fields"},
 }
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import ConfigError
 from .torch_private import pytree
 
 
@@ -18,9 +19,18 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """The batch with its tensors on the device."""
+    """The batch with its tensors on the device.
+
+    Raises:
+        ConfigError: a tensor without values.
+    """
 
     def moved(t: Tensor) -> Tensor:
+        if t.is_meta and device.type != "meta":
+            raise ConfigError(
+                f"a batch holds a meta tensor of shape {tuple(t.shape)}, which has no values; make "
+                "the batches outside torch.device('meta')"
+            )
         t = t.to(device, non_blocking=True)
         # Made under torch.inference_mode, it could not be kept for a gradient.
         return t.clone() if t.is_inference() else t

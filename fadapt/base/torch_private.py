@@ -43,7 +43,17 @@ def register_node(
     import optree
 
     optree.register_pytree_node(cls, flatten, unflatten, namespace=_GLOBAL_NAMESPACE)
-    pytree.register_pytree_node(cls, flatten, lambda children, aux: unflatten(aux, children))
+
+    def with_keys(node: Any) -> Any:
+        children, aux = flatten(node)
+        return [(pytree.SequenceKey(i), child) for i, child in enumerate(children)], aux
+
+    pytree.register_pytree_node(
+        cls,
+        flatten,
+        lambda children, aux: unflatten(aux, children),
+        flatten_with_keys_fn=with_keys,
+    )
 
 
 CHILDREN, COMPILED_CALL = "_modules", "_compiled_call_impl"

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
+from ..errors import TargetError
 from ..hugging_face import experts_transposed, heads_side, is_conv1d, speaks_of_experts
 from .checks import check_module, check_weight
 from .experts import Layout, layouts
@@ -211,6 +212,8 @@ def find_weights(model: nn.Module) -> list[BaseWeight]:
     Raises:
         TargetError: an uninitialised parameter, or a wrapper that does not use its own weights.
     """
+    if not isinstance(model, nn.Module):
+        raise TargetError(f"expected a torch.nn.Module, got {type(model).__name__}")
     found: dict[tuple[int, str], BaseWeight] = {}
     reshard(model)
     for name, module, key, parameter in _walk(model):

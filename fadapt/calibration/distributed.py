@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..arguments import check_processes
 from ..base.sharded import agreed, groups_of
 from ..errors import CalibrationError
 from ..statistics.reduction import Reduction, State
@@ -27,8 +28,12 @@ def all_reduce(stats: Stats, group: dist.ProcessGroup | None = None) -> Stats:
         group: of processes that all call this; by default all.
 
     Raises:
-        CalibrationError: the processes observed different models, sites or statistics.
+        CalibrationError: the processes observed different models, sites or statistics, or there is
+            no process group.
     """
+    if not isinstance(stats, Stats):
+        raise CalibrationError(f"all_reduce takes the Stats of fadapt.observe, got {stats!r:.80}")
+    check_processes(group, CalibrationError)
     order = sorted(stats.states, key=repr)
     kinds = [(stream, sorted(map(repr, stats.states[stream]))) for stream in order]
     mine = (dict(stats.streams), kinds, dict(stats.base))

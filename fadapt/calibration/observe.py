@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..arguments import check_flags, check_function, is_many, listed
 from ..base.bound import refuse_adapted
 from ..base.checks import check_model
 from ..base.device import device_of, to_device
@@ -81,6 +82,8 @@ def observe(
     """
     check_model(model)
     refuse_adapted(model, "fadapt.observe")
+    check_flags(CalibrationError, label_mask=label_mask, share=share, progress=progress)
+    check_function("loss_fn", loss_fn, "def loss_fn(output, batch)", CalibrationError)
     statistics = _check_options(statistics, max_memory, tolerance)
     configs: Sequence[Config | Rules] = cfg if isinstance(cfg, (list, tuple)) else [cfg]  # type: ignore[list-item]
     if not configs:
@@ -138,9 +141,10 @@ def _check_options(statistics: Any, max_memory: Any, tolerance: Any) -> tuple[St
         raise CalibrationError(
             f"max_memory must be a number of bytes such as 2**30, or None; got {max_memory!r:.80}"
         )
-    many = isinstance(statistics, Iterable) and not isinstance(statistics, (str, Mapping))
-    found: tuple[Any, ...] = tuple(statistics) if many else ()
-    if not many or not all(isinstance(s, Statistic) for s in found):
+    write = "statistics=[Statistic(SumSq())]"
+    given = () if isinstance(statistics, Statistic) else statistics
+    found = tuple(listed("statistics", given, write, CalibrationError))
+    if given is not statistics or not all(isinstance(s, Statistic) for s in found):
         raise CalibrationError(
             f"statistics must be a list of fadapt.calibration.Statistic, got {statistics!r:.80}; "
             "write statistics=[Statistic(SumSq())]"
@@ -237,7 +241,8 @@ def _by_stream(
 
 def _source(batches: Iterable[Any]) -> tuple[Iterable[Any], bool]:
     """The batches, and whether they can be read more than once."""
-    if isinstance(batches, (Tensor, Mapping, str)) or not isinstance(batches, Iterable):
+    many = isinstance(batches, Iterable) and is_many(batches)
+    if isinstance(batches, (Tensor, Mapping)) or not many:
         raise CalibrationError(
             f"calibration data must be an iterable of batches, got {type(batches).__name__}; "
             "put a single batch into a list: [batch]"

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..arguments import listed
 from ..base.weights import BaseWeight, find_weights, weights_by_name
-from ..errors import CalibrationError
+from ..errors import CalibrationError, ConfigError
+from ..params.params import destination
 from ..statistics.moments import PCA
 from ..statistics.reduction import Reduction, Side, State, Statistic, Stream, width_of
 from ..statistics.sketch import Sketch
@@ -168,8 +170,11 @@ class Stats:
 
     def to(self, device: torch.device | str) -> Stats:
         """A copy with all states on a device."""
+        where, _ = destination((), device, None)
+        if where is None:
+            raise ConfigError('Stats.to takes a device: stats.to("cuda")')
         states = {
-            stream: {r: {k: t.to(device) for k, t in s.items()} for r, s in kinds.items()}
+            stream: {r: {k: t.to(where) for k, t in s.items()} for r, s in kinds.items()}
             for stream, kinds in self.states.items()
         }
         return dataclasses.replace(self, states=states, _spectra={})
@@ -239,8 +244,18 @@ def base_fingerprints(model: nn.Module) -> dict[str, str]:
 
 
 def combine_all(parts: Iterable[Stats]) -> Stats:
-    """``Stats.combine`` over a list or iterator of parts, such as those of several files."""
-    return reduce(_combine_two, parts)
+    """``Stats.combine`` over a list or iterator of parts, such as those of several files.
+
+    Raises:
+        CalibrationError: no parts, something else than Stats, or what ``Stats.combine`` refuses.
+    """
+    write = "combine_all([fadapt.Stats.load(a), fadapt.Stats.load(b)])"
+    many = listed("parts", parts, write, CalibrationError)
+    odd = [p for p in many if not isinstance(p, Stats)]
+    if odd or not many:
+        what = f"got {odd[0]!r:.80} among them" if many else "got none"
+        raise CalibrationError(f"parts must be a list of Stats, {what}; write {write}")
+    return many[0].combine(*many[1:])
 
 
 def _combine_two(a: Stats, b: Stats) -> Stats:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
+from ..arguments import check_function, check_int, is_many
 from ..errors import CalibrationError
 
 
@@ -54,13 +55,21 @@ def text_batches(
         column: the text column of the rows.
 
     Raises:
-        CalibrationError: no texts, rows without the column, or a tokenizer without a pad token.
+        CalibrationError: no texts, rows without the column, or a tokenizer without a pad token, or
+            an argument of the wrong type.
     """
-    if isinstance(texts, (str, Mapping)):
+    check_int("batch_size", batch_size, 1, CalibrationError)
+    check_int("max_length", max_length, 1, CalibrationError)
+    if limit is not None:
+        check_int("limit", limit, 1, CalibrationError)
+    check_function("tokenizer", tokenizer, "a Hugging Face tokenizer", CalibrationError, True)
+    if isinstance(texts, (str, Mapping)) or not isinstance(texts, Iterable) or not is_many(texts):
         raise CalibrationError(
             f"texts must be an iterable of strings or rows, got one {type(texts).__name__}; "
             "write [text]"
         )
+    if not isinstance(column, str):
+        raise CalibrationError(f"column must be the name of a column, got {column!r:.80}")
     if batch_size > 1 and getattr(tokenizer, "pad_token", None) is None:
         raise CalibrationError(
             "the tokenizer has no pad token, which batches of texts need; write "

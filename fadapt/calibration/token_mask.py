@@ -39,6 +39,10 @@ def arguments(
             row of them, and for no loss.
     """
     if isinstance(batch, Mapping):
+        if odd := [k for k in batch if not isinstance(k, str)]:
+            raise CalibrationError(
+                f"{where} is a dict with the key {odd[0]!r:.80}; its keys are the model's arguments"
+            )
         kwargs = without_cache(model, dict(batch))
         return (), kwargs if head else without_logits(model, kwargs)
     if isinstance(batch, (tuple, list)):

@@ -10,11 +10,12 @@ arXiv 2306.11695, eq. 1.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import overload
 
 from torch import Tensor, nn
 
+from ..arguments import listed
 from ..base.weights import weights_by_name
 from ..errors import CalibrationError
 from ..statistics.reduction import Statistic
@@ -54,6 +55,8 @@ def wanda_scores(
         >>> fadapt.wanda_scores(model, stats)["0.weight"].shape
         torch.Size([16, 8])
     """
+    if sites is not None and isinstance(weight, Tensor):
+        raise CalibrationError("sites choose among those of a model; leave them out for one weight")
     if isinstance(weight, Tensor):
         shape = tuple(stats.shape) if isinstance(stats, Tensor) else type(stats).__name__
         if not isinstance(stats, Tensor) or shape != tuple(weight.shape[-1:]):
@@ -66,6 +69,8 @@ def wanda_scores(
         raise CalibrationError("a model needs the Stats of fadapt.observe")
     stats.check_base(weight)
     weights = weights_by_name(weight)
+    if sites is not None and not isinstance(sites, Mapping):  # params name their sites
+        sites = listed("sites", sites, 'sites=["0.weight"]', CalibrationError)
     result = {}
     for name in stats.streams if sites is None else sites:
         norms = (stats.get(name, MEAN_SQUARES) * stats.tokens(name)).sqrt()

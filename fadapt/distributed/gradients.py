@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..arguments import check_flags, check_processes, listed
 from ..errors import ConfigError
 from ..params.params import Params
 from ..params.stack import Stack
@@ -35,7 +36,8 @@ def all_reduce_gradients(
         group: of processes that all call this; by default all.
 
     Raises:
-        ConfigError: leaves that differ between the processes in number, shape or dtype.
+        ConfigError: leaves that differ between the processes in number, shape or dtype, or no
+            process group.
 
     Example:
         >>> import torch, fadapt
@@ -46,7 +48,16 @@ def all_reduce_gradients(
         >>> if torch.distributed.is_initialized():  # under torchrun
         ...     all_reduce_gradients(params)
     """
-    leaves = params.trainable() if isinstance(params, (Params, Stack)) else list(params)
+    check_flags(mean=mean)
+    check_processes(group)
+    whole = isinstance(params, (Params, Stack))
+    if isinstance(params, Tensor):
+        raise ConfigError("params is one tensor, and its rows are no leaves; write [leaf]")
+    leaves = params.trainable() if whole else listed("params", params, "fadapt.trainable(params)")
+    if odd := [t for t in leaves if not isinstance(t, Tensor)]:
+        raise ConfigError(
+            f"params must be Params, a Stack or leaves, got {odd[0]!r:.80} among them"
+        )
     world = dist.get_world_size(group)
     mine = [(tuple(t.shape), str(t.dtype)) for t in leaves]
     everyone: list[Any] = [None] * world

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..adapted_map import SharedLeaves
+from ..arguments import check_flags
 from ..base.bound import refuse_adapted
 from ..base.checks import check_model
 from ..base.weights import BaseWeight, Kind, weights_by_name
@@ -109,6 +110,7 @@ def load(
     """
     as_path(path)
     check_model(model)
+    check_flags(allow_other_base=allow_other_base)
     with open_tensors(local_adapter(path)) as file:
         config, records = _records(file)
         refuse_adapted(model, "fadapt.load")

@@ -265,7 +265,7 @@ def as_path(path: Any) -> str:
     if not isinstance(where, str):
         raise CheckpointError(f"the path {where!r} is bytes; write os.fsdecode(path)")
     if not where or "\0" in where:
-        raise CheckpointError(f"the path {where!r} is not a file name")
+        raise CheckpointError(f"the path {where!r} is not the name of a file or directory")
     return where
 
 

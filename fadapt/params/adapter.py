@@ -21,7 +21,7 @@ from ..adapted_map import (
 from ..base.linear_map import DenseMap, LinearMap
 from ..base.sharded import replicated
 from ..dense_increment import DenseIncrement
-from ..errors import FadaptError
+from ..errors import ConfigError, FadaptError
 from ..method import STRENGTH, Leaves, Method
 from ..site import Site
 from .pytree import register_node
@@ -223,6 +223,8 @@ class Adapter:
 
 
 def _sorted(items: Mapping[str, Any]) -> dict[str, Any]:
+    if not isinstance(items, Mapping):
+        raise ConfigError(f"expected a dict of names, got {items!r:.80}")
     # torch's pytree keeps a dict's insertion order, optree sorts it: sorted keys agree in both.
     return {k: items[k] for k in sorted(items)}
 

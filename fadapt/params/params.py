@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from ..adapted_map import SharedLeaves
+from ..arguments import check_function
+from ..config import Config
 from ..errors import ConfigError
 from ..method import STRENGTH, Leaves
 from .adapter import Adapter, _sorted
 from .pytree import Note, register_node
 
 if TYPE_CHECKING:
-    from ..config import Config
     from ..targeting import Coverage
 
 
@@ -65,6 +66,14 @@ class Params(Mapping[str, Adapter]):
         *,
         awaited: Awaited | None = None,
     ):
+        whole = isinstance(adapters, Mapping)
+        if not whole or not all(isinstance(a, Adapter) for a in adapters.values()):
+            raise ConfigError(
+                f"Params takes {{site: Adapter}}, got {adapters!r:.80}; write fadapt.init(model, "
+                "cfg), or params.with_adapters({**params, name: adapter})"
+            )
+        if not (config is None or isinstance(config, Config)):
+            raise ConfigError(f"config must be a fadapt.Config or None, got {config!r:.80}")
         self._adapters: dict[str, Adapter] = _with_banks(_sorted(adapters))
         self.config, self.coverage = config, coverage
         self._awaited = awaited
@@ -90,7 +99,13 @@ class Params(Mapping[str, Adapter]):
 
     def map(self, fn: Callable[[Adapter], Adapter]) -> Params:
         """A Params with ``fn`` applied to every adapter."""
+        check_function("map: fn", fn, "params.map(lambda adapter: ...)", needed=True)
         adapters = {name: fn(a) for name, a in self.items()}
+        if odd := [name for name, a in adapters.items() if not isinstance(a, Adapter)]:
+            raise ConfigError(
+                f"map: the function must return an Adapter, and for {odd[0]} it returned "
+                f"{adapters[odd[0]]!r:.80}; write lambda adapter: adapter.replace(train, fixed)"
+            )
         return Params(adapters, self.config, self.coverage, awaited=self._awaited)
 
     def only(self, *patterns: str) -> Params:
@@ -193,7 +208,8 @@ class Params(Mapping[str, Adapter]):
                 f"{_some(extra)}; {_HALVES}"
             )
         for name, adapter in self.items():
-            awaited = None if self._awaited is None else self._awaited[name]
+            own = {k: t.shape for k, t in adapter.train.items()} or None
+            awaited = own if self._awaited is None else self._awaited[name]
             _check_joined(name, adapter, train[name], awaited)
         return self.with_adapters({k: a.replace(dict(train[k])) for k, a in self.items()})
 
@@ -216,7 +232,7 @@ class Params(Mapping[str, Adapter]):
         Raises:
             ConfigError: something else than a device and a floating dtype.
         """
-        device, dtype = _destination(where, device, dtype)
+        device, dtype = destination(where, device, dtype)
 
         def move(adapter: Adapter) -> Adapter:
             exact = adapter.method.keep_fp32 | {STRENGTH}
@@ -408,6 +424,8 @@ def strength_value(c: Any) -> float | Tensor:
                 f"a strength is a number or a 0-d floating tensor, got {c.dtype} of shape "
                 f"{list(c.shape)}; {_PER_ADAPTER}"
             )
+        if c.is_meta:
+            raise ConfigError("a strength on the meta device has no value; write a number")
         # The values of other tensors cannot be looked at, or only by waiting for a GPU.
         if not is_made(c) and c.device.type == "cpu" and not torch.compiler.is_compiling():
             _check_finite(float(c.detach()), c)
@@ -479,10 +497,14 @@ def _some(names: set[str] | Any) -> list[str]:
     return sorted(map(str, names))[:3]
 
 
-def _destination(
+def destination(
     where: tuple[Any, ...], device: Any, dtype: Any
 ) -> tuple[torch.device | None, torch.dtype | None]:
-    """The device and dtype that the arguments of ``to`` name."""
+    """The device and dtype that the arguments of ``to`` name.
+
+    Raises:
+        ConfigError: something else than a device and a floating dtype.
+    """
     for given in where:
         if isinstance(given, torch.dtype) and dtype is None:
             dtype = given
@@ -492,14 +514,14 @@ def _destination(
             device = given
         else:
             raise ConfigError(f"to{where!r}: write params.to(device, dtype)")
-    if dtype is not None and dtype not in _STRENGTHS:
+    if dtype is not None and (not isinstance(dtype, torch.dtype) or dtype not in _STRENGTHS):
         raise ConfigError(f"adapters are float16, bfloat16, float32 or float64, got {dtype!r}")
     try:
         if device is not None:
             device = torch.empty(0, device=device).device
         return device, dtype
     # Without CUDA, torch says so by an AssertionError.
-    except (RuntimeError, TypeError, AssertionError) as error:
+    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
         raise ConfigError(f"{device!r:.80} is no device: {error}") from error
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..arguments import check_function, listed
 from ..base.linear_map import LinearMap
 from ..errors import ConfigError
 from ..linalg import inverse_permutation
@@ -127,7 +128,12 @@ class Stack:
 
     def map(self, function: Callable[[Params], Params]) -> Stack:
         """A stack with ``function`` applied to the params of every group."""
+        check_function("map: function", function, "stack.map(fadapt.project)", needed=True)
         groups = [Group(g.index, function(g.params), g.originals) for g in self.groups]
+        if odd := [g.params for g in groups if not isinstance(g.params, Params)]:
+            raise ConfigError(
+                f"map: the function takes and returns Params, and it returned {odd[0]!r:.80}"
+            )
         return Stack(groups, self.per_row, self.size)
 
     def split(self) -> tuple[dict[str, Train], Stack]:
@@ -213,9 +219,9 @@ def stack(params: Sequence[Params]) -> Stack:
         torch.Size([2, 5, 3])
     """
     write = "write fadapt.stack([params, ...])"
-    if isinstance(params, (Params, str, Mapping)) or not isinstance(params, Iterable):
+    if isinstance(params, Params):
         raise ConfigError(f"stack takes a list of Params, got {type(params).__name__}; {write}")
-    members = list(params)
+    members = listed("stack: params", params, write.removeprefix("write "))
     if odd := [p for p in members if not isinstance(p, Params)]:
         raise ConfigError(
             f"stack takes a non-empty list of Params, got one with {odd[0]!r:.80}; {write}"
@@ -326,10 +332,8 @@ def select(stack: Stack, ids: Sequence[int | None] | Tensor) -> Stack:
 
 def _ids(ids: Any) -> list[int | None]:
     write = "write select(stack, [0, 2, None]): an index per row of the batch, None for the base"
-    if isinstance(ids, (str, Mapping)) or not isinstance(ids, Iterable):
-        raise ConfigError(f"select: ids is {ids!r:.80}; {write}")
     found: list[int | None] = []
-    for i in ids:
+    for i in listed("select: ids", ids, write.removeprefix("write ")):
         truth = isinstance(i, bool) or "bool" in str(getattr(i, "dtype", ""))
         try:
             found.append(None if i is None else operator.index(i))

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from ..adapted_map import adapt
+from ..base.checks import check_model
 from ..base.linear_map import DenseMap
 from ..base.weights import Kind
 from ..errors import ConfigError
 from ..method import Method
 from ..site import Site
-from ..targeting import Coverage, LeftOut, coverage_of
+from ..targeting import Coverage, LeftOut, check_fits, coverage_of
 from .adapter import Adapter
 from .params import Params
 from .stack import Stack, unstack
@@ -71,6 +72,8 @@ def summary(params: Params | Stack, model: nn.Module | None = None) -> str:
     notes += _new_biases(params)
     covered = params.coverage
     if model is not None:
+        check_model(model)
+        check_fits(model, [a.site for a in params.at_sites().values()])
         covered = coverage_of(model, params.at_sites(), params.config)
     return "\n".join([*lines, *notes, *(_left_out(covered, total) if covered else ())])
 

@@ -7,6 +7,7 @@ its own name. Nothing is unpickled.
 from __future__ import annotations
 
 import contextlib
+import enum
 import json
 import math
 import os
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..io.hub import HubId
-from ..io.tensors import DTYPES
+from ..io.tensors import DTYPES, as_path
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 DEFAULT = "default"
@@ -40,6 +41,9 @@ def adapters_in(path: PathLike) -> list[str]:
     Args:
         path: of the directory.
 
+    Raises:
+        CheckpointError: no such directory.
+
     Example:
         >>> import tempfile, torch, fadapt
         >>> model = torch.nn.ModuleDict({"q_proj": torch.nn.Linear(8, 8)})
@@ -48,9 +52,12 @@ def adapters_in(path: PathLike) -> list[str]:
         >>> fadapt.peft.adapters_in(folder)
         ['default', 'style']
     """
-    root = Path(path)
-    if not root.is_dir():
-        raise CheckpointError(f"{root} is not a directory")
+    root = Path(as_path(path))
+    try:
+        if not root.is_dir():
+            raise CheckpointError(f"{root} is not a directory")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{str(root)!r} is not a directory: {error}") from error
     found = [DEFAULT] if (root / CONFIG).is_file() else []
     return found + sorted(p.parent.name for p in root.glob(f"*/{CONFIG}"))
 
@@ -115,9 +122,7 @@ def outline_directory(
 
 def _root(path: PathLike, adapter: str | None) -> Path:
     """The folder of one adapter, in which both files are."""
-    if not isinstance(path, (str, os.PathLike)):
-        raise CheckpointError(f"expected a path, got {type(path).__name__}: load_peft(path, model)")
-    root = Path(path)
+    root = Path(as_path(path))
     names = adapters_in(root)
     if adapter is not None:
         check_name(adapter)
@@ -138,6 +143,45 @@ def _root(path: PathLike, adapter: str | None) -> Path:
             )
         raise CheckpointError(f"{root} lacks {WEIGHTS}")
     return root
+
+
+def plain_config(config: Any, where: str) -> dict[str, Any]:
+    """A config as adapter_config.json holds it; PEFT's own objects have sets and enumerations.
+
+    Raises:
+        CheckpointError: something else than a dict of what JSON can hold.
+    """
+    if not isinstance(config, Mapping) or not all(isinstance(k, str) for k in config):
+        raise CheckpointError(
+            f"{where} must be the content of adapter_config.json, a dict, got {config!r:.80}"
+        )
+    return {name: _plain(value, f"{where}: {name}") for name, value in config.items()}
+
+
+def _plain(value: Any, what: str) -> Any:
+    if isinstance(value, enum.Enum):
+        return _plain(value.value, what)
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if isinstance(value, (set, frozenset)):
+        value = sorted(value, key=repr)
+    if isinstance(value, (list, tuple)):
+        return [_plain(item, what) for item in value]
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return {key: _plain(item, what) for key, item in value.items()}
+    raise CheckpointError(
+        f"{what} is {value!r:.80}, which JSON cannot hold: pass the content of adapter_config.json"
+    )
+
+
+def check_mapping(tensors: Any, where: str) -> None:
+    """Refuses what is no {key: tensor}."""
+    named = isinstance(tensors, Mapping) and all(isinstance(k, str) for k in tensors)
+    if not named or not all(isinstance(t, Tensor) for t in tensors.values()):
+        raise CheckpointError(
+            f"{where} must be {{key: tensor}}, as adapter_model.safetensors holds, got "
+            f"{tensors!r:.80}"
+        )
 
 
 PLACES, INTEGERS = (".shira_indices",), (torch.int32, torch.int64)
@@ -235,8 +279,7 @@ def write_directory(
     files stay; the files are first written beside their names, and the old config goes before the
     old tensors do, so that what an interrupted save leaves is refused and never mixed.
     """
-    if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
-        raise CheckpointError(f"{path!r} is not the name of a directory")
+    where = as_path(path)
     files: dict[Path, bytes] = {}
     for name, (config, tensors) in adapters.items():
         check_name(name)
@@ -244,7 +287,10 @@ def write_directory(
         host = {k: t.detach().cpu().contiguous().clone() for k, t in tensors.items()}
         files[folder / WEIGHTS] = tensors_to_bytes(host, {"format": "pt"})
         files[folder / CONFIG] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
-    target = Path(os.path.realpath(path))
+    try:
+        target = Path(os.path.realpath(where))
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        raise CheckpointError(f"could not write {where!r}: {error}") from error
     mark = f".{uuid.uuid4().hex}.tmp"
     temporary = target.parent / f".{target.name[:40]}{mark}"
     try:
@@ -259,8 +305,8 @@ def write_directory(
             (target / folder / CONFIG).unlink(missing_ok=True)
             for name in (WEIGHTS, CONFIG):
                 os.replace(temporary / folder / name, target / folder / name)
-    except OSError as error:
-        raise CheckpointError(f"could not write {os.fspath(path)}: {error}") from error
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        raise CheckpointError(f"could not write {where!r}: {error}") from error
     finally:
         with contextlib.suppress(OSError):
             shutil.rmtree(temporary, ignore_errors=True)

@@ -21,7 +21,14 @@ from ..params.adapter import Adapter
 from ..params.params import Params, trainable_leaves
 from ..site import shared_site
 from .bias import with_bias
-from .files import PathLike, check_tensors, local_directory, read_directory
+from .files import (
+    PathLike,
+    check_mapping,
+    check_tensors,
+    local_directory,
+    plain_config,
+    read_directory,
+)
 from .format import Format, Read, Settings, Shared, Taken, build
 from .formats import format_named
 from .matching import ALL_LINEAR, check_patterns, is_parameter_targeted, is_targeted
@@ -109,8 +116,9 @@ def from_peft_dict(
         >>> fadapt.peft.from_peft_dict(model, config, tensors)["0.weight"].method
         LoRA(r=2, ...)
     """
+    check_mapping(tensors, "tensors")
     check_tensors(tensors, "tensors")
-    return _read(model, dict(config), tensors, None, "config")
+    return _read(model, plain_config(config, "config"), tensors, None, "config")
 
 
 @dataclass
@@ -220,6 +228,8 @@ def _check_config(form: Format, settings: Settings) -> None:
     bias = config.get("bias")
     if not (bias in (None, "none", "all") or (isinstance(bias, str) and bias.endswith("_only"))):
         raise settings.fail(f"bias is {bias!r:.80}, and PEFT knows none, all and <type>_only")
+    if "fan_in_fan_out" in form.fields:  # of no effect here, where the layer itself says it
+        settings.flag("fan_in_fan_out", False)
     for field, reason in form.refused.items():
         if config.get(field):
             raise settings.fail(f"{field} is set, and fadapt cannot hold that: {reason}")

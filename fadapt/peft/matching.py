@@ -10,7 +10,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, ConfigError
+from ..patterns import PROBES, check_speed
 
 ALL_LINEAR = "all-linear"
 LONGEST = 20_000
@@ -104,6 +105,8 @@ def check_patterns(config: Mapping[str, Any], fields: Iterable[str], where: str)
     """Refuses fields of names that are of another type or do not compile."""
     for field in fields:
         value = config.get(field)
+        if isinstance(value, (list, tuple)) and None in value:
+            raise CheckpointError(f"{where}: {field} holds None, not a name")
         texts = list(value) if isinstance(value, (list, tuple, dict)) else [value]
         for text in texts:
             if text is not None and not isinstance(text, str):
@@ -115,9 +118,12 @@ def check_patterns(config: Mapping[str, Any], fields: Iterable[str], where: str)
                 )
             try:
                 re.compile(text or "")
-            except (re.error, RecursionError, OverflowError) as error:
+                check_speed(text or "", "pattern", PROBES)
+                # As the functions above search it.
+                check_speed(rf"(.*\.)?({text})$" if text else "", "pattern", PROBES)
+            except (re.error, RecursionError, OverflowError, ConfigError) as error:
                 raise CheckpointError(
-                    f"{where}: {field}: {text!r} is no pattern: {error}"
+                    f"{where}: {field}: {text!r:.200} is no pattern: {error!s:.400}"
                 ) from None
 
 

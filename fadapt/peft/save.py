@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..arguments import check_flags
 from ..base.bound import refuse_adapted
 from ..base.checks import check_model
 from ..errors import CheckpointError
@@ -99,6 +100,7 @@ def peft_dict(
             "the members of a stack one by one: fadapt.unstack(stack)"
         )
     check_model(model)
+    check_flags(CheckpointError, serving=serving)
     if serving:
         config, tensors = as_served(model, params)
         fields = config_fields(model, format_named("LORA", "serving"))

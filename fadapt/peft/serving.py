@@ -16,15 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..arguments import check_int
 from ..as_lora import as_lora
 from ..base.weights import BaseWeight
 from ..errors import CheckpointError
 from ..methods.lora import LoRA
 from ..params.adapter import Adapter
 from ..params.params import Params
-from .files import is_number
+from .files import check_mapping, is_number, plain_config
 from .format import wide
-from .matching import pattern_value
+from .matching import check_patterns, pattern_value
 from .places import LINEAR, PREFIX, QUANTIZED, Places
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -180,6 +181,10 @@ def served_by(
     Returns:
         {"vLLM": verdict, "SGLang": verdict, "LoRAX": verdict}.
 
+    Raises:
+        CheckpointError: something else than the contents of PEFT's files.
+        ConfigError: ``layers`` is no number of layers.
+
     Example:
         >>> import torch, fadapt
         >>> layers = {name: torch.nn.Linear(8, 8) for name in ("q_proj", "k_proj", "v_proj")}
@@ -192,6 +197,16 @@ def served_by(
         >>> all(fadapt.peft.served_by(*full).values())
         True
     """
+    config = plain_config(config, "config")
+    check_mapping(tensors, "tensors")
+    names = ("target_modules", "modules_to_save", "rank_pattern", "alpha_pattern")
+    check_patterns(config, names, "config")
+    for name in names:
+        kinds = dict if name.endswith("_pattern") else (str, list)
+        if config.get(name) is not None and not isinstance(config[name], kinds):
+            raise CheckpointError(f"config: {name} is {config[name]!r:.80}, and PEFT has none such")
+    if layers is not None:
+        check_int("layers", layers, 1)
     keys = _Keys(config, tensors, layers)
     every = _common(keys)
     return {
@@ -272,7 +287,8 @@ def _vllm(keys: _Keys) -> list[str]:
     for field in ("alora_invocation_tokens", "layer_replication", "use_qalora", "use_bdlora"):
         if config.get(field):
             reasons.append(f"{field} is refused")
-    if extra := set(config.get("modules_to_save") or ()) - {"classifier", "score"}:
+    saved = config.get("modules_to_save") or []
+    if extra := set([saved] if isinstance(saved, str) else saved) - {"classifier", "score"}:
         reasons.append(f"modules_to_save={sorted(extra)} is refused")
     if keys.largest > VLLM_RANKS[-1]:
         reasons.append(f"rank {keys.largest} is above {VLLM_RANKS[-1]}")

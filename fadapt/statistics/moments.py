@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .reduction import Reduction, Rows, State
+from .reduction import Reduction, Rows, State, check_width
 from .spectrum import Spectrum
 from .sums import Sum, SumSq
 
@@ -111,6 +111,10 @@ class PCA(Reduction):
     center: bool = True
 
     leafwise: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_width(self.k)
 
     @property
     def stored(self) -> Reduction:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import CalibrationError
 from ..linalg import top_svd
-from .reduction import Reduction, Rows, State
+from .reduction import Reduction, Rows, State, check_width
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +47,10 @@ class PairedSums(Reduction):
 
     constants: ClassVar[frozenset[str]] = frozenset({"basis"})
     paired: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_width(self.k)
 
     def leaves(self, d: int) -> Mapping[str, tuple[int, ...]]:
         k = d if self.k is None else min(self.k, d)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CalibrationError, ConfigError
+from ..fields import check_fields
 
 
 def statistics_of(wanted: Any) -> Iterator[Statistic]:
@@ -77,6 +78,12 @@ def exact_products(device_type: str) -> Iterator[None]:
         cuda.fp32_precision = before
 
 
+def check_width(k: int | None) -> None:
+    """Refuses a number of directions below 1; None is for all."""
+    if k is not None and k < 1:
+        raise ConfigError(f"k must be an int from 1, got {k}")
+
+
 @dataclass(frozen=True)
 class Reduction:
     """A statistic of rows (n, d). Subclasses define ``leaves``, ``lift`` and ``finalize``."""
@@ -89,6 +96,9 @@ class Reduction:
     """Whether ``combine`` works leaf by leaf, so that torch.distributed can all-reduce it."""
     paired: ClassVar[bool] = False
     """Whether the rows are pairs (z⁺, z⁻) side by side, one from each half of a pair of batches."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def leaves(self, d: int) -> Mapping[str, tuple[int, ...]]:
         """The shapes of the state's leaves beside "n" and "bad"."""
@@ -198,7 +208,10 @@ class Statistic:
     at_least: int = 1
 
     def __post_init__(self) -> None:
-        if self.side not in ("in", "out", "grad"):
-            raise ConfigError(f'side must be "in", "out" or "grad", got {self.side!r}')
+        if not isinstance(self.side, str) or self.side not in ("in", "out", "grad"):
+            raise ConfigError(f'side must be "in", "out" or "grad", got {self.side!r:.80}')
+        check_fields(self)
+        if self.at_least < 1:
+            raise ConfigError(f"at_least must be an int from 1, got {self.at_least}")
         if self.reduction.paired and self.side != "out":
             raise ConfigError(f'{self.reduction} is of outputs; write Statistic(..., side="out")')

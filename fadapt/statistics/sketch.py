@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import CalibrationError
 from .moments import PCA
-from .reduction import Reduction, Rows, State
+from .reduction import Reduction, Rows, State, check_width
 from .spectrum import Spectrum, positive
 
 
@@ -36,6 +36,10 @@ class Sketch(Reduction):
     k: int
     center: bool = True
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_width(self.k)
 
     def leaves(self, d: int) -> Mapping[str, tuple[int, ...]]:
         return {"sum": (d,), "trace": (), "sketch": (d, min(self.k, d))}

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..arguments import is_many
 from ..base.device import to_device
 from ..base.torch_private import pytree
 from ..errors import ConfigError, require
@@ -48,7 +49,6 @@ class Feed:
     ):
         self.batches, self.seeds, self.device = batches, seeds, device
         self.indexed = hasattr(batches, "__getitem__") and hasattr(batches, "__len__")
-        require(order in ("shared", "own"), f"order must be 'shared' or 'own', got {order!r}")
         if order == "own":
             require(
                 self.indexed and not per_adapter,
@@ -172,14 +172,19 @@ def check_batches(batches: Any) -> None:
     """Refuses what is one batch, not many.
 
     Raises:
-        ConfigError: a dict, a tuple, or something that is not iterable.
+        ConfigError: a dict, a tuple, a tensor, or something that is not iterable.
     """
+    if isinstance(batches, Tensor):
+        raise ConfigError(
+            f"batches is a tensor of shape {tuple(batches.shape)}; write [batch] for one batch, or "
+            "list(batches) where its first axis is of batches"
+        )
     if isinstance(batches, (Mapping, tuple)):
         raise ConfigError(
             f"batches is a {type(batches).__name__}, which is one batch; write [batch] for a list "
             "of batches"
         )
-    if not hasattr(batches, "__iter__") and not hasattr(batches, "__getitem__"):
+    if not is_many(batches):
         raise ConfigError(f"batches must be iterable, got {type(batches).__name__}")
 
 

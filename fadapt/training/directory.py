@@ -72,8 +72,10 @@ class Checkpoints:
                 f"{every!r}",
             )
         require(
-            self.resume is True or self.resume is False or self.resume == "anyway",
-            f"resume must be True, False or 'anyway', got {self.resume!r}",
+            self.resume is True
+            or self.resume is False
+            or (isinstance(self.resume, str) and self.resume == "anyway"),
+            f"resume must be True, False or 'anyway', got {self.resume!r:.80}",
         )
 
     @property

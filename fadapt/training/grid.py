@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Iterable
 from typing import Any
 
+from ..arguments import listed
 from ..errors import ConfigError, require
 from ..method import Method
 from .trial import Trial
@@ -55,22 +56,24 @@ def named(trials: Iterable[Trial]) -> dict[str, Trial]:
     Raises:
         ConfigError: no trials, something else than trials, or one name twice.
     """
-    if isinstance(trials, (Trial, Method, str, bytes)) or not isinstance(trials, Iterable):
+    if isinstance(trials, (Trial, Method)):
         raise ConfigError(
             f"sweep: trials must be a list of fadapt.Trial, got {trials!r:.80}; write [Trial(...)]"
         )
-    listed = list(trials)
-    require(bool(listed), "sweep: no trials")
-    if wrong := [t for t in listed if not isinstance(t, Trial)]:
-        raise ConfigError(f"sweep takes fadapt.Trial objects, got {wrong[0]!r}; write Trial(it)")
+    many = listed("sweep: trials", trials, "[fadapt.Trial(...), ...]")
+    require(bool(many), "sweep: no trials")
+    if wrong := [t for t in many if not isinstance(t, Trial)]:
+        raise ConfigError(
+            f"sweep takes fadapt.Trial objects, got {wrong[0]!r:.80}; write Trial(it)"
+        )
     defaults = {
         f.name: f.default
         for f in dataclasses.fields(Trial)
         if f.name not in ("config", "name")
-        and any(getattr(t, f.name) != getattr(listed[0], f.name) for t in listed)
+        and any(getattr(t, f.name) != getattr(many[0], f.name) for t in many)
     }
     result: dict[str, Trial] = {}
-    for trial in listed:
+    for trial in many:
         own = {f: getattr(trial, f) for f in defaults}
         shown = [f for f in own if f == "lr" or own[f] != defaults[f]]
         parts = [trial.label(), *(f"{f}={_short(own[f])}" for f in shown)]

@@ -45,11 +45,12 @@ def param_groups(
     """
     if not isinstance(params, (Params, Stack)):
         raise ConfigError(f"param_groups takes Params or a Stack, got {type(params).__name__}")
-    check_ratios("param_groups: ratios", ratios)
+    check_ratios("param_groups: ratios", {} if ratios is None else ratios)
     require(
         lr is None or (is_number(lr) and lr >= 0),
         f"lr must be a finite number of at least 0, or None for the optimizer's, got {lr!r}",
     )
+    given = dict(ratios or {})
     trees = [g.params for g in params.groups] if isinstance(params, Stack) else [params]
     leaves: dict[float, list[Tensor]] = {}
     names = set()
@@ -57,11 +58,11 @@ def param_groups(
         for adapter in tree.values():
             for name, leaf in adapter.train.items():
                 names.add(name)
-                leaves.setdefault(float(ratios.get(name, 1.0)), []).append(leaf)
-    if unknown := sorted(ratios.keys() - names):
+                leaves.setdefault(float(given.get(name, 1.0)), []).append(leaf)
+    if unknown := sorted(given.keys() - names):
         raise ConfigError(f"ratios names {unknown}, but the trainable leaves are {sorted(names)}")
     leaves.pop(0.0, None)
-    require(bool(leaves), f"ratios={dict(ratios)!r} leaves nothing to train")
+    require(bool(leaves), f"ratios={given!r} leaves nothing to train")
     if lr is None:
         return [_AtRatio(ratio, {**options, "params": p}) for ratio, p in leaves.items()]
     return [{**options, "params": p, "lr": lr * ratio} for ratio, p in leaves.items()]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arguments import check_int
 from ..errors import ConfigError, require
 from ..fields import check_fields
 from ..methods.adalora import AdaLoRA
@@ -112,6 +113,14 @@ class RankBudget:
             ConfigError: no AdaLoRA among ``params``, or leaves without a gradient.
         """
         adapters = _adapters(params)
+        check_int("step", step, 0)
+        if state is not None:
+            _check_state(state, adapters)
+        if grads is not None and not isinstance(grads, Mapping):
+            raise ConfigError(
+                f"grads must be {{site: {{leaf: tensor}}}}, got {grads!r:.80}; write "
+                "torch.func.grad(loss)(fadapt.split(params)[0]), or leave it out after backward"
+            )
         if state is not None and step >= self.settled:
             return state
         return {
@@ -122,6 +131,7 @@ class RankBudget:
 
     def importance(self, state: State) -> dict[str, Tensor]:
         """{site: (r,)}, of every triplet; of a stack of experts (experts, r)."""
+        _check_state(state)
         found = {}
         for name, own in state.items():
             a, b, e = (own[f"{k}.{MEAN}"] * own[f"{k}.{SPREAD}"] for k in LEAVES)
@@ -130,6 +140,9 @@ class RankBudget:
 
     def budget(self, step: int, start: int, target: int) -> int:
         """The number of triplets at a step, of which there are ``start`` at first."""
+        check_int("step", step, 0)
+        check_int("start", start, 0)
+        check_int("target", target, 0)
         if step <= self.tinit:
             return start
         left = 1 - min(1.0, (step - self.tinit) / (self.settled - self.tinit))
@@ -137,6 +150,7 @@ class RankBudget:
 
     def kept(self, state: State, step: int) -> dict[str, Tensor]:
         """{site: which triplets the budget of this step keeps}, as masks like E."""
+        check_int("step", step, 0)
         scores = self.importance(state)
         every = torch.cat([s.flatten() for s in scores.values()])
         sizes = [s.numel() for s in scores.values()]
@@ -156,6 +170,8 @@ class RankBudget:
             ConfigError: no AdaLoRA among ``params``, or leaves that a graph made.
         """
         adapters = _adapters(params)
+        check_int("step", step, 0)
+        _check_state(state, adapters)
         if any(is_made(a.train["E"]) for a in adapters.values()):
             raise ConfigError(
                 "cut writes to the leaves of an optimizer; these were computed from other tensors. "
@@ -195,11 +211,41 @@ def _adapters(params: Any) -> dict[str, Adapter]:
     return found
 
 
+def _check_state(state: Any, adapters: Mapping[str, Adapter] | None = None) -> None:
+    """Refuses what :meth:`RankBudget.update` did not return, or did for other params."""
+    whole = isinstance(state, Mapping) and bool(state)
+    keys = [f"{leaf}.{what}" for leaf in LEAVES for what in (MEAN, SPREAD)]
+    for own in state.values() if whole else ():
+        held = isinstance(own, Mapping) and all(isinstance(own.get(k), Tensor) for k in keys)
+        whole = whole and held
+    if not whole:
+        raise ConfigError(
+            f"state must be what RankBudget.update returned, got {state!r:.80}; write state = "
+            "budget.update(state, params, step), from None at first"
+        )
+    for name, adapter in (adapters or {}).items():
+        for leaf in LEAVES:
+            mine = state[name][f"{leaf}.{MEAN}"].shape if name in state else None
+            if mine != adapter.train[leaf].shape:
+                raise ConfigError(
+                    f"state is of other params: {name}: {leaf} has the shape "
+                    f"{list(adapter.train[leaf].shape)} here and {mine and list(mine)} there; "
+                    "begin with None"
+                )
+    if adapters is not None and (more := sorted(state.keys() - adapters.keys())):
+        raise ConfigError(f"state is of other params: {more[:3]} are not among these; begin anew")
+
+
 def _grad(name: str, adapter: Adapter, leaf: str, grads: Any) -> Tensor:
-    grad = adapter.train[leaf].grad if grads is None else grads[name][leaf]
+    own = adapter.train[leaf]
+    held = None if grads is None else grads.get(name)
+    given = held.get(leaf) if isinstance(held, Mapping) else None
+    grad = own.grad if grads is None else given
     if grad is None:
         raise ConfigError(
             f"{name}: {leaf} has no gradient; call update after backward and before zero_grad, or "
             "pass grads"
         )
+    if not isinstance(grad, Tensor) or grad.shape != own.shape:
+        raise ConfigError(f"{name}: the gradient of {leaf} is {grad!r:.80}, not like the leaf")
     return grad

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from ..arguments import check_flags
 from ..base.sharded import compute_device
 from ..errors import ConfigError, require, require_takes
 from ..fields import LARGEST_INT
@@ -122,24 +123,27 @@ class Settings(SimpleNamespace):
                 (value is None and name != "log_every") or (type(value) is int and value >= 1),
                 f"{name} must be an int of at least 1, got {value!r}",
             )
-        for name in ("per_adapter", "tensorboard", "progress"):
-            value = getattr(self, name)
-            require(
-                isinstance(value, bool) or (value is None and name == "progress"),
-                f"{name} must be True or False, got {value!r}",
-            )
+        check_flags(per_adapter=self.per_adapter, tensorboard=self.tensorboard, verify=self.verify)
+        if self.progress is not None:
+            check_flags(progress=self.progress)
         most = self.max_adapters
         require(
-            most is None or most == "auto" or (type(most) is int and most >= 1),
-            f"max_adapters must be 'auto', None or an int of at least 1, got {most!r}",
+            most is None or (type(most) is int and most >= 1) or _is_word(most, "auto"),
+            f"max_adapters must be 'auto', None or an int of at least 1, got {most!r:.80}",
         )
-        require(isinstance(self.verify, bool), f"verify must be True or False, got {self.verify!r}")
         require(
             isinstance(self.compile, (bool, Mapping)),
             f"compile must be True, False or a dict of options for torch.compile, got "
             f"{self.compile!r}",
         )
-        require(self.goal in ("min", "max"), f"goal must be 'min' or 'max', got {self.goal!r}")
+        require(
+            _is_word(self.goal, "min", "max"),
+            f"goal must be 'min' or 'max', got {self.goal!r:.80}",
+        )
+        require(
+            _is_word(self.order, "shared", "own"),
+            f"order must be 'shared' or 'own', got {self.order!r:.80}",
+        )
         require(
             type(self.seed) is int and -(2**63) <= self.seed < 2**64,
             f"seed must be an int that torch.manual_seed takes, got {self.seed!r}",
@@ -181,6 +185,10 @@ class Settings(SimpleNamespace):
             if isinstance(self.eval, Iterator):
                 self.eval = list(self.eval)
             require(not hasattr(self.eval, "__len__") or len(self.eval) > 0, "eval is empty")
+
+
+def _is_word(value: Any, *words: str) -> bool:
+    return isinstance(value, str) and value in words
 
 
 def device_of(model: nn.Module) -> torch.device:

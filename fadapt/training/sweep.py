@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from ..arguments import check_flags
+from ..base.checks import check_model
 from ..distributed.team import Team
 from ..errors import ConfigError, FadaptWarning
 from ..params.params import Params
@@ -163,6 +165,11 @@ def sweep(
         seed=seed,
         mesh=mesh,
     )
+    check_model(model)
+    if mesh is not None and not hasattr(mesh, "mesh_dim_names"):
+        raise ConfigError(
+            f"mesh must be a torch.distributed.device_mesh.DeviceMesh or None, got {mesh!r:.80}"
+        )
     # A caller that only evaluates otherwise may have turned gradients off.
     with torch.inference_mode(False), torch.enable_grad():
         team = Team(mesh)
@@ -265,6 +272,7 @@ def fit(
         )
         for i, member in enumerate(members)
     ]  # fmt: skip
+    check_flags(return_report=return_report)
     report = sweep(model, trials, batches, **options)
     for result in report.results:
         if result.status == "diverged":

@@ -8,8 +8,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..arguments import check_int
 from ..config import Config, Rules
 from ..errors import ConfigError, require, require_takes
+from ..fields import LARGEST_INT
 from ..method import Method
 from ..params.params import Params
 
@@ -69,6 +71,10 @@ class Trial:
             raise ConfigError(f"Trial: {self.config.__name__} is a class; write an instance of it")
         if not isinstance(self.config, (Method, Mapping, Config)):
             raise ConfigError(f"Trial: config must be a method, rules or Params: {self.config!r}")
+        if isinstance(self.config, Params):
+            self.config.check_whole()
+        elif not isinstance(self.config, Config):
+            Config(self.config)  # which says what is wrong
         for field in ("lr", "weight_decay"):
             value = getattr(self, field)
             require(
@@ -82,8 +88,8 @@ class Trial:
         for field, least in (("warmup", 0), ("accumulate", 1)):
             value = getattr(self, field)
             require(
-                type(value) is int and value >= least,
-                f"Trial: {field} must be an int of at least {least}, got {value!r}",
+                type(value) is int and least <= value <= LARGEST_INT,
+                f"Trial: {field} must be an int of at least {least}, got {value!r:.80}",
             )
         known = isinstance(self.schedule, str) and self.schedule in SCHEDULES
         require(
@@ -123,6 +129,8 @@ class Trial:
 
     def rate(self, update: int, updates: int) -> float:
         """The learning rate of one update (from 0) of so many."""
+        check_int("update", update, 0)
+        check_int("updates", updates, 1)
         if update < self.warmup:
             return self.lr * (update + 1) / self.warmup
         done = (update - self.warmup) / max(updates - self.warmup, 1)
@@ -131,12 +139,12 @@ class Trial:
         factor: Any = self.schedule(done)
         try:
             value = float(factor)
-        except (TypeError, ValueError, RuntimeError):
+        except (TypeError, ValueError, RuntimeError, OverflowError):
             value = math.nan
         require(
             math.isfinite(value) and value >= 0,
-            f"the schedule {_function_name(self.schedule)} returned {factor!r} at {done:.3g}; it "
-            "must return a finite number of at least 0",
+            f"the schedule {_function_name(self.schedule)} returned {factor!r:.80} at {done:.3g}; "
+            "it must return a finite number of at least 0",
         )
         return self.lr * value
 
@@ -146,6 +154,9 @@ class Trial:
 
     def ratio(self, leaf: str | None) -> float:
         """What the leaves of a name multiply the learning rate by."""
+        require(
+            leaf is None or isinstance(leaf, str), f"leaf must be a name or None, got {leaf!r:.80}"
+        )
         return (self.lr_ratio or {}).get(leaf or "", 1.0)
 
     def label(self) -> str:
@@ -199,9 +210,9 @@ class Halving:
 
     def __post_init__(self) -> None:
         fits = (
-            type(self.first) is int and self.first >= 1,
-            is_number(self.factor) and self.factor > 1,
-            type(self.least) is int and self.least >= 1,
+            type(self.first) is int and 1 <= self.first <= LARGEST_INT,
+            is_number(self.factor) and 1 < self.factor <= LARGEST_INT,
+            type(self.least) is int and 1 <= self.least <= LARGEST_INT,
             self.shrink is None or isinstance(self.shrink, bool),
         )
         if not all(fits):
@@ -216,6 +227,8 @@ class Halving:
         Raises:
             ConfigError: a factor so small that not even the first rung stops a trial.
         """
+        check_int("steps", steps, 1)
+        check_int("trials", trials, 1)
         result: dict[int, int] = {}
         step = self.first
         while step < steps and trials > self.least:
@@ -233,8 +246,12 @@ class Halving:
 
 
 def is_number(value: Any) -> bool:
-    """An int or float, neither infinite nor NaN nor a bool."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """An int or float, neither infinite nor NaN nor a bool, that a float can hold."""
+    try:
+        real = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return real and math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def check_ratios(what: str, ratios: Any) -> None:

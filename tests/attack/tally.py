@@ -46,7 +46,9 @@ class Tally:
         """Counts one attempt."""
         self.counts.setdefault(area, Counter())[end] += 1
         if end in (FOREIGN, SILENT):
-            self.bad.append(f"{end}: {area}: {name}: {said[:300]}")
+            self.bad.append(
+                f"{end}: {area}: {name}: {said[:300]}".encode(errors="replace").decode()
+            )
 
     def table(self) -> str:
         """One line for each area, and the sum."""

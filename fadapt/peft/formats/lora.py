@@ -116,7 +116,10 @@ class LoRAFormat(Format):
         return read
 
     def read_bias(self, settings: Settings, place: Place, tensors: Taken) -> Tensor | None:
+        flag = settings.flag("lora_bias", False)
         if "lora_B.bias" not in tensors:
+            if flag and place.layer not in (EMBEDDING, PARAMETER):
+                raise settings.fail(f"lora_bias is true, and {place.key}.lora_B.bias is missing")
             return None
         r = settings.integer_at(place, "r", 8, "rank_pattern")
         alpha = settings.number_at(place, "lora_alpha", 8, "alpha_pattern")
