@@ -143,3 +143,24 @@ def test_a_model_of_inference_mode_has_no_gradient() -> None:
         assert torch.equal(fadapt.apply(model, params, x), model(x))
     with pytest.raises(fadapt.TargetError, match="inference_mode"):
         fadapt.run(model, params, x, mean_square)
+
+
+@pytest.mark.parametrize("most", [None, 1])
+def test_a_loss_that_no_adapter_moves_is_refused(most: int | None) -> None:
+    weight = torch.ones((), requires_grad=True)
+    with pytest.raises(fadapt.ConfigError, match="not by any leaf of an adapter"):
+        sweep(loss_fn=lambda out, _: weight * 2, max_adapters=most)
+
+
+def test_batches_without_an_order_are_refused() -> None:
+    with pytest.raises(fadapt.ConfigError, match="a set, which has no order"):
+        sweep(batches={torch.ones(4, 8), torch.zeros(4, 8)})
+
+
+def test_a_comparison_is_a_loss_to_look_at() -> None:
+    model, x = net(), torch.ones(4, 8)
+    stack = fadapt.stack([fadapt.init(model, fadapt.LoRA(r=2))] * 2)
+    found = fadapt.run(model, stack, x, lambda out, _: (out > -99).all())
+    assert found.tolist() == [True, True]
+    with pytest.raises(fadapt.ConfigError, match="does not depend on any adapter"):
+        sweep(loss_fn=lambda out, _: (out > 0).all())

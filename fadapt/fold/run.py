@@ -146,6 +146,11 @@ def _misfit(model: nn.Module, stack: Stack, batch: Batch, loss_fn: LossFn | None
 _misfits: weakref.WeakKeyDictionary[nn.Module, set[Hashable]] = weakref.WeakKeyDictionary()
 
 
+def _numbers(loss: Tensor) -> Tensor:
+    """A loss that can be compared: a comparison, which run takes for its value, as 0 or 1."""
+    return loss.float() if loss.dtype is torch.bool else loss
+
+
 def difference(
     model: nn.Module,
     stack: Stack,
@@ -165,10 +170,10 @@ def difference(
         except NotApartError:
             _one_by_one.setdefault(model, set()).add(_names(batch))
             return []
-        return [{"loss": loss} for loss in losses]
+        return [{"loss": _numbers(loss)} for loss in losses]
 
     def single(params: Params, part: Any) -> proof.Named:
-        return {"loss": run_one(model, params, part, loss_fn, params)}
+        return {"loss": _numbers(run_one(model, params, part, loss_fn, params))}
 
     kind = ("run", getattr(loss_fn, "__code__", type(loss_fn)), gradients)
     return proof.difference(

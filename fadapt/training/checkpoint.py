@@ -55,11 +55,15 @@ def opened(directory: Path) -> Iterator[TensorFile | None]:
         CheckpointError: a damaged file; also where the block fails over contents that do not fit.
     """
     path = directory / FILE
-    # What a killed process was writing.
-    for half in directory.glob(f".{FILE}.*.tmp"):
-        with contextlib.suppress(OSError):
-            half.unlink()
-    if not path.exists():
+    try:
+        # What a killed process was writing.
+        for half in directory.glob(f".{FILE}.*.tmp"):
+            with contextlib.suppress(OSError):
+                half.unlink()
+        there = path.exists()
+    except OSError as error:
+        raise CheckpointError(f"could not look into {directory}: {error}") from error
+    if not there:
         yield None
         return
     with open_tensors(path) as file:

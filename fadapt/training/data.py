@@ -179,6 +179,8 @@ def check_batches(batches: Any) -> None:
             f"batches is a tensor of shape {tuple(batches.shape)}; write [batch] for one batch, or "
             "list(batches) where its first axis is of batches"
         )
+    if isinstance(batches, (set, frozenset)):
+        raise ConfigError("batches is a set, which has no order; write a list")
     if isinstance(batches, (Mapping, tuple)):
         raise ConfigError(
             f"batches is a {type(batches).__name__}, which is one batch; write [batch] for a list "

@@ -161,9 +161,16 @@ def save_adapters(params: Mapping[str, Params], directory: Path) -> None:
 
 
 def remove_adapters(directory: Path, but: Any = ()) -> None:
-    """Removes what :func:`save_adapters` wrote for another sweep, and nothing else."""
+    """Removes what :func:`save_adapters` wrote for another sweep, and nothing else.
+
+    Raises:
+        CheckpointError: the disk refuses.
+    """
     where = directory / ADAPTERS
-    names = os.listdir(where) if where.is_dir() else []
+    try:
+        names = os.listdir(where) if where.is_dir() else []
+    except OSError as error:
+        raise CheckpointError(f"could not look into {where}: {error}") from error
     for name in names:
         if re.fullmatch(r"\d{3,}-.*\.safetensors", name) and name not in but:
             try:

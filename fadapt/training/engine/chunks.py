@@ -150,9 +150,15 @@ class ChunkRunner:
                     "the loss does not depend on any adapter: loss_fn detaches it, or no adapted "
                     "layer takes part"
                 )
-            grads = iter(
-                torch.autograd.grad(losses, trained, weights.to(losses), allow_unused=True)
+            given_grads = torch.autograd.grad(
+                losses, trained, weights.to(losses), allow_unused=True
             )
+            if all(grad is None for grad in given_grads):
+                raise ConfigError(
+                    "the loss has a gradient, but not by any leaf of an adapter: loss_fn must use "
+                    "the output that it is given, and only losses of that can train the adapters"
+                )
+            grads = iter(given_grads)
             found = [next(grads) if leaf.requires_grad else None for leaf in leaves]
             self.partial = self.accumulates
             self.flat.take_gradients(low, high, found, self.accumulates)
