@@ -16,6 +16,7 @@ import argparse
 import copy
 import dataclasses
 import math
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -26,6 +27,8 @@ from typing import Any
 
 import torch
 from metamath import costs, data, recipes, results
+from metamath.arguments import arguments as command_line
+from metamath.arguments import rates
 from metamath.generate import accuracy, interval
 from metamath.probe import probe
 from metamath.protocol import PROTOCOLS, DataError, Protocol
@@ -38,40 +41,8 @@ WEIGHT_DECAY, CLIP, FULL_RATE = 0.1, 1.0, 1e-3
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    add = parser.add_argument
-    add("--model", help="hub id or directory; the embedded base without it")
-    add("--train", help="hub id, or a JSONL or parquet file, with query and response")
-    add("--eval", help="hub id, file, or directory with train and test, question and answer")
-    add("--kept", help="texts (column text) whose loss tells what is forgotten")
-    add("--protocol", choices=sorted(PROTOCOLS), default="lora-lite")
-    add("--methods", default="all", help="all, or names with commas")
-    add(
-        "--lr", help="rates with commas, or a factor grid such as x0.3,1,3 around each method's own"
-    )
-    add("--seeds", default="0", help="with commas; of the initial values and the order of the data")
-    add("--targets", default="", help="a regex of weights; all linear maps without it")
-    add("--quantize", choices=("none", "4bit", "8bit"), default="none")
-    add("--dtype", default=None, help="of the base; float32 for the embedded one, else bfloat16")
-    add("--r", type=int, default=None, help="rank: 8 for the embedded base, else 32")
-    add("--steps", type=int, default=None, help="150 for the embedded base, else 5000")
-    add("--batch", type=int, default=None, help="12 for the embedded base, else 4")
-    add("--max-length", type=int, default=768, help="tokens of a training row")
-    add("--new-tokens", type=int, default=None, help="of an answer; 300, or 64 when embedded")
-    add("--train-rows", type=int, default=4000, help="of the embedded data")
-    add("--test-rows", type=int, default=None, help="the first of the test set; 200 when embedded")
-    add(
-        "--eval-every", type=int, default=None, help="steps; a twentieth of all, or at the end only"
-    )
-    add("--halving", type=int, default=None, metavar="RUNG", help="at these steps, the best third")
-    add("--one-by-one", action="store_true", help="one adapter to a pass, to compare with")
-    add("--max-adapters", type=int, default=None, help="the most adapters in one pass")
-    add("--compile", action="store_true")
-    add("--no-full", action="store_true", help="leave out the full fine-tuning")
-    add("--probe", action="store_true", help="a few steps of each method instead")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--out", type=Path, default=Path("out/metamath_gsm8k"))
-    return parser.parse_args(argv)
+    """The parsed command line."""
+    return command_line(argv, (__doc__ or "").split("\n")[0])
 
 
 def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
@@ -82,6 +53,8 @@ def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    if "LOCAL_RANK" in os.environ and args.device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # a GPU for each process of torchrun
     source = args.model or str(HERE / "tiny_base")
     dtype = getattr(torch, args.dtype or ("bfloat16" if args.model else "float32"))
     options: dict[str, Any] = {"dtype": dtype}
@@ -96,11 +69,22 @@ def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         model = AutoModelForCausalLM.from_pretrained(source, **options)
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot load {source}: {str(error).strip().splitlines()[0]}") from error
+    except (OSError, ValueError, ImportError) as error:
+        raise DataError(f"cannot load {source}: {_one_line(error)}") from error
     if args.quantize == "none":
         model = model.to(args.device)
+    if args.quantize == "4bit" and args.device == "cpu":
+        for name, module in model.named_modules():
+            if type(module).__name__ == "Linear4bit" and module.in_features % 64:
+                raise DataError(
+                    f"on a CPU bitsandbytes takes the inputs of 4-bit weights in blocks of 64, and "
+                    f"{name} has {module.in_features}; write --quantize 8bit"
+                )
     return model.eval().requires_grad_(False), tokenizer
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 class PerTrial:
@@ -127,15 +111,6 @@ class PerTrial:
         joint = one.protocol.collate(rows, one.pad)
         index = torch.tensor([order.index(s) for s in self.seeds])
         return {k: v.unflatten(0, (len(order), -1))[index] for k, v in joint.items()}
-
-
-def rates(spec: str | None, own: float) -> list[float]:
-    """The learning rates of a method: its own, a list, or factors of its own."""
-    if spec is None:
-        return [own]
-    relative = spec.startswith("x")
-    values = [float(v) for v in spec.removeprefix("x").split(",")]
-    return [own * v for v in values] if relative else values
 
 
 def train_full(model: Any, batches: data.Batches, protocol: Protocol, lr: float) -> Any:
@@ -229,7 +204,6 @@ class Bench:
             rows,
             self.tokenizer,
             self.protocol,
-            limit=self.args.max_length,
             new_tokens=self.args.new_tokens,
         )
 
@@ -244,24 +218,31 @@ class Bench:
 def prepare(args: argparse.Namespace) -> Bench:
     """Reads everything that the arguments name."""
     embedded = args.model is None
+    if embedded and (args.train or args.eval):
+        raise DataError("--train and --eval need --model as well")
+    if not embedded and not (args.train and args.eval):
+        raise DataError("--model needs --train and --eval as well")
     args.r = args.r or (8 if embedded else 32)
     args.steps = args.steps or (150 if embedded else 5000)
     args.batch = args.batch or (12 if embedded else 4)
     args.new_tokens = args.new_tokens or (64 if embedded else None)
     args.test_rows = args.test_rows or (200 if embedded else None)
     args.eval_every = args.eval_every or (args.steps if embedded else max(args.steps // 20, 1))
-    seeds = [int(s) for s in args.seeds.split(",")]
+    seeds = args.seeds
+    if args.halving and args.halving > args.steps:
+        raise DataError(f"--halving {args.halving} is after the last of --steps {args.steps}")
 
     protocol = PROTOCOLS[args.protocol]()
     model, tokenizer = load_model(args)
     tokenizer = protocol.prepare(tokenizer)
     if embedded:
         found = data.embedded(protocol, args.train_rows, args.test_rows, seeds[0])
-    elif args.train and args.eval:
-        found = data.load(args.train, args.eval, args.kept, protocol, seeds[0])
     else:
-        raise DataError("--model needs --train and --eval as well")
+        found = data.load(args.train, args.eval, args.kept, protocol, seeds[0])
     found.test = found.test[: args.test_rows]
+    positions = getattr(model.config, "max_position_embeddings", None)
+    limits = args.max_length, args.new_tokens, positions
+    data.check_lengths(protocol, found, tokenizer, *limits)
     batches = {
         seed: data.training_batches(
             protocol,
@@ -479,6 +460,8 @@ def run(argv: Sequence[str] | None = None) -> None:
     begin = time.perf_counter()
     report = train(bench)
     seconds = time.perf_counter() - begin
+    if int(os.environ.get("RANK", "0")):
+        return  # the first process has all trials' weights, and writes
     print(f"{len(bench.keys)} trials of {args.steps} steps: {seconds:.0f} s", flush=True)
     rows, scores = tabulate(bench, report, seconds)
     table = results.markdown(rows)
@@ -505,8 +488,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The exit code; what is wrong with the arguments or the data is one line."""
     try:
         run(argv)
-    except (DataError, fadapt.FadaptError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (DataError, fadapt.FadaptError, OSError) as error:
+        print(f"error: {_one_line(error)}", file=sys.stderr)
         return 2
     return 0
 

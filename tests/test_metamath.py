@@ -260,24 +260,115 @@ def test_every_method_is_alive(tmp_path, capsys):
     assert [line.split()[0] for line in lines] == list(recipes.recipes(8))
 
 
+BAD_FILES = {
+    "empty.jsonl": "",
+    "blank.jsonl": "\n\n",
+    "broken.jsonl": '{"query": "a", "resp\n',
+    "partial.jsonl": '{"query": "a", "response": "b"}\n{"query": "a"}\n',
+    "numbers.jsonl": '{"query": 1, "response": 2}\n',
+    "rows.csv": "query,response\na,b\n",
+    "words.jsonl": '{"question": "a", "answer": "many"}\n' * 60,
+    "few.jsonl": '{"question": "a", "answer": "#### 1"}\n' * 20,
+    "broken.parquet": "hello",
+    "nothing/notes.txt": "no data",
+    "twice/train.jsonl": "{}\n",
+    "twice/train.parquet": "hello",
+}
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
         ({"methods": "LoRA,Nonsense"}, "unknown methods"),
+        ({"methods": ","}, "--methods: ',' names none"),
         ({"model": "no/where"}, "cannot load"),
+        ({"model": "nothing"}, "cannot load"),
+        ({"model": "endless"}, "no eos token"),
         ({"train": "missing.jsonl"}, "does not exist"),
         ({"train": "test.parquet"}, "lacks the column 'query'"),
         ({"train": "empty.jsonl"}, "is empty"),
-        ({"max-length": "3"}, "rows are usable within --max-length 3"),
-        ({"model": "endless"}, "no eos token"),
+        ({"train": "blank.jsonl"}, "is empty"),
+        ({"train": "broken.jsonl"}, "ArrowInvalid: JSON parse error"),
+        ({"train": "broken.parquet"}, "ArrowInvalid: Parquet file size is 5 bytes"),
+        ({"train": "partial.jsonl"}, "row 1 has no text in 'response', but None"),
+        ({"train": "numbers.jsonl"}, "row 0 has no text in 'query', but 1"),
+        ({"train": "rows.csv"}, "is none of .jsonl, .json, .parquet"),
+        ({"train": "nothing"}, "no JSONL or parquet file called train"),
+        ({"train": "twice"}, "has train twice: ['train.jsonl', 'train.parquet']"),
+        ({"eval": "nothing"}, "no JSONL or parquet file called test"),
+        ({"eval": "words.jsonl"}, "no number in the answer 'many'"),
+        ({"eval": "few.jsonl"}, "too few to validate"),
+        ({"kept": "train.jsonl"}, "lacks the column 'text'"),
+        ({"max-length": "3"}, "tokens, more than --max-length 3"),
+        ({"max-length": "3", "protocol": "peft"}, "tokens, more than --max-length 3"),
+        ({"new-tokens": "99999"}, "positions; lower --new-tokens"),
+        ({"batch": "1000"}, "rows are usable within --max-length 768, fewer than --batch"),
+        ({"lr": "0"}, "--lr: 0.0 in '0' is no finite rate above 0"),
+        ({"lr": "nan"}, "--lr: nan in 'nan' is no finite rate above 0"),
+        ({"lr": "x1,0"}, "--lr: 0.0 in 'x1,0' is no finite rate above 0"),
+        ({"lr": "fast"}, "--lr: 'fast' in 'fast' is no number"),
+        ({"lr": ""}, "--lr: '' in '' is no number"),
+        ({"lr": "1e-3,1e-3"}, "names a rate twice"),
+        ({"seeds": ""}, "--seeds: '' in '' is no whole number"),
+        ({"seeds": "a"}, "--seeds: 'a' in 'a' is no whole number"),
+        ({"seeds": "0,0"}, "names a seed twice"),
+        ({"targets": "nonsense"}, "rule 'nonsense' matches no weight"),
+        ({"targets": "("}, "is not a regular expression"),
+        ({"quantize": "3bit"}, "invalid choice: '3bit'"),
+        ({"dtype": "int8"}, "invalid choice: 'int8'"),
+        ({"device": "nowhere"}, "no device 'nowhere' here"),
+        ({"r": "0"}, "--r: '0' is no whole number of at least 1"),
+        ({"steps": "0"}, "--steps: '0' is no whole number of at least 1"),
+        ({"steps": "2.5"}, "--steps: '2.5' is no whole number of at least 1"),
+        ({"halving": "5"}, "--halving 5 is after the last of --steps 4"),
+        ({"nonsense": "5"}, "unrecognized arguments: --nonsense 5"),
     ],
 )
 def test_bad_input_is_one_clear_line(local, tmp_path, changed, message, capsys):
-    (local / "empty.jsonl").write_text("")
-    changed = {k: str(local / v) if (local / v).exists() else v for k, v in changed.items()}
-    assert run(*of(local, **changed), out=tmp_path) == 2
+    for name, text in BAD_FILES.items():
+        (local / name).parent.mkdir(exist_ok=True)
+        (local / name).write_text(text)
+    changed = {k: str(local / v) if (local / v).exists() and v else v for k, v in changed.items()}
+    assert metamath_gsm8k.main(of(local, out=str(tmp_path), **{"device": "cpu", **changed})) == 2
     (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error:")]
     assert message in line
+    assert not list(tmp_path.iterdir())  # nothing is left that looks like a result
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("--model", "here"), "--model needs --train and --eval"),
+        (("--train", "here"), "--train and --eval need --model"),
+    ],
+)
+def test_a_model_and_its_data_go_together(tmp_path, given, message, capsys):
+    assert run(*given, out=tmp_path) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_quantized_bases_need_bitsandbytes(local, tmp_path, monkeypatch, capsys):
+    import transformers.quantizers.quantizer_bnb_4bit as quantizer
+
+    monkeypatch.setattr(quantizer, "is_bitsandbytes_available", lambda: False)
+    assert run(*of(local, quantize="4bit"), out=tmp_path) == 2
+    assert "requires bitsandbytes" in capsys.readouterr().err
+
+
+def test_split_files_are_read_whole(local, tmp_path):
+    import datasets
+
+    rows = gsm8k_rows(stories(60, 0, test=True))
+    for i in range(2):
+        part = datasets.Dataset.from_list(rows[30 * i : 30 * (i + 1)])
+        part.to_parquet(tmp_path / f"test-0000{i}-of-00002.parquet")
+    assert data.read(str(tmp_path), "test") == rows
+
+
+def test_an_output_that_is_no_directory(local, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert run(*of(local), out=tmp_path / "file") == 2
+    assert "error:" in capsys.readouterr().err
 
 
 def test_too_few_rows_to_validate():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,57 +56,129 @@ def load(train: str, evaluation: str, kept: str | None, protocol: Protocol, seed
     """Datasets by hub id, file (JSON lines or parquet) or directory of files by split.
 
     Raises:
-        DataError: an empty split, a missing column, nothing at that place.
+        DataError: an empty split, a missing column, a row without text or a number for an answer,
+            nothing at that place.
     """
-    from datasets import load_dataset  # type: ignore[import-untyped]
-
-    def read(source: str, split: str, config: str | None = None) -> list[Row] | None:
-        path = Path(source)
-        try:
-            if path.is_dir():
-                files = [p for p in sorted(path.iterdir()) if p.stem.startswith(split)]
-                if not files:
-                    return None
-                return list(_file(files[0]))
-            if path.suffix in (".jsonl", ".json", ".parquet"):
-                return list(_file(path)) if split != "train" or source == train else None
-            return list(load_dataset(source, config, split=split))
-        except DataError:
-            raise
-        except Exception as error:
-            first = str(error).strip().splitlines()[0] if str(error).strip() else ""
-            raise DataError(f"cannot read {source}: {type(error).__name__}: {first}") from error
-
-    def _file(path: Path) -> Any:
-        if not path.is_file():
-            raise DataError(f"{path} does not exist")
-        if not path.stat().st_size:
-            raise DataError(f"{path} is empty")
-        kind = "parquet" if path.suffix == ".parquet" else "json"
-        return load_dataset(kind, data_files=str(path), split="train")
-
-    rows = read(train, "train")
-    tests = read(evaluation, "test", "main")
-    pool = read(evaluation, "train", "main")
-    for where, found, columns in (
-        (train, rows, ("query", "response")),
-        (evaluation, tests, ("question", "answer")),
-    ):
-        if not found:
-            raise DataError(f"{where} has no rows")
-        if missing := [c for c in columns if c not in found[0]]:
-            raise DataError(
-                f"{where} lacks the column {missing[0]!r}; it has {sorted(found[0])}, and "
-                f"{list(columns)} are needed"
-            )
-    assert rows is not None
-    assert tests is not None
+    rows = _checked(read(train, "train"), ("query", "response"), train)
+    tests = _checked(read(evaluation, "test", "main"), ("question", "answer"), evaluation)
+    one = Path(evaluation).is_file()
+    pool = None if one else read(evaluation, "train", "main", optional=True)
     if pool is None:
         valid, tests = split_evaluation(tests, protocol, seed, evaluation)
     else:
+        pool = _checked(pool, ("question", "answer"), f"{evaluation} (train)")
         valid = [pool[i] for i in protocol.validation(len(pool), seed)]
-    texts = [str(r["text"]) for r in read(kept, "train") or []] if kept else []
-    return Data(rows, valid, tests, texts[:100])
+    for row in (*valid, *tests):
+        if protocol.parse(row["answer"]) is None:
+            raise DataError(f"{evaluation}: no number in the answer {row['answer']!r:.120}")
+    texts = _checked(read(kept, "train"), ("text",), kept)[:100] if kept else []
+    return Data(rows, valid, tests, [row["text"] for row in texts])
+
+
+SUFFIXES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+
+
+def read(
+    source: str, split: str, config: str | None = None, *, optional: bool = False
+) -> list[Row] | None:
+    """The rows of a split.
+
+    Args:
+        source: a hub id, a directory of files whose names begin with the split, or a file, which
+            has one split only.
+        optional: whether a directory may be without it; None is returned then.
+
+    Raises:
+        DataError: what is wrong with it.
+    """
+    from datasets import load_dataset  # type: ignore[import-untyped]
+    from datasets.exceptions import DatasetGenerationError  # type: ignore[import-untyped]
+
+    path = Path(source)
+    files = [path]
+    if path.is_dir():
+        of_split = re.compile(rf"{split}([-_.].*)?")
+        files = [
+            p for p in sorted(path.iterdir()) if p.suffix in SUFFIXES and of_split.fullmatch(p.stem)
+        ]
+        if not files and optional:
+            return None
+        if not files:
+            raise DataError(f"{source} has no JSONL or parquet file called {split}")
+        if len({p.suffix for p in files}) > 1:
+            raise DataError(f"{source} has {split} twice: {[p.name for p in files]}")
+    elif path.is_file() and path.suffix not in SUFFIXES:
+        raise DataError(f"{source} is none of {', '.join(SUFFIXES)}")
+    elif path.suffix in SUFFIXES and not path.is_file():
+        raise DataError(f"{source} does not exist")
+    try:
+        if not path.exists():
+            return list(load_dataset(source, config, split=split))
+        if not any(p.stat().st_size for p in files):
+            return []
+        kind = SUFFIXES[files[0].suffix]
+        return list(load_dataset(kind, data_files=list(map(str, files)), split="train"))
+    except Exception as error:
+        # That of datasets says only that there was one.
+        cause = error.__cause__ if isinstance(error, DatasetGenerationError) else None
+        why = cause or error
+        text = " ".join(str(why).split())
+        if "corresponds to no data" in text:
+            return []
+        raise DataError(f"cannot read {source}: {type(why).__name__}: {text:.300}") from error
+
+
+def _checked(rows: list[Row] | None, columns: Sequence[str], where: str) -> list[Row]:
+    """The rows, each of which has text in these columns."""
+    if not rows:
+        raise DataError(f"{where} is empty: it has no rows")
+    if missing := [c for c in columns if c not in rows[0]]:
+        raise DataError(
+            f"{where} lacks the column {missing[0]!r}; it has {sorted(rows[0])}, and "
+            f"{list(columns)} are needed"
+        )
+    for i, row in enumerate(rows):
+        for column in columns:
+            if not isinstance(row[column], str) or not row[column].strip():
+                raise DataError(
+                    f"{where}: row {i} has no text in {column!r}, but {row[column]!r:.80}"
+                )
+    return rows
+
+
+def check_lengths(
+    protocol: Protocol,
+    data: Data,
+    tokenizer: Any,
+    limit: int,
+    new_tokens: int | None,
+    positions: int | None,
+) -> None:
+    """Refuses questions that would have to be cut, or answered beyond what the model knows.
+
+    Args:
+        limit: tokens of a prompt.
+        new_tokens: of an answer; None takes the protocol's.
+        positions: that the model has; None where it does not say.
+    """
+    for name, rows in (("validation", data.valid), ("test", data.test)):
+        prompts = tokenizer([protocol.prompt(r["question"]) for r in rows])["input_ids"]
+        lengths = list(map(len, prompts))
+        longest = max(lengths)
+        row = lengths.index(longest)
+        if longest > limit:
+            raise DataError(
+                f"the prompt of {name} row {row} has {longest} tokens, more than --max-length "
+                f"{limit}: {rows[row]['question']!r:.80}"
+            )
+        whole = longest + (new_tokens or protocol.max_new_tokens)
+        if protocol.max_total_tokens:
+            whole = min(whole, max(protocol.max_total_tokens, longest + 1))
+        if positions is not None and whole > positions:
+            raise DataError(
+                f"the prompt of {name} row {row} and its answer take up to {whole} tokens, and the "
+                f"model has {positions} positions; lower --new-tokens"
+            )
 
 
 def split_evaluation(

@@ -23,7 +23,6 @@ def accuracy(
     protocol: Protocol,
     *,
     batch: int = 50,
-    limit: int = 768,
     new_tokens: int | None = None,
 ) -> Tensor:
     """The share of right answers, (n,) for a stack of n adapters or a scalar without one.
@@ -31,7 +30,6 @@ def accuracy(
     Args:
         stack: a stack, or None for the base.
         batch: prompts at once; n times as many rows go through the model.
-        limit: tokens of a prompt, from which it is cut.
         new_tokens: the most to generate; None takes the protocol's.
     """
     device = next(model.parameters()).device
@@ -44,8 +42,6 @@ def accuracy(
             [protocol.prompt(r["question"]) for r in part],
             return_tensors="pt",
             padding=True,
-            truncation=True,
-            max_length=limit,
         )
         asked = {k: inputs[k].to(device) for k in ("input_ids", "attention_mask")}
         length = asked["input_ids"].shape[1]
