@@ -157,8 +157,17 @@ class Bench:
 
     @property
     def calib(self) -> list[dict[str, Tensor]]:
-        """The batches that calibrated methods start from: one shared pass over them."""
+        """The batches that calibrated methods start from."""
         return [self.first[i] for i in range(min(16, len(self.first)))]
+
+    @cached_property
+    def stats(self) -> fadapt.Stats | None:
+        """What calibrated methods start from, of all of them and all seeds in one pass."""
+        calibrated = [n for n, (m, _) in self.methods.items() if m.statistic is not None]
+        if not calibrated:
+            return None
+        configs = [self.configs[name] for name in calibrated]
+        return fadapt.observe(self.model, configs, self.calib, loss_fn=self.protocol.loss)
 
     @cached_property
     def configs(self) -> dict[str, fadapt.Config]:
@@ -282,7 +291,7 @@ def train(bench: Bench) -> fadapt.Report:
         },
         eval_every=args.eval_every,
         goal="max",
-        calib=bench.calib,
+        calib=bench.stats,
         halving=fadapt.Halving(every=args.halving, factor=3) if args.halving else None,
         max_adapters=1 if args.one_by_one else args.max_adapters or "auto",
         compile=args.compile,

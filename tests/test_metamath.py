@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -221,6 +223,77 @@ def of(folder: Path, **changed: str) -> list[str]:
         **changed,
     }
     return [a for k, v in options.items() for a in (f"--{k}", str(v))]
+
+
+def losses_of(out: Path) -> dict[str, list[float]]:
+    """The losses of every trial that was tested, in PEFT's result files."""
+    files = sorted((out / "results").glob("*.json"))
+    runs = [json.loads(f.read_text())["train_info"]["metrics"] for f in files]
+    return {f.name: [m["train loss"] for m in run] for f, run in zip(files, runs, strict=True)}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(local, tmp_path_factory) -> dict[str, list[float]]:
+    """The losses of the run that the next tests disturb."""
+    out = tmp_path_factory.mktemp("undisturbed")
+    assert run(*of(local), out=out) == 0
+    return losses_of(out)
+
+
+SCRIPT = [str(EXAMPLES / "metamath_gsm8k.py"), "--device", "cpu"]
+
+
+def test_under_torchrun_the_table_is_the_same(local, tmp_path, undisturbed):
+    """With torchrun's own parser in front, which takes --r for one of its options."""
+    given = [a.replace("--r", "--rank") if a == "--r" else a for a in of(local)]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [*launcher, "--nproc-per-node", "2", *SCRIPT, *given, "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("| method |") == 1
+    assert losses_of(tmp_path) == undisturbed
+
+
+def test_a_killed_run_goes_on(local, tmp_path, undisturbed):
+    command = [sys.executable, *SCRIPT, *of(local), "--out", str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "sweep" / "checkpoint.safetensors").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "table.json").exists()
+    assert run(*of(local), out=tmp_path) == 0
+    assert losses_of(tmp_path) == undisturbed
+
+
+def test_one_by_one_is_the_same_within_rounding(local, tmp_path, undisturbed):
+    assert run(*of(local), "--one-by-one", out=tmp_path) == 0
+    found = losses_of(tmp_path)
+    assert found.keys() == undisturbed.keys()
+    for name, values in found.items():
+        assert values == pytest.approx(undisturbed[name], rel=1e-4), name
+
+
+def test_other_settings_in_the_same_place_are_refused(local, tmp_path, capsys):
+    assert run(*of(local), out=tmp_path) == 0
+    assert run(*of(local, lr="1e-3,2e-2"), out=tmp_path) == 2
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error:")]
+    assert str(tmp_path) in line
+
+
+def test_calibrated_methods_of_all_seeds_share_one_pass(monkeypatch, tmp_path):
+    options = ["--batch", "2", "--steps", "2", "--methods", "EVA,LoRAGA,LoRA", "--seeds", "0,1"]
+    given = [*options, "--device", "cpu", "--out", str(tmp_path)]
+    bench = metamath_gsm8k.prepare(metamath_gsm8k.arguments(given))
+    starts = []
+    monkeypatch.setattr(fadapt, "sweep", lambda *a, calib, **k: starts.append(calib))
+    metamath_gsm8k.train(bench)
+    metamath_gsm8k.train(bench)
+    assert isinstance(starts[0], fadapt.Stats)
+    assert starts[0] is starts[1]
+    for name in ("EVA", "LoRAGA"):
+        fadapt.init(bench.model, bench.configs[name], starts[0])
 
 
 @pytest.mark.parametrize("protocol", ["peft", "lora-lite"])

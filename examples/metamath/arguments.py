@@ -114,7 +114,7 @@ def arguments(argv: Sequence[str] | None, description: str) -> argparse.Namespac
         choices=("bfloat16", "float16", "float32"),
         help="of the base; float32 for the embedded one, else bfloat16",
     )
-    add("--r", type=count, help="rank: 8 for the embedded base, else 32")
+    add("--rank", "--r", dest="r", type=count, help="8 for the embedded base, else 32")
     add("--steps", type=count, help="150 for the embedded base, else 5000")
     add("--batch", type=count, help="12 for the embedded base, else 4")
     add("--max-length", type=count, default=768, help="tokens of a training row, or of a prompt")

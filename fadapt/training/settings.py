@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from ..arguments import check_flags
 from ..base.sharded import compute_device
+from ..calibration.stats import Stats
 from ..errors import ConfigError, require, require_takes
 from ..fields import LARGEST_INT
 from ..run import LossFn
@@ -37,7 +38,7 @@ class Options(TypedDict, total=False):
     loss_fn: LossFn | None
     per_adapter: bool
     order: Order
-    calib: Iterable[Any] | None
+    calib: Stats | Iterable[Any] | None
     optimizer: Callable[..., Optimizer]
     eval_every: int | None
     goal: Goal

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..base.weights import weights_by_name
+from ..calibration.stats import Stats
 from ..config import Config
 from ..errors import ConfigError, require
 from ..fold.losses import LossFn
@@ -20,7 +21,7 @@ from .trial import Trial
 def initial(
     model: nn.Module,
     trials: Mapping[str, Trial],
-    calib: Iterable[Any] | None,
+    calib: Stats | Iterable[Any] | None,
     loss_fn: LossFn | None = None,
 ) -> list[Params]:
     """The adapters that the trials begin with. Trials of one config and seed share an init.

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from ..arguments import check_flags
 from ..base.checks import check_model
+from ..calibration.stats import Stats
 from ..distributed.team import Team
 from ..errors import ConfigError, FadaptWarning
 from ..params.params import Params
@@ -44,7 +45,7 @@ def sweep(
     loss_fn: LossFn | None = None,
     per_adapter: bool = False,
     order: Order = "shared",
-    calib: Iterable[Any] | None = None,
+    calib: Stats | Iterable[Any] | None = None,
     optimizer: Callable[..., Optimizer] = torch.optim.AdamW,
     eval_every: int | None = None,
     goal: Goal = "min",
