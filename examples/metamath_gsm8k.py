@@ -308,14 +308,18 @@ def tabulate(bench: Bench, report: fadapt.Report, seconds: float) -> tuple[list[
     """The rows of the table, best first, and {method: {rate: validation accuracies}}.
 
     Each method's rate is the one with the best mean validation accuracy; only its trials are
-    tested, with their last weights.
+    tested, with their last weights. One of which a seed diverged is not chosen; where all are so,
+    the one that is tested answers nothing.
     """
     args, model, found = bench.args, bench.model, bench.data
     by_name = {r.name: r for r in report.results}
     names = [t.name or "" for t in bench.trials]
     scores: dict[str, dict[float, list[float]]] = {}
     for name, (method, lr, _) in zip(names, bench.keys, strict=True):
-        scores.setdefault(method, {}).setdefault(lr, []).append(by_name[name].score)
+        result = by_name[name]
+        # Its score is the best before that.
+        score = math.nan if result.status == "diverged" else result.score
+        scores.setdefault(method, {}).setdefault(lr, []).append(score)
     best = {m: max(by_rate, key=lambda lr: mean(by_rate[lr])) for m, by_rate in scores.items()}
     tested = [i for i, (m, lr, _) in enumerate(bench.keys) if best[m] == lr]
 
@@ -328,6 +332,10 @@ def tabulate(bench: Bench, report: fadapt.Report, seconds: float) -> tuple[list[
         lost |= dict(zip(part, bench.forgotten(model, stack).tolist(), strict=True))
     known = float(bench.forgotten(model))
     count = len(found.test)
+    for i in tested:
+        if by_name[names[i]].status == "diverged":  # whose weights are those of some step before
+            print(f"{names[i]} diverged, as did each rate of this method", flush=True)
+            right[i], lost[i] = 0.0, math.nan
 
     def row(method: str, value: float, answers: int, **more: Any) -> dict[str, Any]:
         return {"method": method, "accuracy": value, "interval": interval(value, answers), **more}
@@ -381,8 +389,10 @@ def peft_file(
     args, (method, lr, seed) = bench.args, bench.keys[index]
     name = bench.trials[index].name or ""
     column = report.names.index(name)
-    losses = {s: float(v[column]) for s, v in report.losses.items()}
-    last = mean(list(losses.values())[-10:])
+    result = next(r for r in report.results if r.name == name)
+    diverged = result.status == "diverged"
+    losses = {s: float(v[column]) for s, v in report.losses.items() if math.isfinite(v[column])}
+    last = mean(list(losses.values())[-10:]) if losses else math.nan
     share, tokens = seconds / len(bench.keys), bench.first.tokens()
     metrics: list[dict[str, Any]] = [
         {
@@ -398,6 +408,7 @@ def peft_file(
             "elapsed time": seconds * step / args.steps,
         }
         for step, by_metric in sorted(report.scores.items())
+        if math.isfinite(by_metric["valid accuracy"][column])
     ]
     metrics.append(
         {
@@ -451,6 +462,8 @@ def peft_file(
             "seeds": sorted(bench.batches),
             "times": "an equal share of the sweep's",
         },
+        status="failed" if diverged else "success",
+        error=f"diverged: {result.reason}" if diverged else "",
     )
 
 

@@ -275,6 +275,22 @@ def test_one_by_one_is_the_same_within_rounding(local, tmp_path, undisturbed):
         assert values == pytest.approx(undisturbed[name], rel=1e-4), name
 
 
+def test_a_method_that_diverges_is_in_the_table(local, tmp_path, capsys):
+    assert run(*of(local, lr="1e38", seeds="0", methods="LoRA"), out=tmp_path) == 0
+    assert "LoRA-lr1e+38-seed0 diverged" in capsys.readouterr().out
+    table = json.loads((tmp_path / "table.json").read_text(), parse_constant=pytest.fail)
+    (row,) = [r for r in table["rows"] if r["method"] == "LoRA"]
+    assert (row["accuracy"], row["valid"], row["forgetting"]) == (0, None, None)
+    assert table["validation"] == {"LoRA": {"1e+38": [None]}}
+    (file,) = (tmp_path / "results").glob("*.json")
+    result = json.loads(file.read_text())
+    assert result["train_info"]["status"] == "failed"
+    assert result["run_info"]["error_msg"].startswith("diverged: ")
+    assert results.check_schema(result) == []
+    result["train_info"]["status"] = "success"
+    assert "train_info.metrics.0.valid accuracy is missing" in results.check_schema(result)
+
+
 def test_other_settings_in_the_same_place_are_refused(local, tmp_path, capsys):
     assert run(*of(local), out=tmp_path) == 0
     assert run(*of(local, lr="1e-3,2e-2"), out=tmp_path) == 2

@@ -44,7 +44,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def _cell(key: str, value: Any) -> str:
-    if value is None or (isinstance(value, float) and math.isnan(value)):
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return "-"
     if key in ("accuracy", "valid"):
         return f"{100 * value:.1f}"
@@ -128,7 +128,11 @@ def peft_result(
 
 
 def check_schema(result: dict[str, Any]) -> list[str]:
-    """What a result lacks or has of another type, compared with PEFT's own files."""
+    """What a result lacks or has of another type, compared with PEFT's own files.
+
+    A run that failed may end before its first evaluation, and PEFT's tables skip it.
+    """
+    failed = result.get("train_info", {}).get("status") != "success"
     kinds = {
         "str": str,
         "float": (int, float),
@@ -140,6 +144,8 @@ def check_schema(result: dict[str, Any]) -> list[str]:
     }
     wrong = []
     for path, kind in SCHEMA.items():
+        if failed and path.startswith("train_info.metrics."):
+            continue
         value: Any = result
         try:
             for part in path.split("."):
@@ -154,15 +160,27 @@ def check_schema(result: dict[str, Any]) -> list[str]:
 
 
 def write(value: dict[str, Any], path: Path) -> None:
-    """Writes JSON; of PEFT's result files, only those that are whole.
+    """Writes JSON; of PEFT's result files, only those that are whole, and as PEFT writes them.
+
+    In all others null stands for what is no finite number, which JSON does not know.
 
     Raises:
         AssertionError: what such a file lacks.
     """
     if "run_info" in value and (wrong := check_schema(value)):
         raise AssertionError(f"{path.name}: {wrong}")
+    if "run_info" not in value:
+        value = _finite(value)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value, indent=1) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def pictures(
