@@ -330,6 +330,9 @@ def tabulate(bench: Bench, report: fadapt.Report, seconds: float) -> tuple[list[
         stack = fadapt.stack([report.final[names[i]] for i in part])
         right |= dict(zip(part, bench.accuracy(model, stack, found.test).tolist(), strict=True))
         lost |= dict(zip(part, bench.forgotten(model, stack).tolist(), strict=True))
+    # Kept before the costs are measured, should that fail.
+    early = {names[i]: {"test accuracy": right[i], "loss on kept texts": lost[i]} for i in tested}
+    results.write({"tested": early, "validation": scores}, args.out / "accuracies.json")
     known = float(bench.forgotten(model))
     count = len(found.test)
     for i in tested:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from dataclasses import dataclass
 from statistics import median
@@ -133,6 +134,8 @@ def _quantized(config: Any) -> str:
             found += bits
         except fadapt.FadaptError:
             pass
+        except Exception as error:  # for which the rest of the table is not given up
+            print(f"{method} over {bits} bits: {error!r}", file=sys.stderr)
     return found or "no"
 
 
