@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fadapt
+from fadapt.fold import fold
 from tests.helpers import make, make_batch, trained
 
 MIX = (
@@ -357,3 +361,25 @@ def test_groups_in_any_order(per_adapter: bool, monkeypatch: pytest.MonkeyPatch)
         for k, i in enumerate([3, 1, 0, 1])
     ]
     torch.testing.assert_close(chosen, torch.stack(expected), rtol=1e-10, atol=1e-10)
+
+
+class NoHostData(TorchDispatchMode):
+    """Refuses tensors that are made of Python's numbers, which a CUDA graph cannot record."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func is not torch.ops.aten.lift_fresh.default
+        return func(*args, **(kwargs or {}))
+
+
+@given(st.data())
+def test_rows_in_another_order_without_an_index_on_the_device(data: st.DataObject) -> None:
+    size = data.draw(st.integers(1, 9))
+    index = data.draw(st.permutations(range(size)))[: data.draw(st.integers(1, size))]
+    rows = torch.randn(size, 3, requires_grad=True)
+    weight = torch.randn(len(index), 3)
+    with NoHostData():
+        found = fold.take(rows, index)
+    assert torch.equal(found, rows[index])
+    (a,) = torch.autograd.grad((found * weight).sum(), rows)
+    (b,) = torch.autograd.grad((rows[index] * weight).sum(), rows)
+    assert torch.equal(a, b)

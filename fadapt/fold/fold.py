@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -257,11 +258,18 @@ def _adapt_input(method: Method, where: str, p: Any, x: Tensor) -> tuple[Tensor,
 
 
 def take(rows: Tensor, index: Sequence[int]) -> Tensor:
-    """The rows at ``index``, a view where they are consecutive."""
+    """The rows at ``index``, no row twice; a view where they are consecutive."""
     first, last = index[0], index[-1]
     if list(index) == list(range(first, last + 1)):
         return rows if len(index) == rows.shape[0] else rows[first : last + 1]
-    return rows[torch.tensor(index, device=rows.device)]
+    # Not by a tensor of indices: it would have to be copied to the device, which breaks off the
+    # recording of a CUDA graph.
+    starts = [k for k, i in enumerate(index) if not k or i != index[k - 1] + 1]
+    runs = [index[a:b] for a, b in itertools.pairwise([*starts, len(index)])]
+    cuts = sorted({0, rows.shape[0], *(r[0] for r in runs), *(r[-1] + 1 for r in runs)})
+    pieces = rows.split([b - a for a, b in itertools.pairwise(cuts)])
+    found = dict(zip(cuts, pieces, strict=False))
+    return torch.cat([found[run[0]] for run in runs])
 
 
 def folded_sites(stack: Stack, rows: int | None) -> dict[str, FoldedSite]:
