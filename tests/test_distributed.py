@@ -372,6 +372,30 @@ def unlike_batches(rank: int, world: int, _: Path) -> None:
     assert got.tokens(name) == 2 * 8 * 6
 
 
+def quantised_units(rank: int, world: int, _: Path) -> None:
+    """Over bitsandbytes layers in a unit of FSDP2, whatever looks at them says so."""
+    try:
+        import bitsandbytes as bnb
+    except ImportError:
+        return
+    whole = models.mlp().requires_grad_(False)
+    whole[0] = bnb.nn.Linear4bit(64, whole[0].out_features, bias=False, quant_type="nf4")
+    whole = whole.to("cpu").requires_grad_(False)
+    config = {"^0": LoRA(r=2)}
+    params = fadapt.init(whole, config)
+    model = fully_shard(copy.deepcopy(whole))
+    x = torch.ones(2, 64)
+    for call in (
+        lambda: fadapt.init(model, config),
+        lambda: fadapt.init(model, {"^0": fadapt.PiSSA(r=2)}),
+        lambda: fadapt.apply(model, params, x),
+        lambda: fadapt.observe(model, {"^0": fadapt.EVA(r=2)}, [x]),
+        lambda: fadapt.merge(model, params),
+    ):
+        with pytest.raises(fadapt.TargetError, match=r"0\.weight is a quantised layer.*FSDP2"):
+            call()
+
+
 def averaged_gradients(rank: int, world: int, _: Path) -> None:
     """What those who use DistributedDataParallel do instead."""
     from fadapt.distributed import all_reduce_gradients
@@ -413,6 +437,7 @@ FSDP = {
     for f in (
         averaged_gradients,
         unlike_batches,
+        quantised_units,
         gathered_maps,
         one_weight_at_a_time,
         several_merged,

@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -206,6 +207,12 @@ def differences(rank: int, world: int, directory: Path) -> None:
         train(model, mesh=init_device_mesh("cpu", (world,), mesh_dim_names=("data",)))
     with pytest.raises(fadapt.ConfigError, match="must be a torch"):
         train(model, mesh=(1, world))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        same = SimpleNamespace(uuid="GPU-1")
+        monkeypatch.setattr(team, "compute_device", lambda weight: torch.device("cuda", rank))
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: same)
+        with pytest.raises(fadapt.ConfigError, match=r"processes 0 and 1 have .* on one GPU"):
+            train(model)
     equal(train(model), alone(model), 1e-5)  # the group is as good as before
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -93,3 +93,12 @@ def check_one_way(name: str, weight: Any) -> None:
             f"{name} is sharded by FSDP2 and split by tensor parallelism at once, which fadapt "
             "does not combine; use fully_shard alone, or parallelize_module alone"
         )
+
+
+def refuse_quantized_shard(name: str) -> NoReturn:
+    """Raises the TargetError of a quantised layer that FSDP2 shards."""
+    raise TargetError(
+        f"{name} is a quantised layer of bitsandbytes in a unit of FSDP2, which loses its "
+        "quantisation state (bitsandbytes issue 1945); leave the model whole in each process, or "
+        "shard one that is not quantised"
+    )

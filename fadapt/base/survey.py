@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..errors import TargetError
 from ..hugging_face import CHECKPOINT_FUNCTION, HOOK, checkpoint_function, offload_hook
-from .checks import check_module, check_weight
+from .checks import check_module, check_weight, refuse_quantized_shard
 from .quantized import QuantizedMap, quantized_map_class
 from .scope import own_function, own_tensors
 from .sharded import Units, is_dtensor
@@ -169,11 +169,7 @@ def _held(name: str, at: int, module: nn.Module, key: str, weight: Tensor, in_un
         )
     quantized = quantized_map_class(module) if key == "weight" else None
     if quantized is not None and in_unit:
-        raise TargetError(
-            f"{name} is a quantised layer of bitsandbytes in a unit of FSDP2, which "
-            "loses its quantisation state (bitsandbytes issue 1945); leave the model "
-            "whole in each process, or shard one that is not quantised"
-        )
+        refuse_quantized_shard(name)
     sharded = quantized is None and (in_unit or is_dtensor(weight))
     linear = (
         not torch.compiler.is_compiling()

@@ -15,7 +15,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from ..errors import TargetError
 from ..hugging_face import experts_transposed, heads_side, is_conv1d, speaks_of_experts
-from .checks import check_module, check_weight
+from .checks import check_module, check_weight, refuse_quantized_shard
 from .experts import Layout, layouts
 from .fingerprint import fingerprint
 from .linear_map import DenseMap, GatheredMap, LinearMap
@@ -85,8 +85,16 @@ class BaseWeight:
 
     @property
     def quantized(self) -> QuantizedMap | None:
-        """The map of a quantised layer, else None."""
-        return quantized_map(self.module) if self.kind is Kind.QUANTIZED else None
+        """The map of a quantised layer, else None.
+
+        Raises:
+            TargetError: one that FSDP2 shards.
+        """
+        if self.kind is not Kind.QUANTIZED:
+            return None
+        if is_dtensor(self.parameter):
+            refuse_quantized_shard(self.name)
+        return quantized_map(self.module)
 
     @property
     def stored_shape(self) -> tuple[int, ...]:

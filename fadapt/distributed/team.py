@@ -139,9 +139,9 @@ class Team:
         if not self.several:
             return
         mine = None
-        if device.type == "cuda":
-            mine = f"{device} ({torch.cuda.get_device_properties(device).uuid})"
-        mine = mine and f"{mine} of {socket.gethostname()}"
+        if device.type == "cuda":  # not by its index, which depends on what the process sees
+            uuid = torch.cuda.get_device_properties(device).uuid
+            mine = f"{uuid} of {socket.gethostname()}"
         everyone = self._exchange(mine)
         for rank, place in enumerate(everyone):
             if place is not None and place in everyone[:rank]:
