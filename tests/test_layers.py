@@ -21,6 +21,7 @@ FLOORS = (
     ("recomputed", "statistics"),
     ("site",),
     ("method",),
+    ("dense_increment",),
     ("adapted_map",),
     ("methods",),
     ("method_json",),
@@ -46,7 +47,7 @@ ORDER = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
 ONLY = {
     "methods": {
         *("errors", "seeds", "linalg", "base", "recomputed", "statistics", "site", "method"),
-        "adapted_map",
+        *("dense_increment", "adapted_map"),
     },
     "statistics": {"errors", "linalg", "fields"},
 }
