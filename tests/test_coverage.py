@@ -211,7 +211,7 @@ def test_summary_of_loaded_params(tmp_path: Any) -> None:
     assert "no rule means it" in fadapt.summary(fadapt.Params(dict(params)), model)
     for word in ("layers and roles", "rule 'k_proj': None", "excluded by 'lm_head'"):
         assert word in fadapt.summary(params)
-    with pytest.raises(TargetError, match="does not have"):
+    with pytest.raises(TargetError, match="which does not exist in this"):
         fadapt.summary(loaded, mlp())
     for same in (params.to(dtype=torch.float64), fadapt.unstack(fadapt.stack([params]))[0]):
         assert fadapt.summary(same) == fadapt.summary(params)

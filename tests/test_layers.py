@@ -14,10 +14,11 @@ ROOT = Path(fadapt.__file__).parent
 # From the ground up. A room may import what stands before it; a folder is one room, in which files
 # may import each other, without a circle.
 FLOORS = (
-    ("errors", "seeds", "fusion", "linalg"),
+    ("errors", "seeds", "fusion"),
     ("hugging_face", "batch", "fields", "patterns", "dropout"),
     ("arguments",),
     ("base",),
+    ("linalg",),
     ("recomputed", "statistics"),
     ("site",),
     ("method",),
