@@ -348,6 +348,7 @@ IN: dict[str, In] = {
             peft.FourierFTConfig,
             n_frequency=20,
             n_frequency_pattern={"down": 12, "layers.1.up": 9},
+            scaling=50.0,
             random_loc_seed=5,
             bias="fourier_only",
         )
