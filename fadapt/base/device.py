@@ -1,4 +1,4 @@
-"""Batches on a model's device."""
+"""The devices of a model, and batches on them."""
 
 from __future__ import annotations
 
@@ -10,12 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
+from .sharded import compute_device
 from .torch_private import pytree
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Of its first parameter; the CPU without one."""
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
+    """Where the batches go: to the model's first parameter; the CPU without one."""
+    return next((compute_device(p) for p in model.parameters()), torch.device("cpu"))
+
+
+def cuda_devices_of(model: nn.Module) -> list[torch.device]:
+    """The CUDA devices that its parameters are on, whose generators its forward may use."""
+    return list({p.device for p in model.parameters() if p.device.type == "cuda"})
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

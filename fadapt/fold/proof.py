@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..base.device import cuda_devices_of
 from ..base.eval_mode import evaluating
 from ..base.flow import Flow
 from ..base.memory import is_out_of_memory
@@ -122,17 +123,17 @@ def difference(
     if passes is None:
         passes = known[key].passes + 1 if key in known else 1
     if key not in known or (not known[key].why and is_due(passes)):
-        devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+        devices = cuda_devices_of(model)
         try:
             parts = fold.parts(batch, whole, per_adapter)
             proof = _Proof(model, whole, parts, folded, single, seed=passes - 1)
             trains = any(module.training for module in model.modules())
             # In this order: a training pass of another thread, whose end evaluating waits for, may
             # want the turnstile.
-            with evaluating(model), turnstile(model), torch.random.fork_rng(list(devices)):
+            with evaluating(model), turnstile(model), torch.random.fork_rng(devices):
                 why = proof.verdict(gradients)
             if trains and not why:
-                with turnstile(model), torch.random.fork_rng(list(devices)):
+                with turnstile(model), torch.random.fork_rng(devices):
                     why = proof.verdict_in_training()
             known[key] = _Verdict(why)
         except FadaptError:
@@ -395,8 +396,7 @@ def _is_mask(numbers: Tensor) -> bool:
 
 def _generators(model: nn.Module) -> list[Tensor]:
     """The states of those that the model's forward may use."""
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    return [torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)]
+    return [torch.get_rng_state(), *map(torch.cuda.get_rng_state, cuda_devices_of(model))]
 
 
 def named(tree: Any) -> Named:

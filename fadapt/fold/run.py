@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..base.device import cuda_devices_of
 from ..base.eval_mode import evaluating
 from ..base.memory import is_out_of_memory
 from ..base.torch_private import pytree
@@ -130,9 +131,8 @@ def _misfit(model: nn.Module, stack: Stack, batch: Batch, loss_fn: LossFn | None
     known, kind = _misfits.setdefault(model, set()), proof.batch_kind(batch)
     if kind in known:
         return str(misfit)
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     try:
-        with evaluating(model), torch.no_grad(), torch.random.fork_rng(list(devices)):
+        with evaluating(model), torch.no_grad(), torch.random.fork_rng(cuda_devices_of(model)):
             run_one(model, views(stack)[0], batch, loss_fn, None)
     except Exception as error:
         if is_out_of_memory(error):

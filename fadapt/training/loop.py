@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..base.device import to_device
+from ..base.device import device_of, to_device
 from ..base.eval_mode import evaluating, modules_by_id, training_pass
 from ..base.sharded import shapes_of
 from ..base.torch_private import pytree
@@ -44,7 +44,7 @@ from .history import History
 from .leaderboard import Leaderboard, on_all
 from .progress import Bar
 from .report import Report
-from .settings import Settings, device_of
+from .settings import Settings
 from .starts import initial
 from .trial import Trial
 

@@ -13,11 +13,9 @@ from types import SimpleNamespace
 from typing import Any, TypedDict, TypeVar, Unpack
 
 import torch
-from torch import nn
 from torch.optim import Optimizer
 
 from ..arguments import check_flags
-from ..base.sharded import compute_device
 from ..calibration.stats import Stats
 from ..errors import ConfigError, require, require_takes
 from ..fields import LARGEST_INT
@@ -190,11 +188,6 @@ class Settings(SimpleNamespace):
 
 def _is_word(value: Any, *words: str) -> bool:
     return isinstance(value, str) and value in words
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Where the batches go: to the model's first parameter."""
-    return next((compute_device(p) for p in model.parameters()), torch.device("cpu"))
 
 
 def with_named_options(function: F) -> F:
