@@ -17,10 +17,12 @@ import copy
 import dataclasses
 import math
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ from typing import Any
 import torch
 from metamath import costs, data, recipes, results
 from metamath.arguments import arguments as command_line
-from metamath.arguments import rates
+from metamath.arguments import best_rate, mean, rates, tuned
 from metamath.generate import accuracy, interval
 from metamath.probe import probe
 from metamath.protocol import PROTOCOLS, DataError, Protocol
@@ -184,7 +186,7 @@ class Bench:
         return [
             (name, lr, seed)
             for name, (_, own) in self.methods.items()
-            for lr in rates(self.args.lr, own)
+            for lr in rates(self.args.lr, name, own)
             for seed in self.batches
         ]
 
@@ -295,13 +297,8 @@ def train(bench: Bench) -> fadapt.Report:
         halving=fadapt.Halving(every=args.halving, factor=3) if args.halving else None,
         max_adapters=1 if args.one_by_one else args.max_adapters or "auto",
         compile=args.compile,
-        directory=args.out / "sweep",
+        directory=fadapt.Checkpoints(args.out / "sweep", every=timedelta(minutes=2)),
     )
-
-
-def mean(values: Sequence[float]) -> float:
-    """The mean, -inf where one of them is missing (a trial that diverged or was stopped)."""
-    return sum(values) / len(values) if all(map(math.isfinite, values)) else -math.inf
 
 
 def tabulate(bench: Bench, report: fadapt.Report, seconds: float) -> tuple[list[dict], dict]:
@@ -320,8 +317,9 @@ def tabulate(bench: Bench, report: fadapt.Report, seconds: float) -> tuple[list[
         # Its score is the best before that.
         score = math.nan if result.status == "diverged" else result.score
         scores.setdefault(method, {}).setdefault(lr, []).append(score)
-    best = {m: max(by_rate, key=lambda lr: mean(by_rate[lr])) for m, by_rate in scores.items()}
+    best = {method: best_rate(by_rate) for method, by_rate in scores.items()}
     tested = [i for i, (m, lr, _) in enumerate(bench.keys) if best[m] == lr]
+    results.write({"validation": scores}, args.out / "validation.json")
 
     right, lost = {}, {}
     chunk = max(1, min(report.chunk, 32))
@@ -330,6 +328,8 @@ def tabulate(bench: Bench, report: fadapt.Report, seconds: float) -> tuple[list[
         stack = fadapt.stack([report.final[names[i]] for i in part])
         right |= dict(zip(part, bench.accuracy(model, stack, found.test).tolist(), strict=True))
         lost |= dict(zip(part, bench.forgotten(model, stack).tolist(), strict=True))
+    if isinstance(args.lr, Path):  # the grid in which those rates were found
+        scores = {m: tuned(args.lr)[m] | by_rate for m, by_rate in scores.items()}
     # Kept before the costs are measured, should that fail.
     early = {names[i]: {"test accuracy": right[i], "loss on kept texts": lost[i]} for i in tested}
     results.write({"tested": early, "validation": scores}, args.out / "accuracies.json")
@@ -345,15 +345,20 @@ def tabulate(bench: Bench, report: fadapt.Report, seconds: float) -> tuple[list[
 
     rows = [row("base", float(bench.accuracy(model, None, found.test)), count)]
     if args.model is None and not args.no_full:
-        tuned = train_full(model, bench.first, bench.protocol, FULL_RATE)
+        shares, losses = [], []
+        for batches in bench.batches.values():
+            whole = train_full(model, batches, bench.protocol, FULL_RATE)
+            shares.append(float(bench.accuracy(whole, None, found.test)))
+            losses.append(float(bench.forgotten(whole)))
         rows.append(
             row(
                 "full fine-tuning",
-                float(bench.accuracy(tuned, None, found.test)),
-                count,
+                mean(shares),
+                count * len(shares),
+                seeds=shares,
                 lr=FULL_RATE,
-                parameters=sum(p.numel() for p in tuned.parameters()),
-                forgetting=float(bench.forgotten(tuned)) - known,
+                parameters=sum(p.numel() for p in model.parameters()),
+                forgetting=mean(losses) - known,
             )
         )
     for method, config in bench.configs.items():
@@ -520,4 +525,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    # As after Ctrl-C, the next call then goes on from the last step.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     sys.exit(main())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ import torch
 
 import fadapt
 from fadapt import Method
+from fadapt.training import checkpoint
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
@@ -267,6 +269,39 @@ def test_a_killed_run_goes_on(local, tmp_path, undisturbed):
     assert losses_of(tmp_path) == undisturbed
 
 
+def test_a_run_that_is_told_to_end_goes_on_from_its_last_step(local, tmp_path):
+    """SIGTERM, as schedulers send it: no checkpoint is due, and none of the steps is lost."""
+    given = of(local, **{"steps": "100000", "eval-every": "100000"})
+    command = [sys.executable, *SCRIPT, *given, "--out", str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    log = tmp_path / "sweep" / "log.jsonl"
+    while not (log.exists() and log.read_text().count("\n") > 20):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(60) == 128 + signal.SIGTERM
+    with checkpoint.opened(tmp_path / "sweep") as file:
+        assert file is not None
+        assert file.meta["step"] >= 20
+
+
+def test_the_best_rates_of_an_earlier_run(local, tmp_path, capsys):
+    first, second, third = (tmp_path / name for name in "abc")
+    assert run(*of(local), out=first) == 0
+    tuned = json.loads((first / "validation.json").read_text())["validation"]
+    assert {m: len(by_rate) for m, by_rate in tuned.items()} == {"LoRA": 2, "IA3": 2}
+    assert run(*of(local, lr=first / "validation.json"), out=second) == 0
+    table, again = (json.loads((p / "table.json").read_text()) for p in (first, second))
+    assert again["trials"] == 4
+    for row in again["rows"]:
+        (old,) = [r for r in table["rows"] if r["method"] == row["method"]]
+        for what in ("accuracy", "seeds", "lr", "valid"):
+            assert row.get(what) == old.get(what), (row["method"], what)
+    assert again["validation"] == table["validation"]  # the whole grid, for the picture
+    assert run(*of(local, lr=first / "validation.json", methods="DoRA"), out=third) == 2
+    assert "has no rates of DoRA, only of LoRA, IA3" in capsys.readouterr().err
+
+
 def test_one_by_one_is_the_same_within_rounding(local, tmp_path, undisturbed):
     assert run(*of(local), "--one-by-one", out=tmp_path) == 0
     found = losses_of(tmp_path)
@@ -360,6 +395,7 @@ BAD_FILES = {
     "few.jsonl": '{"question": "a", "answer": "#### 1"}\n' * 20,
     "broken.parquet": "hello",
     "nothing/notes.txt": "no data",
+    "other.json": '{"validation": {"LoRA": [1, 2]}}',
     "twice/train.jsonl": "{}\n",
     "twice/train.parquet": "hello",
 }
@@ -398,6 +434,8 @@ BAD_FILES = {
         ({"lr": "fast"}, "--lr: 'fast' in 'fast' is no number"),
         ({"lr": ""}, "--lr: '' in '' is no number"),
         ({"lr": "1e-3,1e-3"}, "names a rate twice"),
+        ({"lr": "none.json"}, "--lr: cannot read none.json: No such file"),
+        ({"lr": "other.json"}, "other.json is no validation.json or table.json"),
         ({"seeds": ""}, "--seeds: '' in '' is no whole number"),
         ({"seeds": "a"}, "--seeds: 'a' in 'a' is no whole number"),
         ({"seeds": "0,0"}, "names a seed twice"),

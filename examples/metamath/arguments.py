@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -27,15 +28,26 @@ def count(text: str) -> int:
     return int(text)
 
 
-def grid(text: str) -> str:
-    """Rates with commas, or factors after an x; see :func:`rates`."""
+Scores = dict[str, dict[float, list[float]]]
+"""{method: {rate: validation accuracies of the seeds}}."""
+
+
+def grid(text: str) -> str | Path:
+    """Rates with commas, factors after an x, or an earlier run's file; see :func:`rates`."""
+    if text.endswith(".json"):
+        try:
+            tuned(Path(text))
+        except DataError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+        return Path(text)
     values = []
     for word in text.removeprefix("x").split(","):
         try:
             values.append(float(word))
         except ValueError:
             raise argparse.ArgumentTypeError(
-                f"{word!r} in {text!r} is no number; write 1e-4,3e-4 or x0.3,1,3"
+                f"{word!r} in {text!r} is no number; write 1e-4,3e-4 or x0.3,1,3, or the "
+                "validation.json of an earlier run"
             ) from None
     if wrong := [v for v in values if not 0 < v < math.inf]:
         raise argparse.ArgumentTypeError(f"{wrong[0]} in {text!r} is no finite rate above 0")
@@ -44,10 +56,53 @@ def grid(text: str) -> str:
     return text
 
 
-def rates(spec: str | None, own: float) -> list[float]:
-    """The learning rates of a method: its own, a list, or factors of its own."""
+def tuned(path: Path) -> Scores:
+    """The validation accuracies in a file of an earlier run, NaN for what diverged.
+
+    Raises:
+        DataError: no such file, or one that holds something else.
+    """
+    try:
+        found = json.loads(path.read_text())["validation"]
+        return {
+            method: {
+                float(rate): [math.nan if v is None else float(v) for v in values]
+                for rate, values in by_rate.items()
+            }
+            for method, by_rate in found.items()
+            if by_rate
+        }
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{path} is no validation.json or table.json of an earlier run ({error!r})"
+        ) from error
+
+
+def best_rate(by_rate: Mapping[float, Sequence[float]]) -> float:
+    """The rate with the best mean accuracy; last come those at which a seed diverged."""
+    return max(by_rate, key=lambda rate: mean(by_rate[rate]))
+
+
+def mean(values: Sequence[float]) -> float:
+    """The mean, -inf where one of them is missing (a trial that diverged or was stopped)."""
+    return sum(values) / len(values) if all(map(math.isfinite, values)) else -math.inf
+
+
+def rates(spec: str | Path | None, method: str, own: float) -> list[float]:
+    """The learning rates of a method: its own, a list, factors of its own, or its best one.
+
+    Raises:
+        DataError: an earlier run's file in which this method is missing.
+    """
     if spec is None:
         return [own]
+    if isinstance(spec, Path):
+        found = tuned(spec)
+        if method not in found:
+            raise DataError(f"{spec} has no rates of {method}, only of {', '.join(found)}")
+        return [best_rate(found[method])]
     values = [float(v) for v in spec.removeprefix("x").split(",")]
     return [own * v for v in values] if spec.startswith("x") else values
 
@@ -99,7 +154,8 @@ def arguments(argv: Sequence[str] | None, description: str) -> argparse.Namespac
     add(
         "--lr",
         type=grid,
-        help="rates with commas, or a factor grid such as x0.3,1,3 around each method's own",
+        help="rates with commas, or a factor grid such as x0.3,1,3 around each method's own, or "
+        "an earlier run's validation.json: each method's best rate there",
     )
     add(
         "--seeds",
