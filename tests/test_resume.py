@@ -22,6 +22,7 @@ import fadapt
 from fadapt.training import Halving, Trial, fit, sweep
 
 from .models import seeded
+from .test_laws import ROWS
 
 STEPS = 40
 
@@ -254,6 +255,63 @@ def test_a_loader_with_its_own_generator_and_workers(tmp_path):
 def test_a_finished_sweep_is_not_trained_again(tmp_path):
     first = full_sweep(tmp_path)
     same(first, full_sweep(tmp_path, loss_fn=Loss(0)))
+
+
+class Tokens(nn.Module):
+    """Something for each kind of weight that a method may be meant for."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.norm = nn.Embedding(12, 8), nn.LayerNorm(8)
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, ids, labels=None):
+        return self.down(torch.tanh(self.up(self.norm(self.embed(ids))))).mean(1)
+
+
+class Scores:
+    """The losses on a batch, until they have been taken so often."""
+
+    def __init__(self, batch, calls):
+        self.batch, self.left = batch, calls
+
+    def __call__(self, model, stack):
+        self.left -= 1
+        if self.left < 0:
+            raise StopHereError
+        with torch.no_grad():
+            return {"loss": fadapt.run(model, stack, self.batch, loss_fn)}
+
+
+def test_every_method_goes_on(tmp_path):
+    """Best weights and those of stopped trials too, whatever leaves a method has."""
+    trained = {name: method for name, method in ROWS.items() if name != "SSteer"}
+    draw = torch.Generator().manual_seed(0)
+    batches = [
+        {
+            "ids": torch.randint(12, (4, 5), generator=draw),
+            "labels": torch.randint(8, (4,), generator=draw),
+        }
+        for _ in range(4)
+    ]
+
+    def all_methods(directory, evaluations=100):
+        model = seeded(Tokens(), std=0.5).requires_grad_(False)
+        trials = [Trial(method, lr=1e-2, name=name) for name, method in trained.items()]
+        return sweep(
+            model, trials, batches, steps=4, loss_fn=loss_fn, calib=batches,
+            eval=Scores(batches[0], evaluations), eval_every=1,
+            halving=Halving(first=2, factor=3), directory=directory, checkpoint_every=1,
+            verify=False,
+        )  # fmt: skip
+
+    expected = all_methods(None)
+    with pytest.raises(StopHereError):
+        all_methods(tmp_path, evaluations=2)
+    found = all_methods(tmp_path)
+    same(expected, found)
+    assert {r.status for r in found.results} == {"finished", "stopped"}
+    same(expected, all_methods(tmp_path))  # all that is kept comes from the file
 
 
 def test_fit_resumes(tmp_path):

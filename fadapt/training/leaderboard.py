@@ -58,6 +58,7 @@ class Leaderboard:
         self.goal: Goal = goal
         self.devices = [p.trainable()[0].device for p in starts]
         self.frames = [split(p)[1] for p in starts]
+        self.sites = [list(p) for p in starts]
         self.shapes = [
             {
                 SEPARATOR.join((site, leaf)): torch.empty_like(t, device="meta")
@@ -165,11 +166,12 @@ class Leaderboard:
             for key, like in self.shapes[trial].items()
         }
         expect_keys(tensors, likes, "the weights that were kept")
-        trees: dict[int, Train] = {}
+        # A site of which nothing trains (the bases that VeRA's sites share) left no trace.
+        trees: dict[int, Train] = {t: {site: {} for site in self.sites[t]} for t in trials}
         for key, like in likes.items():
             trial, site, leaf = key.split(SEPARATOR)
             tensor = expect_like(tensors[key], like, key, finite=True)
-            trees.setdefault(int(trial), {}).setdefault(site, {})[leaf] = tensor
+            trees[int(trial)][site][leaf] = tensor
         return trees
 
     def report(
