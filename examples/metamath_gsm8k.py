@@ -215,6 +215,8 @@ class Bench:
             rows,
             self.tokenizer,
             self.protocol,
+            # A GPU is bounded by the number of passes, a CPU by its caches.
+            batch=50 if self.args.device == "cpu" else 200,
             new_tokens=self.args.new_tokens,
         )
 
