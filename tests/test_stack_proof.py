@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 import threading
 import warnings
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -200,6 +202,44 @@ def test_what_a_model_mixes_in_training_mode_alone_is_refused(mixes: bool) -> No
     fadapt.apply(model, stack, x)
 
 
+DRAWS = {
+    "torch": lambda rows: torch.rand(rows).tolist(),
+    "Python": lambda rows: [random.random() for _ in range(rows)],
+    "numpy": lambda rows: np.random.rand(rows).tolist(),  # noqa: NPY002, what models use
+    "its own": lambda rows: np.random.default_rng().random(rows).tolist(),
+}
+
+
+class Masking(nn.Module):
+    """Leaves rows out at random, in training mode, as speech models do with spectra."""
+
+    def __init__(self, draw, mixes: bool):
+        super().__init__()
+        self.draw, self.mixes = draw, mixes
+
+    def forward(self, h: Tensor) -> Tensor:
+        if not self.training:
+            return h
+        h = h * (torch.tensor(self.draw(len(h))) > 0.4).to(h)[:, None]
+        return h - h.mean(0, keepdim=True) if self.mixes else h
+
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_what_a_model_draws_in_training_mode_is_no_mixing_whatever_generator(name: str) -> None:
+    model = Mixing(Masking(DRAWS[name], mixes=False)).train()
+    stack, x = fadapt.stack(members(model)), reals(8, 4)
+    for _ in range(3):  # with other moves, later
+        fadapt.apply(model, fadapt.stack(members(model)), x)
+    assert fadapt.run(model, stack, x, lambda o, _: o.square().mean()).shape == (3,)
+
+
+@pytest.mark.parametrize("name", [name for name in DRAWS if name != "its own"])
+def test_rows_that_meet_in_training_mode_are_seen_beside_what_is_drawn(name: str) -> None:
+    model = Mixing(Masking(DRAWS[name], mixes=True)).train()
+    with pytest.raises(fadapt.FadaptError, match=r"not independent.*training mode"):
+        fadapt.apply(model, fadapt.stack(members(model)), reals(8, 4))
+
+
 def test_an_output_without_rows_is_refused_where_it_is_handed_out() -> None:
     class Contrastive(Mixing):
         def forward(self, x: Tensor) -> dict[str, Tensor]:
@@ -327,13 +367,18 @@ def test_it_costs_two_passes_of_two_and_two_of_one_once() -> None:
 
 
 def test_it_leaves_no_trace() -> None:
-    model = Mixing(nn.Dropout(0.5)).train()
+    def drawn(rows: int) -> list[float]:
+        return [x + random.random() for x in DRAWS["numpy"](rows)]
+
+    model = Mixing(nn.Sequential(nn.Dropout(0.5), Masking(drawn, mixes=False))).train()
     made = members(model)
     stack, x = fadapt.stack(made), reals(4, 4)
     values = [t.clone() for t in fadapt.trainable(stack)]
 
     def losses(verify: bool) -> Tensor:
         torch.manual_seed(3)
+        random.seed(3)
+        np.random.seed(3)  # noqa: NPY002
         return fadapt.run(model, stack, x, lambda o, _: o.square().mean(), verify=verify)
 
     assert torch.equal(losses(True), losses(False))  # dropout draws the same

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..base.device import cuda_devices_of
+from ..base import generators
 from ..base.eval_mode import evaluating
 from ..base.flow import Flow
 from ..base.memory import is_out_of_memory
@@ -123,17 +123,16 @@ def difference(
     if passes is None:
         passes = known[key].passes + 1 if key in known else 1
     if key not in known or (not known[key].why and is_due(passes)):
-        devices = cuda_devices_of(model)
         try:
             parts = fold.parts(batch, whole, per_adapter)
             proof = _Proof(model, whole, parts, folded, single, seed=passes - 1)
             trains = any(module.training for module in model.modules())
             # In this order: a training pass of another thread, whose end evaluating waits for, may
             # want the turnstile.
-            with evaluating(model), turnstile(model), torch.random.fork_rng(devices):
+            with evaluating(model), turnstile(model), generators.forked(model):
                 why = proof.verdict(gradients)
             if trains and not why:
-                with turnstile(model), torch.random.fork_rng(devices):
+                with turnstile(model), generators.forked(model):
                     why = proof.verdict_in_training()
             known[key] = _Verdict(why)
         except FadaptError:
@@ -288,32 +287,34 @@ class _Proof:
     def verdict_in_training(self) -> str:
         """The same of what only a model in training mode does, such as statistics of a batch.
 
-        What else is random than dropout comes out otherwise for a member alone. So then the two
-        run together twice, from the same generators; the second time one of them is another
-        adapter, which the first must not notice.
+        What else is random than dropout (layers that are left out, masks of a spectrogram) comes
+        out otherwise for a member alone. So then the two run together twice, from the same
+        generators, torch's, Python's and numpy's; the second time one of them is another adapter,
+        which the first must not notice.
         """
         if not self.size:
             return ""
         moved, self.looked = _moved(self.members, self.size, self.seed), not self.looks
         with torch.no_grad(), WithoutDropout():
-            torch.manual_seed(0)
-            before = _generators(self.model)
+            generators.seed_all(0)
+            before = generators.states(self.model)
             pairs = zip(views(moved), self.parts, strict=True)
             alone = [self.single(params, part) for params, part in pairs]
             together, why = self._together(moved)
-            now = _generators(self.model)
-        certain = all(torch.equal(a, b) for a, b in zip(before, now, strict=True))
+            certain = before == generators.states(self.model)
         if not together and not why:
             return ""
         if agreed(self.model, certain):
             if not (why := self._agreed(why or self._differs(together, alone))):
+                return ""
+            if agreed(self.model, self._is_random(alone[0], moved), some=True):
                 return ""
             return f"in training mode, {why} Call model.eval(), if that mode is not needed."
         once, other = self._in_training(moved), self._in_training(_moved_on(moved))
         if not once:
             return ""
         why = self._compare(other[0], once[0], once)
-        # Or it is random beyond torch's generators, which tells nothing.
+        # Or it is random beyond all of these generators, which tells nothing.
         random = bool(why) and bool(self._compare(self._in_training(moved)[0], once[0], once))
         if not agreed(self.model, bool(why) and not random, some=True):
             return ""
@@ -322,8 +323,14 @@ class _Proof:
             "of two test adapters gives depends on the other. Call model.eval()."
         )
 
+    def _is_random(self, first: Named, moved: Stack) -> bool:
+        """Whether the first member alone comes out otherwise, by a generator of the model's own."""
+        with torch.no_grad(), WithoutDropout():
+            again = self.single(views(moved)[0], self.parts[0])
+        return bool(self._compare(again, first, [first]))
+
     def _in_training(self, moved: Stack) -> list[Named]:
-        torch.manual_seed(0)
+        generators.seed_all(0)
         with torch.no_grad():
             return self.folded(moved, self.rows, fold.joined(self.parts, self.rows))
 
@@ -392,11 +399,6 @@ class _Proof:
 def _is_mask(numbers: Tensor) -> bool:
     """Whether they are all 0 or 1: models ask whether a mask is full, to leave it out."""
     return bool(((numbers == 0) | (numbers == 1)).all())
-
-
-def _generators(model: nn.Module) -> list[Tensor]:
-    """The states of those that the model's forward may use."""
-    return [torch.get_rng_state(), *map(torch.cuda.get_rng_state, cuda_devices_of(model))]
 
 
 def named(tree: Any) -> Named:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..base.device import cuda_devices_of
+from ..base import generators
 from ..base.eval_mode import evaluating
 from ..base.memory import is_out_of_memory
 from ..base.torch_private import pytree
@@ -132,7 +132,7 @@ def _misfit(model: nn.Module, stack: Stack, batch: Batch, loss_fn: LossFn | None
     if kind in known:
         return str(misfit)
     try:
-        with evaluating(model), torch.no_grad(), torch.random.fork_rng(cuda_devices_of(model)):
+        with evaluating(model), torch.no_grad(), generators.forked(model):
             run_one(model, views(stack)[0], batch, loss_fn, None)
     except Exception as error:
         if is_out_of_memory(error):
