@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 import warnings
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,7 +16,7 @@ import fadapt
 
 from .models import reals, tokens
 from .test_stack_losses import BART, IDS, LABELS, T5
-from .test_stack_proof import MIXERS, Mixing
+from .test_stack_proof import DRAWS, MIXERS, Masking, Mixing
 
 LORA = fadapt.LoRA(r=2)
 
@@ -212,3 +214,42 @@ def test_what_is_random_in_the_base_is_for_each_what_it_is_alone() -> None:
         alone = fadapt.fit(model, start, batches, lr=0.05, **options)
         pairs = zip(fadapt.trainable(alone), fadapt.trainable(report.final[str(i)]), strict=True)
         assert all(torch.equal(a, b) for a, b in pairs)
+
+
+class Stopping:
+    """The loss, until it has been taken so often in training."""
+
+    def __init__(self, calls: int):
+        self.left = calls
+
+    def __call__(self, out: Tensor, _) -> Tensor:
+        self.left -= out.requires_grad
+        if self.left < 0:
+            raise ZeroDivisionError
+        return out.square().mean()
+
+
+@pytest.mark.parametrize("name", ["torch", "Python", "numpy"])
+def test_what_a_model_draws_is_for_each_trial_what_it_is_alone(name: str, tmp_path) -> None:
+    """Whatever generator it asks, which is as before afterwards; and where a sweep goes on."""
+    model, x = Mixing(Masking(DRAWS[name], mixes=False)).train(), reals(8, 4)
+
+    def swept(calls: int = 99, **options) -> fadapt.Report:
+        loss = Stopping(calls)
+        options = {"seed": 5, "progress": False, "max_adapters": 1, **options}
+        return fadapt.sweep(model, trials(), [x] * 4, loss_fn=loss, **options)
+
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002
+    expected = DRAWS[name](1)
+    torch.set_rng_state(states[0])
+    random.setstate(states[1])
+    np.random.set_state(states[2])  # noqa: NPY002
+    report = swept()
+    assert DRAWS[name](1) == expected
+    alone = solo(model, trials(), [x] * 4, loss_fn=Stopping(99), seed=5)
+    assert all(equal(report.params[key], params) for key, params in alone.items())
+    with pytest.raises(ZeroDivisionError):
+        swept(7, directory=tmp_path)
+    DRAWS[name](7)
+    on = swept(directory=tmp_path)
+    assert all(equal(report.params[key], params) for key, params in on.params.items())

@@ -68,8 +68,10 @@ def sweep(
 
     With ``max_adapters=1`` each trial is, bit for bit, what :func:`fit` makes of it alone. With
     more in a pass it is that up to rounding: losses and gradients agree within a few units in the
-    last place, which an optimiser may enlarge where a gradient is almost zero; and masks of the
-    base's own dropout are drawn for each row. Before the first step two members train together and
+    last place, which an optimiser may enlarge where a gradient is almost zero; masks of the base's
+    own dropout are drawn for each row, so not the draws are those of the trial alone, but their
+    distribution; and what the base draws once for a pass, such as whether a layer is left out, is
+    one draw for all trials of the pass. Before the first step two members train together and
     alone: losses and gradients in eval mode, and the losses in training mode without dropout. Where
     rows of different adapters meet, as in BatchNorm in training mode, or where the model's own loss
     is not one call of its loss function on each adapter's rows, as in encoder-decoders, the trials
@@ -112,8 +114,8 @@ def sweep(
         tensorboard: write losses and scores for TensorBoard, too.
         progress: a progress bar; None means on a terminal.
         log_every: steps between readings of the losses from the device.
-        seed: of the global generators within the sweep (dropout, a DataLoader's order); they are
-            restored afterwards.
+        seed: of torch's global generators within the sweep (dropout, a DataLoader's order), and of
+            Python's and numpy's within each pass; they are restored afterwards.
         mesh: a DeviceMesh over all processes with the dimensions "sweep" and "shard", or one of
             them: the trials are split over the first, the rows of each batch over the second, over
             which the base may be fully_shard'ed. None: under torchrun, the trials over all

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...adapted_map import drops_input
+from ...base.generators import others_seeded
 from ...base.memory import is_out_of_memory
 from ...base.sharded import local_of
 from ...base.torch_private import pytree
@@ -21,6 +22,7 @@ from ...params.adapter import Adapter
 from ...params.params import Params, trainable_leaves
 from ...params.stack import Stack, alone
 from ...run import LossFn, apply, run
+from ...seeds import number
 from ..data import rows_of
 from ..generators import Generators
 from ..trial import Trial
@@ -107,6 +109,7 @@ class ChunkRunner:
         self.idle: frozenset[int] = frozenset()
         self.partial = False
         self._generators = Generators(compiler.device)
+        self._at = 0
 
     @property
     def width(self) -> int:
@@ -124,6 +127,7 @@ class ChunkRunner:
         """
         device = self.compiler.device
         self.draw.fill_(step)
+        self._at = step
         wide = torch.float32 if device.type == "mps" else torch.float64
 
         def work(chunk: Chunk) -> Tensor:
@@ -298,7 +302,10 @@ class ChunkRunner:
             if self.width == 1 and results:
                 # What is random in the model (its dropout) is for each what it is alone.
                 self._generators.load_state_dict(before)
-            fits, result = self._attempt(work, chunk, what)
+            # Nor does what a forward draws from Python's or numpy's depend on who else is there, on
+            # the data, or on where the sweep went on.
+            with others_seeded(number("pass", torch.initial_seed(), self._at)):
+                fits, result = self._attempt(work, chunk, what)
             if fits:
                 results.append(result)
             else:
