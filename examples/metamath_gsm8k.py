@@ -485,7 +485,8 @@ def run(argv: Sequence[str] | None = None) -> None:
     if args.probe:
         for name, (_, lr) in bench.methods.items():
             config, some = bench.configs[name], bench.calib[:2]
-            numbers = probe(name, bench.model, config, some, bench.protocol.loss, lr)
+            steps = min(4, args.steps)
+            numbers = probe(name, bench.model, config, some, bench.protocol.loss, lr, steps)
             print(name.ljust(18), "  ".join(f"{k} {v:.3g}" for k, v in numbers.items()), flush=True)
         return
     args.out.mkdir(parents=True, exist_ok=True)

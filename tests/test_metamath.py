@@ -21,7 +21,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
 import metamath_gsm8k  # noqa: E402
-from metamath import data, recipes, results  # noqa: E402
+from metamath import costs, data, recipes, results  # noqa: E402
 from metamath.generate import interval  # noqa: E402
 from metamath.protocol import DataError, Example, LoraLiteProtocol, PEFTProtocol  # noqa: E402
 from word_problems import gsm8k_rows, metamath_rows, stories  # noqa: E402
@@ -378,8 +378,25 @@ def test_targets_leave_out_what_adapts_no_linear_map(capsys):
     assert capsys.readouterr().out.startswith("without LNTuning, TrainableTokens, which")
 
 
+def test_products_that_add_in_place_are_counted(tmp_path):
+    """LoRA multiplies each of its numbers once a token."""
+    given = ["--batch", "1", "--steps", "1", "--methods", "LoRA", "--out", str(tmp_path)]
+    bench = metamath_gsm8k.prepare(metamath_gsm8k.arguments([*given, "--device", "cpu"]))
+    cost = costs.measure(
+        bench.model, bench.configs["LoRA"], bench.first[0], bench.protocol.loss, []
+    )
+    assert cost.macs == cost.parameters == 108_544
+
+
+def test_names_in_a_picture_are_spread_as_little_as_needed():
+    assert results.spread([], 2.0) == []
+    assert results.spread([1.0, 5.0], 2.0) == [1.0, 5.0]
+    assert results.spread([5.0, 5.0, 20.0], 2.0) == [4.0, 6.0, 20.0]
+    assert results.spread([1.0, 2.0, 2.0, 5.0], 2.0) == pytest.approx([-0.5, 1.5, 3.5, 5.5])
+
+
 def test_every_method_is_alive(tmp_path, capsys):
-    assert run("--probe", "--batch", "2", out=tmp_path) == 0
+    assert run("--probe", "--batch", "1", "--steps", "2", out=tmp_path) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == list(recipes.recipes(8))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from dataclasses import dataclass
@@ -12,6 +13,15 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import fadapt
+
+
+def _flops(_: Any, left: Any, right: Any, **__: Any) -> int:
+    """Of the product of matrices of these shapes."""
+    return 2 * math.prod(left) * right[-1]
+
+
+IN_PLACE: dict[Any, Any] = {torch.ops.aten.addmm_: _flops, torch.ops.aten.baddbmm_: _flops}
+"""Products that add to what is there, which torch's counter leaves out."""
 
 
 @dataclass
@@ -81,7 +91,7 @@ def measure(
     peak = torch.cuda.max_memory_allocated() / 2**20 if cuda else None
 
     def flops(run: Any) -> int:
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
+        with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter, torch.no_grad():
             run()
         return counter.get_total_flops()
 

@@ -191,40 +191,84 @@ def pictures(
     Args:
         scores: {method: {rate: accuracies of the seeds}}.
     """
+    order = [row["method"] for row in rows if row["method"] in scores]
+    figures = {
+        "accuracy_over_parameters.png": _over_parameters(rows),
+        "accuracy_over_rate.png": _over_rate({name: scores[name] for name in order}),
+    }
+    for name, figure in figures.items():
+        figure.savefig(out / name, dpi=90)
+    return [out / name for name in figures]
+
+
+def _over_parameters(rows: list[dict[str, Any]]) -> Any:
     from matplotlib.figure import Figure
 
-    paths = []
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(9, 7), layout="constrained")
     axes = figure.add_subplot()
-    for row in rows:
-        if row.get("parameters"):
+    axes.set(xscale="log", xlabel="trainable parameters", ylabel="test accuracy, %")
+    found = sorted((r for r in rows if r.get("parameters")), key=lambda r: r["parameters"])
+    columns: list[list[dict[str, Any]]] = []
+    for row in found:  # those whose names would stand in one column
+        if columns and row["parameters"] < 1.6 * columns[-1][0]["parameters"]:
+            columns[-1].append(row)
+        else:
+            columns.append([row])
+    for column in columns:
+        column.sort(key=lambda r: r["accuracy"])
+        right = 1.1 * max(row["parameters"] for row in column)
+        heights = spread([100 * row["accuracy"] for row in column], 2.1)
+        for row, height in zip(column, heights, strict=True):
+            x, y = row["parameters"], 100 * row["accuracy"]
             low, high = row["interval"]
-            value = 100 * row["accuracy"]
-            error = [[value - 100 * low], [100 * high - value]]
-            axes.errorbar(row["parameters"], value, yerr=error, fmt="o", capsize=2, ms=4)
-            axes.annotate(
-                row["method"],
-                (row["parameters"], value),
-                fontsize=7,
-                xytext=(4, 2),
-                textcoords="offset points",
-            )
+            error = [[y - 100 * low], [100 * high - y]]
+            axes.errorbar(x, y, yerr=error, fmt="o", capsize=2, ms=4, color="C0", elinewidth=0.6)
+            axes.plot([x, right], [y, height], color="grey", lw=0.4)
+            axes.text(right, height, row["method"], fontsize=7, va="center")
     for row in rows:
         if not row.get("parameters"):
             axes.axhline(100 * row["accuracy"], color="grey", lw=0.8, ls=":")
-    axes.set(xscale="log", xlabel="trainable parameters", ylabel="test accuracy, %")
-    paths.append(out / "accuracy_over_parameters.png")
-    figure.savefig(paths[-1], dpi=140)
+    if found:
+        axes.set_xlim(0.7 * found[0]["parameters"], 4 * found[-1]["parameters"])
+    return figure
 
-    figure = Figure(figsize=(9, 6), layout="constrained")
-    axes = figure.add_subplot()
-    for i, (method, by_rate) in enumerate(sorted(scores.items())):
-        rates = sorted(by_rate)
-        means = [100 * sum(by_rate[r]) / len(by_rate[r]) for r in rates]
-        style = ("-", "--", ":", "-.")[i // 10 % 4]
-        axes.plot(rates, means, style, marker=".", label=method, color=f"C{i % 10}")
-    axes.set(xscale="log", xlabel="learning rate", ylabel="validation accuracy, %")
-    axes.legend(fontsize=6, ncols=2)
-    paths.append(out / "accuracy_over_rate.png")
-    figure.savefig(paths[-1], dpi=140)
-    return paths
+
+def spread(values: list[float], gap: float) -> list[float]:
+    """Rising values, moved as little as is needed to be ``gap`` apart."""
+    groups: list[list[float]] = []
+    for value in values:
+        groups.append([value])
+        while len(groups) > 1 and _edge(groups[-1], gap, -1) - _edge(groups[-2], gap, 1) < gap:
+            last = groups.pop()
+            groups[-1] += last
+    return [_edge(g, gap, -1) + gap * i for g in groups for i in range(len(g))]
+
+
+def _edge(group: list[float], gap: float, side: int) -> float:
+    return sum(group) / len(group) + side * gap * (len(group) - 1) / 2
+
+
+def _over_rate(scores: dict[str, dict[float, list[float]]]) -> Any:
+    """A panel for each method, with the others' curves in grey."""
+    from matplotlib.figure import Figure
+
+    across = min(6, max(len(scores), 1))
+    down = -(-max(len(scores), 1) // across)
+    figure = Figure(figsize=(1.9 * across + 0.6, 1.35 * down + 0.9), layout="constrained")
+    panels = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False).ravel()
+    curves = {
+        name: [(rate, 100 * sum(v) / len(v)) for rate, v in sorted(by_rate.items())]
+        for name, by_rate in scores.items()
+    }
+    for panel, (name, curve) in zip(panels, curves.items(), strict=False):
+        for other in curves.values():
+            panel.plot(*zip(*other, strict=True), color="0.88", lw=0.5)
+        panel.plot(*zip(*curve, strict=True), marker=".", ms=4)
+        panel.set_title(name, fontsize=8, pad=2)
+        panel.tick_params(labelsize=7)
+        panel.set_xscale("log")
+    for panel in panels[len(curves) :]:
+        panel.set_axis_off()
+    figure.supxlabel("learning rate", fontsize=9)
+    figure.supylabel("validation accuracy, %", fontsize=9)
+    return figure
