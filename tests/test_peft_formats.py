@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from torch import Tensor
 
 import fadapt
 from tests.peft_table import (
@@ -33,14 +35,23 @@ def test_the_guide_states_every_row():
     assert formats() in PAGE.read_text(), "python -m tests.peft_table writes the page anew"
 
 
+def bound(direction: str, name: str, found: Tensor) -> float:
+    """Ten times what the guide states; where that is near 0, some roundings of the logits.
+
+    The stated figures are one machine's, and others add in another order.
+    """
+    roundings = 16 * torch.finfo(found.dtype).eps * float(found.abs().max())
+    return min(LARGEST, max(10 * stated()[direction, name], roundings))
+
+
 @pytest.mark.parametrize("name", IN)
 def test_what_peft_wrote(name, tmp_path):
     error, base, params = read_in(IN[name], tmp_path)
-    assert error <= min(LARGEST, max(10 * stated()["PEFT to fadapt", name], 2e-6))
-    # Read, written and read by PEFT again.
     x = BASES[IN[name].base][1]()
-    fadapt.peft.save_peft(base, params, tmp_path / "again")
     expected = logits(fadapt.apply(base, params, x))
+    assert error <= bound("PEFT to fadapt", name, expected)
+    # Read, written and read by PEFT again.
+    fadapt.peft.save_peft(base, params, tmp_path / "again")
     assert against_peft(base, tmp_path / "again", x, expected) <= LARGEST
 
 
@@ -48,9 +59,9 @@ def test_what_peft_wrote(name, tmp_path):
 def test_what_fadapt_wrote(name, tmp_path):
     row = OUT[name]
     error = read_out(row, tmp_path)
-    assert error <= min(LARGEST, max(10 * stated()["fadapt to PEFT", name], 2e-6))
     base, x = (make() for make in BASES[row.base])
     again = fadapt.peft.load_peft(tmp_path / "adapter", base)
     expected = logits(fadapt.apply(base, make_params(row, base), x))
+    assert error <= bound("fadapt to PEFT", name, expected)
     assert (logits(fadapt.apply(base, again, x)) - expected).abs().max() <= LARGEST
     assert all(t.requires_grad for t in fadapt.trainable(again))

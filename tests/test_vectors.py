@@ -188,7 +188,8 @@ def test_an_untrained_stack_is_the_base(dtype: torch.dtype) -> None:
     base, x = model().to(dtype), X.to(dtype)
     rules = {r"layer|rms|gain|proj\.bias|out\.bias": Add()}
     out = fadapt.apply(base, fadapt.stack([fadapt.init(base, rules)] * 2), x)
-    assert torch.equal(out, base(x).expand(2, -1, -1))
+    # The base on as many rows: the kernels that processors choose depend on how many there are.
+    assert torch.equal(out, base(torch.cat([x, x])).unflatten(0, (2, -1)))
 
 
 def test_a_sweep_of_norms_is_one_pass(recwarn: pytest.WarningsRecorder) -> None:
