@@ -15,6 +15,7 @@ SSteer is not the identity at the start; its strength is 0 there.
 from __future__ import annotations
 
 import logging
+import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -193,13 +194,9 @@ def table() -> str:
     for name, method in sorted(SMALL.items()):
         row = []
         for base in BASES:
-            text = cell(method, base)
-            kind, _, rest = text.partition(": ")
-            if kind in ("refused", "run"):
-                number = reasons.setdefault(_reason(rest), len(reasons) + 1)
-                row.append(f"{kind} [{number}]")
-            else:
-                row.append("kernel" if text == KERNEL else text)
+            kind, colon, reason = short(cell(method, base)).partition(": ")
+            number = reasons.setdefault(reason, len(reasons) + 1) if colon else 0
+            row.append(f"{kind} [{number}]" if colon else kind)
         lines.append(f"| {name} | " + " | ".join(row) + " |")
     lines += ["", f"kernel: {KERNEL}."]
     for note in dict.fromkeys(b.note for b in BASES if b.note):
@@ -224,6 +221,25 @@ BEGIN, END = "<!-- table: python -m tests.base_table -->\n", "\n<!-- end of tabl
 def written() -> str:
     """The table as it stands in the guide."""
     return PAGE.read_text(encoding="utf-8").split(BEGIN)[1].split(END)[0]
+
+
+def stated() -> dict[tuple[str, str], str]:
+    """{(method, title of a base): what the guide's table says}, as :func:`cell` returns it."""
+    head, _, *lines = [x.strip("| ").split(" | ") for x in written().splitlines() if x[:1] == "|"]
+    reasons = dict(re.findall(r"^\[(\d+)\] (.*)\.$", written(), re.MULTILINE))
+    return {
+        (name, title): re.sub(r" \[(\d+)\]$", lambda m: ": " + reasons[m[1]], text)
+        for name, *row in lines
+        for title, text in zip(head[1:], row, strict=True)
+    }
+
+
+def short(text: str) -> str:
+    """What :func:`cell` found, as the table says it."""
+    kind, _, rest = text.partition(": ")
+    if kind in ("refused", "run"):
+        return f"{kind}: {_reason(rest)}"
+    return "kernel" if text == KERNEL else text
 
 
 def write(text: str) -> None:
