@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import fadapt
+
+from .models import perturb
 
 METHODS = (fadapt.LoRA(r=2), fadapt.HRA(r=2), fadapt.DoRA(r=2), fadapt.IA3(), fadapt.OFT(4))
 
@@ -105,21 +108,55 @@ def test_values_and_gradients_are_those_of_the_merged_model(
             torch.testing.assert_close(one, wanted)
 
 
-@pytest.mark.filterwarnings("ignore::fadapt.DenseFallbackWarning")
-def test_the_fused_kernel_of_encoders_is_the_exception() -> None:
-    """torch takes it for plain weights alone; without it the base and the untrained agree."""
+def encoder(nested: bool = False) -> nn.TransformerEncoder:
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, dropout=0.0)
-    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-    model, x = model.eval(), torch.randn(2, 7, 32)
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    for rules, frozen in itertools.product((".", "linear1", "out_proj"), (True, False)):
-        model.requires_grad_(not frozen)
-        params = fadapt.init(model, {rules: fadapt.LoRA(r=2)})
-        with torch.no_grad():
-            torch.testing.assert_close(fadapt.apply(model, params, x), model(x))
-            torch.backends.mha.set_fastpath_enabled(False)
-            try:
-                assert torch.equal(fadapt.apply(model, params, x), model(x))
-            finally:
-                torch.backends.mha.set_fastpath_enabled(enabled)
+    model = nn.TransformerEncoder(layer, 3, enable_nested_tensor=nested)
+    with torch.no_grad():
+        for bias in model.parameters():
+            bias.add_(torch.randn(bias.shape) * 0.1)
+    return model.eval()
+
+
+X = torch.randn(2, 7, 32, generator=torch.Generator().manual_seed(1))
+PADDING = torch.tensor([[False] * 7, [False] * 4 + [True] * 3])
+FUSED_RULES = {
+    "all": fadapt.LoRA(r=2),
+    "of bias": fadapt.IA3(),
+    "one": {"linear1": fadapt.DoRA(r=2)},
+    "attention": {r"layers\.0\.self_attn": fadapt.IA3()},
+    "norms": {"norm": fadapt.LNTuning()},
+    "later": {r"layers\.2": fadapt.LoRA(r=2)},
+}
+
+
+@pytest.mark.filterwarnings("ignore::fadapt.DenseFallbackWarning")
+@pytest.mark.parametrize("rules", FUSED_RULES)
+def test_the_fused_kernel_of_encoders(rules: str) -> None:
+    """It runs in an adapted call where the base runs it; with autograd a frozen base alone does."""
+    for nested, mask, frozen, grad in itertools.product((False, True), repeat=4):
+        model = encoder(nested).requires_grad_(not frozen)
+        params = fadapt.init(model, FUSED_RULES[rules])
+        given: dict[str, Any] = {"src_key_padding_mask": PADDING} if mask else {}
+        with torch.set_grad_enabled(grad):
+            adapted, base = fadapt.apply(model, params, X, **given), model(X, **given)
+        if frozen and grad:
+            rows = ~PADDING if mask else slice(None)
+            torch.testing.assert_close(adapted[rows], base[rows], rtol=1e-4, atol=1e-5)
+            adapted.sum().backward()
+        else:
+            assert torch.equal(adapted, base), (nested, mask, frozen, grad)
+        assert adapted.requires_grad == grad
+
+
+@pytest.mark.filterwarnings("ignore::fadapt.DenseFallbackWarning")
+@pytest.mark.parametrize("rules", FUSED_RULES)
+def test_adapters_act_within_the_fused_kernel(rules: str) -> None:
+    model = encoder(nested=True)
+    params = perturb(fadapt.init(model, FUSED_RULES[rules]), std=0.3)
+    merged = copy.deepcopy(model)
+    merged.load_state_dict(fadapt.merge(model, params), strict=False)
+    with torch.no_grad():
+        adapted = fadapt.apply(model, params, X, src_key_padding_mask=PADDING)
+        torch.testing.assert_close(adapted, merged(X, src_key_padding_mask=PADDING))
+        assert not torch.allclose(adapted, model(X, src_key_padding_mask=PADDING))

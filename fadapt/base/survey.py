@@ -36,6 +36,9 @@ from .torch_private import (
     plain_attributes,
 )
 
+FUSED = nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder
+"""Layers that torch may run as one kernel, and what hands them nested tensors then."""
+
 _LINEAR_FORWARD = nn.Linear.forward
 _FUNCTIONAL_LINEAR = F.linear
 
@@ -76,6 +79,7 @@ class Walk:
         held: all parameters, in the model's order.
         checkpointed: the numbers of the modules that hold a function for checkpointing.
         buffered: (path, number) of the modules that hold buffers.
+        fused: the numbers of the layers that torch may run as one kernel.
 
     Raises:
         TargetError: a wrapper, or a weight without values.
@@ -86,6 +90,7 @@ class Walk:
         self.held: list[Held] = []
         self.checkpointed: list[int] = []
         self.buffered: list[tuple[str, int]] = []
+        self.fused: list[int] = []
         units = Units()
         for prefix, module in model.named_modules():
             at = len(self.modules)
@@ -98,6 +103,8 @@ class Walk:
                 if weight is not None:
                     name = f"{prefix}.{key}" if prefix else key
                     self.held.append(_held(name, at, module, key, weight, in_unit))
+            if isinstance(module, FUSED):
+                self.fused.append(at)
             if buffers_of(module):
                 self.buffered.append((prefix, at))
 

@@ -7,11 +7,9 @@ base's parameter does, in a model as it is loaded; the frozen one here does not.
 
 Where the identity of an untrained adapter does not hold to the last bit, and why:
 
-- ``nn.TransformerEncoder`` and ``nn.MultiheadAttention`` in eval mode: torch has one fused kernel
-  for a layer, which it takes without autograd, of plain weights alone, and which rounds otherwise
-  than the layers one by one. It leaves out padding (with nested tensors its outputs there are 0).
-  A layer with an adapter never takes it; the base may. Compare with
-  ``torch.backends.mha.set_fastpath_enabled(False)``.
+- ``nn.TransformerEncoder`` and ``nn.MultiheadAttention`` in eval mode, while autograd records and
+  the base is frozen: torch runs the base as one fused kernel, which has no gradient; see
+  :mod:`.fused`.
 - While autograd records, operations without a rule (attention's packed projections, which warn),
   and layers without an adapter that get strided inputs: the base's weights require grad, or do not,
   other than the adapted ones. Without autograd they agree.

@@ -37,6 +37,7 @@ from ..params.adapter import Adapted, Adapter
 from ..params.params import Params
 from .checkpointing import Recomputed, refuse_checkpoint
 from .exact import layer_map, marked_like
+from .fused import let_fuse
 from .rules import overlay
 from .tensor import Overlay, materialize
 from .witness import Watched
@@ -294,6 +295,9 @@ class Mount:
             if adapter is not None and held.plain_linear and _is_plain(adapter):
                 seen[id(module), "forward"] = LinearForward(module, adapter, seen[place])
                 places.append((module, "forward"))
+        if self.walk.fused and not instead:
+            more = let_fuse([self.modules[at] for at in self.walk.fused], seen)
+            places += [(module, PARAMETERS) for module in more]
         for _, module, key, buffer in self._buffers():
             place = id(module), BUFFERS
             if place not in seen:

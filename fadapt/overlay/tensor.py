@@ -243,10 +243,16 @@ def _adapt_biases(func: Callable, args: tuple) -> tuple[tuple, set[int]]:
         if isinstance(weight, Overlay) and weight.adapter.acts_on_bias and not weight.flipped:
             bias = args[bias_at]
             if bias is not None:
-                _, new = weight.adapter.dense(_wide(weight.frozen), _wide(bias))
-                new_args[bias_at] = new.to(bias.dtype)  # type: ignore[union-attr]
+                new_args[bias_at] = adapted_bias(weight.adapter, weight.frozen, bias)
             done.add(id(weight))
     return tuple(new_args), done
+
+
+def adapted_bias(adapter: Adapted, weight: Tensor, bias: Tensor) -> Tensor:
+    """The adapted bias of a layer, of a method that acts on it."""
+    _, new = adapter.dense(_wide(weight), _wide(bias))
+    assert new is not None
+    return new.to(bias.dtype)
 
 
 def _wide(tensor: Tensor) -> Tensor:
