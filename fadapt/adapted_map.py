@@ -6,7 +6,7 @@ import functools
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -29,22 +29,84 @@ from .method import (
     Site,
     SiteView,
 )
+from .seeds import generator
 
 
 @dataclass(frozen=True)
-class Composed(Method):
-    """A method made of others, innermost first; :class:`fadapt.Chain` is the public one."""
+class Compound(Method):
+    """A method made of others, whose leaves are theirs, prefixed "0.", "1.", ..."""
 
     methods: tuple[Method, ...] = ()
 
+    numbers: ClassVar[tuple[str, ...]] = ()
+    """Fixed numbers that it holds for each of its methods, 1 at the start."""
+
+    @property
+    def keep_fp32(self) -> frozenset[str]:
+        return frozenset(
+            f"{i}.{k}" for i, m in enumerate(self.methods) for k in (*m.keep_fp32, *self.numbers)
+        )
+
+    @property
+    def acts_on_bias(self) -> bool:
+        return any(m.acts_on_bias for m in self.methods)
+
+    @property
+    def adapts_vectors(self) -> bool:
+        return all(m.adapts_vectors for m in self.methods)
+
+    @property
+    def starts_at_identity(self) -> bool:
+        return all(m.starts_at_identity for m in self.methods)
+
+    @property
+    def statistic(self) -> tuple | None:
+        parts = tuple(m.statistic for m in self.methods)
+        return parts if any(part is not None for part in parts) else None
+
+    def init(self, site: SiteView, rng: torch.Generator, stat: Any = None) -> tuple[Leaves, Leaves]:
+        whole: tuple[Leaves, Leaves] = {}, {}
+        for i, method in enumerate(self.methods):
+            own = generator(rng.initial_seed(), i)
+            _add(whole, i, start(method, site, own, None if stat is None else stat[i]))
+            whole[1].update({f"{i}.{k}": site.zeros() + 1 for k in self.numbers})
+        return whole
+
+    def shared(self, sites: Sequence[SiteView], rng: torch.Generator) -> tuple[Leaves, Leaves]:
+        whole: tuple[Leaves, Leaves] = {}, {}
+        for i, method in enumerate(self.methods):
+            _add(whole, i, start_shared(method, sites, generator(rng.initial_seed(), i)))
+        return whole
+
+    def project(self, train: Leaves) -> Leaves:
+        return {
+            f"{i}.{k}": t
+            for i, method in enumerate(self.methods)
+            for k, t in method.project(self.part(train, i)).items()
+        }
+
     def part(self, p: Mapping[str, Tensor], i: int) -> Leaves:
-        """The leaves of the method at ``i``, among those of all."""
+        """The leaves of the method at ``i``, among those of all, with a key of dropout."""
         prefix = f"{i}."
         part = {k[len(prefix) :]: t for k, t in p.items() if k.startswith(prefix)}
-        if STRENGTH in p:
-            part[STRENGTH] = p[STRENGTH]
         if DROPOUT_KEY in p:
             part.setdefault(DROPOUT_KEY, p[DROPOUT_KEY] + i)
+        return part
+
+
+def _add(whole: tuple[Leaves, Leaves], i: int, parts: tuple[Leaves, Leaves]) -> None:
+    for leaves, part in zip(whole, parts, strict=True):
+        leaves.update({f"{i}.{k}": t for k, t in part.items()})
+
+
+@dataclass(frozen=True)
+class Composed(Compound):
+    """Methods of which each adapts the map that the one before made; :class:`fadapt.Chain`."""
+
+    def part(self, p: Mapping[str, Tensor], i: int) -> Leaves:
+        part = super().part(p, i)
+        if STRENGTH in p:
+            part[STRENGTH] = p[STRENGTH]
         return part
 
 
@@ -73,7 +135,7 @@ def has_delta(method: Method) -> bool:
 
 def drops_input(method: Method) -> bool:
     """Whether a method drops parts of its input while it trains."""
-    if isinstance(method, Composed):
+    if isinstance(method, Compound):
         return any(drops_input(m) for m in method.methods)
     return method.dropout > 0 and _is_own_dropout(method)
 
@@ -86,9 +148,16 @@ def _is_own_dropout(method: Method) -> bool:
 
 def acts_in_training(method: Method) -> bool:
     """Whether a method acts otherwise in its layer's training mode."""
-    if isinstance(method, Composed):
+    if isinstance(method, Compound):
         return any(acts_in_training(m) for m in method.methods)
     return drops_input(method) or type(method).delta_takes_training
+
+
+def needs_plain_base(method: Method) -> bool:
+    """Whether constants of the frozen weight enter a method."""
+    if isinstance(method, Composed):
+        return any(needs_plain_base(m) for m in method.methods)
+    return method.needs_plain_base
 
 
 @dataclass(frozen=True)
@@ -108,7 +177,7 @@ class SharedLeaves(Method):
 
 def has_shared(method: Method) -> bool:
     """Whether the sites of a method share leaves."""
-    if isinstance(method, Composed):
+    if isinstance(method, Compound):
         return any(has_shared(m) for m in method.methods)
     return type(method).shared is not Method.shared
 
@@ -171,7 +240,7 @@ def check_site(method: Method, site: Site) -> None:
         ConfigError: with the reason.
     """
     check_contract(method)
-    if isinstance(method, Composed):
+    if isinstance(method, Compound):
         for inner in method.methods:
             check_site(inner, site)
     require(
@@ -182,7 +251,7 @@ def check_site(method: Method, site: Site) -> None:
     if method.dropout and _is_own_dropout(method):
         name = type(method).__name__
         require(
-            not isinstance(method, Composed),
+            not isinstance(method, Compound),
             f"{name} drops nothing itself; give dropout to the methods in it",
         )
         require(
@@ -385,7 +454,9 @@ def adapt_output(
         product = method.last_product(p, x, base)
         if product is not None and product[1].dim() == y.dim():
             return _add_product(method, p, y, into, product)
-    if cls.delta_takes_training:
+    if isinstance(method, Compound):  # its parts may drop their input
+        delta = method.delta(p, x, rows, base, training, draw)  # type: ignore[call-arg]
+    elif cls.delta_takes_training:
         delta = method.delta(p, x, rows, base, training=training)  # type: ignore[call-arg]
     else:
         delta = method.delta(p, x, rows, base)

@@ -100,7 +100,7 @@ def as_lora(
             "convert the members of a stack one by one: fadapt.unstack(stack)"
         )
     require(r is None or (type(r) is int and r >= 1), f"r must be None or an int from 1, got {r!r}")
-    params.check_whole()
+    params.check_one()
     write = "drop_bias=['a pattern'], () for none"
     patterns = [drop_bias] if isinstance(drop_bias, str) else listed("drop_bias", drop_bias, write)
     for pattern in patterns:

@@ -11,12 +11,11 @@ from torch import Tensor
 
 from .adapted_map import compute_dtype
 from .errors import ConfigError
-from .method import STRENGTH, Method
+from .method import DROPOUT_KEY, STRENGTH, Method
 from .methods.lora import LoRA, RsLoRA
 from .methods.sum import WEIGHT, Sum
 from .params.adapter import Adapter
 from .params.params import Params, cut, own_leaves, strength_value
-from .params.stack import StackedAdapter
 
 
 def combine(params: Sequence[Params], weights: Sequence[float | Tensor]) -> Params:
@@ -74,9 +73,7 @@ def check_members(
             "members of a stack are fadapt.unstack(stack)"
         )
     for member in params:
-        member.check_whole()
-        if any(isinstance(a, StackedAdapter) for a in member.values()):
-            raise ConfigError("this takes the members of a stack: fadapt.unstack(stack)")
+        member.check_one()
     listed = isinstance(weights, (list, tuple)) or (isinstance(weights, Tensor) and weights.dim())
     if not listed or len(weights) != len(params):
         raise ConfigError(
@@ -99,7 +96,9 @@ def _site(parts: list[tuple[Adapter, float | Tensor]]) -> Adapter:
         methods.append(adapter.method)
         train |= {f"{i}.{k}": cut(t).to(device, dtype) for k, t in adapter.train.items()}
         for k, t in adapter.fixed.items():
-            if k != STRENGTH:
+            if k == DROPOUT_KEY:  # each part's own follows from that of the whole
+                fixed.setdefault(k, t.to(device))
+            elif k != STRENGTH:
                 exact = wide if k in adapter.method.keep_fp32 else dtype
                 fixed[f"{i}.{k}"] = t.to(device, exact if t.is_floating_point() else None)
         strength = adapter.fixed.get(STRENGTH, 1.0)

@@ -69,7 +69,7 @@ def merge(
         )
     if not isinstance(params, Params):
         raise ConfigError(f"params must come from fadapt.init, load or join; got {type(params)}")
-    params.check_whole()
+    params.check_one()
     _check_dtype(dtype)
     merged: dict[str, Tensor] = {}
     refuse_adapted(model, "fadapt.merge")

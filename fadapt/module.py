@@ -239,7 +239,7 @@ def as_module(model: nn.Module, params: Params) -> AdapterModule:
         )
     if not isinstance(params, Params):
         raise ConfigError(f"params must come from fadapt.init, load or join; got {type(params)}")
-    params.check_whole()
+    params.check_one()
     check_fits(model, [a.site for a in params.at_sites().values()])
     module = _class_for(type(model))(model, params)
     return module.train(model.training)

@@ -73,8 +73,7 @@ def run(
     check_flags(per_adapter=per_adapter, verify=verify)
     check_function("loss_fn", loss_fn, "def loss_fn(output, batch)")
     if isinstance(params, Stack):
-        check_model(model)
-        return run_stack(model, params, batch, loss_fn, per_adapter, verify)
+        return run_stack(model, _checked(model, params), batch, loss_fn, per_adapter, verify)
     _check_alone(per_adapter)
     return run_one(model, _sites(model, params), batch, loss_fn, params)
 
@@ -118,8 +117,8 @@ def apply(
         raise ConfigError(f'method must be a name such as "generate", got {method!r:.80}')
     args, kwargs = call_arguments(args, kwargs)
     if isinstance(params, Stack):
-        check_model(model)
-        return apply_stack(model, params, method, args, kwargs, per_adapter, verify)
+        stack = _checked(model, params)
+        return apply_stack(model, stack, method, args, kwargs, per_adapter, verify)
     _check_alone(per_adapter)
     return call(model, _sites(model, params), method, args, kwargs, owner=params)
 
@@ -153,10 +152,9 @@ def bound(model: nn.Module, params: Params | Stack) -> AbstractContextManager[nn
     """
 
     def sites() -> Mapping[str, Adapted]:
-        check_model(model)
-        return (
-            stack_sites(model, params, None) if isinstance(params, Stack) else _sites(model, params)
-        )
+        if isinstance(params, Stack):
+            return stack_sites(model, _checked(model, params), None)
+        return _sites(model, params)
 
     return Bound(model, sites, params)
 
@@ -169,9 +167,15 @@ def _check_alone(per_adapter: bool) -> None:
         )
 
 
+def _checked(model: nn.Module, stack: Stack) -> Stack:
+    check_model(model)
+    stack.check_whole()
+    return stack
+
+
 def _sites(model: nn.Module, params: Params) -> Mapping[str, Adapted]:
     check_model(model)
     if not isinstance(params, Params):
         raise ConfigError(f"params must come from fadapt.init, load or join; got {type(params)}")
-    params.check_whole()
+    params.check_one()
     return params

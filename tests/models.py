@@ -126,6 +126,18 @@ def encoder_layer(seed: int = 0) -> nn.Module:
     return seeded(nn.TransformerEncoderLayer(HIDDEN, 4, 48, dropout=0.0, batch_first=True), seed)
 
 
+class Tokens(nn.Module):
+    """Something for each kind of weight that a method may be meant for."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.norm = nn.Embedding(12, 8), nn.LayerNorm(8)
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, ids: Tensor, labels: Tensor | None = None) -> Tensor:
+        return self.down(torch.tanh(self.up(self.norm(self.embed(ids))))).mean(1)
+
+
 class TiedLinear(nn.Module):
     """Two linear layers over one weight, each with its own bias."""
 

@@ -169,6 +169,8 @@ TRIALS = {
     "c": fadapt.Trial(fadapt.DeLoRA(r=2, dropout=0.1), lr=0.02, seed=3, name="c"),
     "d": fadapt.Trial(fadapt.IA3(), lr=0.02, seed=4, name="d"),
     "e": fadapt.Trial(LoRA(r=2, dropout=0.3), lr=0.02, seed=1, name="e"),
+    "f": fadapt.Trial(fadapt.Chain((LoRA(r=2, dropout=0.3), fadapt.IA3())), seed=5, name="f"),
+    "g": fadapt.Trial(fadapt.Sum((LoRA(r=2, dropout=0.3), fadapt.IA3())), seed=6, name="g"),
 }
 
 
@@ -180,10 +182,10 @@ def final(names: str, **options: Any) -> dict[str, list[Tensor]]:
 
 
 def test_a_trial_is_the_same_alone_and_in_any_company() -> None:
-    whole = final("abcde")
-    for options in ({"names": "a"}, {"names": "c"}, {"names": "ea"}, {"names": "dcba"},
-                    {"names": "abcde", "max_adapters": 1}, {"names": "abcde", "max_adapters": 2},
-                    {"names": "abcde", "seed": 77}):  # fmt: skip
+    whole = final("abcdefg")
+    for options in ({"names": "a"}, {"names": "c"}, {"names": "ea"}, {"names": "gdcba"},
+                    {"names": "abcdefg", "max_adapters": 1}, {"names": "abcde", "max_adapters": 2},
+                    {"names": "abcdefg", "seed": 77}):  # fmt: skip
         for name, leaves in final(**options).items():
             for a, b in zip(leaves, whole[name], strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
@@ -351,6 +353,24 @@ def test_the_key_is_kept(tmp_path: Path) -> None:
     assert len(keys) == 4
     with pytest.raises(fadapt.ConfigError, match="leaf names must be distinct and not of"):
         fadapt.init(model, Named())
+
+
+def test_combined_adapters_drop_as_one(tmp_path: Path) -> None:
+    model = net()
+    parts = [lively(model, LoRA(r=2, dropout=0.5)), lively(model, fadapt.IA3(), 1)]
+    both = fadapt.combine([*parts, lively(model, LoRA(r=1, dropout=0.5), 2)], [0.5, 1.0, 1.0])
+    fadapt.save(both, tmp_path / "both")
+    found = []
+    for params in (both, fadapt.load(tmp_path / "both", model), fadapt.combine([both], [1.0])):
+        for company in (None, parts[0]):
+            torch.manual_seed(3)
+            if company is None:
+                found.append(fadapt.apply(model, params, X))
+            else:
+                found.append(fadapt.apply(model, fadapt.stack([params, company]), X)[0])
+    for out in found[1:]:
+        torch.testing.assert_close(out, found[0])
+    assert not torch.allclose(found[0], fadapt.apply(model, both, X))
 
 
 @pytest.mark.parametrize(

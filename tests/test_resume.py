@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 import fadapt
 from fadapt.training import Halving, Trial, fit, sweep
 
-from .models import seeded
+from .models import Tokens, seeded
 from .test_laws import ROWS
 
 STEPS = 40
@@ -255,18 +255,6 @@ def test_a_loader_with_its_own_generator_and_workers(tmp_path):
 def test_a_finished_sweep_is_not_trained_again(tmp_path):
     first = full_sweep(tmp_path)
     same(first, full_sweep(tmp_path, loss_fn=Loss(0)))
-
-
-class Tokens(nn.Module):
-    """Something for each kind of weight that a method may be meant for."""
-
-    def __init__(self):
-        super().__init__()
-        self.embed, self.norm = nn.Embedding(12, 8), nn.LayerNorm(8)
-        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
-
-    def forward(self, ids, labels=None):
-        return self.down(torch.tanh(self.up(self.norm(self.embed(ids))))).mean(1)
 
 
 class Scores:

@@ -56,7 +56,7 @@ def save(params: Params, path: str | os.PathLike[str]) -> None:
         raise CheckpointError(
             f"nothing to save: params is {params!r:.80}; write save(params, path)"
         )
-    params.check_whole()
+    params.check_one()
     tensors: dict[str, Tensor] = {}
     for name, adapter in params.items():
         for part, leaves in (("train", adapter.train), ("fixed", adapter.fixed)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -96,6 +96,9 @@ class Adapter:
     owner: nn.Module | None = field(default=None, kw_only=True)
     bank: Leaves = field(default_factory=dict, kw_only=True)
     draw: Tensor | None = field(default=None, kw_only=True)
+
+    is_group: ClassVar[bool] = False
+    """True where the leaves are those of several adapters (a stack's)."""
 
     @property
     def training(self) -> bool:

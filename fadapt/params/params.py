@@ -33,6 +33,8 @@ class Tree(Protocol):
 
     def trainable(self) -> list[Tensor]: ...
 
+    def check_whole(self) -> None: ...
+
 
 P = TypeVar("P", bound=Tree)
 Train = dict[str, Leaves]
@@ -189,6 +191,20 @@ class Params(Mapping[str, Adapter]):
                 "back: fadapt.join(train, rest)"
             )
 
+    def check_one(self) -> None:
+        """Refuses what is not one whole adapter: the rest of a split, or a group of a stack.
+
+        Raises:
+            ConfigError: says what to pass instead.
+        """
+        self.check_whole()
+        if any(a.is_group for a in self.values()):
+            raise ConfigError(
+                "these params are a group of a stack, several adapters in one tree; pass the stack "
+                "itself, as in fadapt.run(model, stack, batch) and fadapt.scale(stack, [c0, c1]), "
+                "or one of its members: fadapt.unstack(stack)[0]"
+            )
+
     def split(self) -> tuple[Train, Params]:
         """See :func:`split`."""
         self.check_whole()
@@ -249,7 +265,7 @@ class Params(Mapping[str, Adapter]):
     def __repr__(self) -> str:
         methods = Counter(repr(a.method) for _, a in self.items())
         what = ", ".join(f"{method} x {n}" for method, n in methods.items()) or "empty"
-        return f"Params({what}; {sum(t.numel() for t in trainable(self)):,} trainable)"
+        return f"Params({what}; {sum(t.numel() for t in self.trainable()):,} trainable)"
 
 
 def _with_banks(adapters: dict[str, Adapter]) -> dict[str, Adapter]:
@@ -316,7 +332,7 @@ def trainable(params: Tree) -> list[Tensor]:
         params: Params, or a Stack.
 
     Raises:
-        ConfigError: something else than params.
+        ConfigError: something else than params, or the rest of a split.
 
     Example:
         >>> params = fadapt.init(model, fadapt.LoRA(r=2))
@@ -325,6 +341,7 @@ def trainable(params: Tree) -> list[Tensor]:
         88
     """
     _check_tree(params, "trainable(params)")
+    params.check_whole()
     return params.trainable()
 
 
@@ -399,7 +416,7 @@ def scale(params: P, c: float | Tensor | Sequence[float]) -> P:
     """
     _check_tree(params, "scale(params, c)")
     if isinstance(params, Params):
-        params.check_whole()
+        params.check_one()
         value = strength_value(c)
         return params.map(lambda adapter: set_strength(adapter, value))  # type: ignore[return-value]
     return params.scaled(c)  # type: ignore[return-value]

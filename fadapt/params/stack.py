@@ -11,7 +11,7 @@ import functools
 import operator
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,8 @@ class StackedAdapter(Adapter):
     """The adapters of a group at one site: leaves (n, ...), or without that axis if ``shared``."""
 
     shared: frozenset[str] = frozenset()
+
+    is_group: ClassVar[bool] = True
 
     def with_bank(self, source: Adapter) -> Self:
         assert isinstance(source, StackedAdapter)
@@ -136,6 +138,11 @@ class Stack:
             )
         return Stack(groups, self.per_row, self.size)
 
+    def check_whole(self) -> None:
+        """As :meth:`Params.check_whole`."""
+        for group in self.groups:
+            group.params.check_whole()
+
     def split(self) -> tuple[dict[str, Train], Stack]:
         """As :func:`fadapt.split`, with one more level: {group number: {site: {leaf: tensor}}}."""
         halves = [g.params.split() for g in self.groups]
@@ -159,6 +166,7 @@ class Stack:
 
     def scaled(self, c: Any) -> Stack:
         """As :func:`fadapt.scale`."""
+        self.check_whole()
         if isinstance(c, Tensor) and c.dim() == 1 and c.is_floating_point():
             values: list[float | Tensor] = [strength_value(part) for part in c]
         elif isinstance(c, (list, tuple)):
@@ -234,7 +242,7 @@ def stack(params: Sequence[Params]) -> Stack:
 def stack_of(members: list[Params], by_rank: bool = False) -> Stack:
     """A stack of Params; with ``by_rank`` each rank is a group of its own, without padding."""
     for member in members:
-        member.check_whole()
+        member.check_one()
     _check_one_base(members)
     groups = groups_of(members, by_rank)
     return Stack([_group(index, [members[i] for i in index]) for index in groups])
@@ -272,9 +280,9 @@ def unstack(stack: Stack) -> list[Params]:
             "these are the adapters of a batch's rows, from select(stack, ids); unstack the stack "
             "itself: fadapt.unstack(stack)[i]"
         )
+    stack.check_whole()
     found: dict[int, Params] = {}
     for group in stack.groups:
-        group.params.check_whole()
         for row, (i, original) in enumerate(zip(group.index, group.originals, strict=True)):
             adapters = {
                 name: _member(adapter, row, original[name])
@@ -476,8 +484,6 @@ def _check_one_base(members: list[Params]) -> None:
     seen: dict[str, tuple[int, Adapter]] = {}
     for i, member in enumerate(members):
         for name, adapter in member.items():
-            if isinstance(adapter, StackedAdapter):
-                raise ConfigError("stack takes the members, not a part of another stack")
             first, other = seen.setdefault(name, (i, adapter))
             if other.site.fingerprint != adapter.site.fingerprint:
                 raise ConfigError(

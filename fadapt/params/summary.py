@@ -43,7 +43,8 @@ def summary(params: Params | Stack, model: nn.Module | None = None) -> str:
 
     Raises:
         TargetError: params with a site that ``model`` does not have.
-        ConfigError: something else than params, or rows that :func:`fadapt.select` chose.
+        ConfigError: something else than params, or the rest of a split, a group of a stack, or rows
+            that :func:`fadapt.select` chose.
 
     Example:
         >>> import torch
@@ -64,6 +65,7 @@ def summary(params: Params | Stack, model: nn.Module | None = None) -> str:
             f"summary takes Params or a Stack, got {type(params).__name__}: write "
             "fadapt.summary(params), with what fadapt.init, load, stack or join returned"
         )
+    params.check_one()
     rows = [Row(a.site, repr(a.method), _count(a)) for _, a in params.items()]
     lines, notes = site_table(rows)
     total = sum(row.trainable for row in rows)

@@ -99,6 +99,7 @@ def peft_dict(
             f"nothing to save: params is {params!r}; write save_peft(model, params, path), and "
             "the members of a stack one by one: fadapt.unstack(stack)"
         )
+    params.check_one()
     check_model(model)
     check_flags(CheckpointError, serving=serving)
     if serving:

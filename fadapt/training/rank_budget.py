@@ -204,6 +204,7 @@ def _adapters(params: Any) -> dict[str, Adapter]:
             f"RankBudget takes Params, got {type(params).__name__}; of a stack, its members one by "
             "one: fadapt.unstack(stack)"
         )
+    params.check_one()
     found = {n: a for n, a in params.items() if isinstance(a.method, AdaLoRA)}
     if not found:
         methods = sorted({type(a.method).__name__ for a in params.values()})

@@ -72,7 +72,7 @@ class Trial:
         if not isinstance(self.config, (Method, Mapping, Config)):
             raise ConfigError(f"Trial: config must be a method, rules or Params: {self.config!r}")
         if isinstance(self.config, Params):
-            self.config.check_whole()
+            self.config.check_one()
         elif not isinstance(self.config, Config):
             Config(self.config)  # which says what is wrong
         for field in ("lr", "weight_decay"):
