@@ -14,7 +14,7 @@ from torch.func import functional_call
 
 import fadapt
 from fadapt.statistics.reduction import statistics_of
-from tests.models import Tokens, perturb, seeded
+from tests.models import Tokens, perturb, qwen3, seeded, tokens
 from tests.test_laws import ROWS
 
 IDS = torch.randint(12, (8, 4, 5), generator=torch.Generator().manual_seed(0))
@@ -38,7 +38,12 @@ def fresh(base: nn.Module, method: fadapt.Method, rule: str = "") -> fadapt.Para
 
 
 def moved(params: fadapt.Params, seed: int = 1) -> fadapt.Params:
-    return fadapt.project(perturb(params, seed))
+    perturb(params, seed)
+    with torch.no_grad():
+        for adapter in params.values():
+            if "alpha" in adapter.train:  # an ablation below 0 is none
+                adapter.train["alpha"].abs_()
+    return fadapt.project(params)
 
 
 def equal(got: Tensor, want: Tensor, what: str) -> None:
@@ -147,3 +152,29 @@ def test_any_two_methods_make_one(tmp_path: Path) -> None:
             with pytest.raises(fadapt.ConfigError, match="defined by the frozen weight; put it"):
                 fadapt.Chain((over, inner))
     assert {"DoRA", "SSVD free", "Sum"} <= set(refused)
+
+
+def test_what_is_of_low_rank_is_served() -> None:
+    base = qwen3(attention_bias=True).requires_grad_(False)
+    batches = [{"input_ids": ids, "labels": ids} for ids in (tokens(8, 6, seed) for seed in (5, 6))]
+    refused = {}
+    for row, method in ROWS.items():
+        if method.usual_kind != "linear" or isinstance(method, fadapt.SSteer):
+            continue
+        calib = None if method.statistic is None else batches
+        params = moved(fadapt.init(base, {"q_proj|down_proj": method}, calib))
+        try:
+            _, served = fadapt.peft.peft_dict(base, params, serving=True)
+        except fadapt.ConfigError as error:
+            refused[row] = str(error)
+            continue
+        weights = fadapt.merge(base, params)
+        assert len(weights) == 4, row  # no bias
+        for name, weight in weights.items():
+            key = f"base_model.model.{name.removesuffix('.weight')}"
+            a, b = (served[f"{key}.lora_{side}.weight"] for side in "AB")
+            change = (weight - base.get_parameter(name)).double()
+            error = (b.double() @ a.double() - change).norm() / change.norm()
+            assert error < 1e-4, (row, name, error)
+    assert all("no smaller LoRA equals it" in e or "moves the bias" in e for e in refused.values())
+    assert not {"LoRA", "VeRA", "TinyLoRA tied", "HRA", "SSVD free"} & refused.keys()

@@ -40,7 +40,7 @@ HEADS = ("lm_head", "embed_tokens")
 def as_served(model: nn.Module, params: Params) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The config fields and tensors of one LoRA for all servers."""
     places = Places(model)
-    at = places.for_sites(adapter.site for adapter in params.values())
+    at = places.for_sites(adapter.site for adapter in params.at_sites().values())
     for name, place in at.items():
         if place.layer not in (LINEAR, QUANTIZED):
             raise CheckpointError(
