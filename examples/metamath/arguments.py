@@ -176,7 +176,7 @@ def arguments(argv: Sequence[str] | None, description: str) -> argparse.Namespac
     add("--max-length", type=count, default=768, help="tokens of a training row, or of a prompt")
     add("--new-tokens", type=count, help="of an answer; 300, or 64 when embedded")
     add("--train-rows", type=count, default=4000, help="of the embedded data")
-    add("--test-rows", type=count, help="the first of the test set; 200 when embedded (60 on a CPU)")
+    add("--test-rows", type=count, help="the first of the test set; 200 embedded (60 on a CPU)")
     add("--eval-every", type=count, help="steps; a twentieth of all, or at the end only")
     add("--halving", type=count, metavar="RUNG", help="at these steps, the best third")
     add("--one-by-one", action="store_true", help="one adapter to a pass, to compare with")
