@@ -256,33 +256,22 @@ def test_under_torchrun_the_table_is_the_same(local, tmp_path, undisturbed):
     assert losses_of(tmp_path) == undisturbed
 
 
-def test_a_killed_run_goes_on(local, tmp_path, undisturbed):
+def test_a_run_that_is_told_to_end_goes_on(local, tmp_path, undisturbed):
+    """SIGTERM, as schedulers send it: no checkpoint is due, and no step is lost."""
     command = [sys.executable, *SCRIPT, *of(local), "--out", str(tmp_path)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not (tmp_path / "sweep" / "checkpoint.safetensors").exists():
-        assert process.poll() is None
-        time.sleep(0.05)
-    process.kill()
-    process.wait()
-    assert not (tmp_path / "table.json").exists()
-    assert run(*of(local), out=tmp_path) == 0
-    assert losses_of(tmp_path) == undisturbed
-
-
-def test_a_run_that_is_told_to_end_goes_on_from_its_last_step(local, tmp_path):
-    """SIGTERM, as schedulers send it: no checkpoint is due, and none of the steps is lost."""
-    given = of(local, **{"steps": "100000", "eval-every": "100000"})
-    command = [sys.executable, *SCRIPT, *given, "--out", str(tmp_path)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     log = tmp_path / "sweep" / "log.jsonl"
-    while not (log.exists() and log.read_text().count("\n") > 20):
+    while not (log.exists() and log.read_text().count("\n")):
         assert process.poll() is None
-        time.sleep(0.05)
+        time.sleep(0.01)
     process.terminate()
     assert process.wait(60) == 128 + signal.SIGTERM
     with checkpoint.opened(tmp_path / "sweep") as file:
         assert file is not None
-        assert file.meta["step"] >= 20
+        assert file.meta["step"] >= 1
+    assert not (tmp_path / "table.json").exists()
+    assert run(*of(local), out=tmp_path) == 0
+    assert losses_of(tmp_path) == undisturbed
 
 
 def test_the_best_rates_of_an_earlier_run(local, tmp_path, capsys):
