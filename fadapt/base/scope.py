@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import FadaptError
-from .flow import is_step
+from ..errors import FadaptError, TargetError
+from .flow import is_step, models_own
 from .leaving import Block
 from .torch_private import (
     BUFFERS,
@@ -54,10 +54,10 @@ class OnRead:
         passes_writes: whether what is written meanwhile becomes the module's own.
     """
 
-    __slots__ = ("make", "passes_writes")
+    __slots__ = ("make", "passes_writes", "same")
 
-    def __init__(self, make: Callable[[Any], Any], passes_writes: bool = False):
-        self.make, self.passes_writes = make, passes_writes
+    def __init__(self, make: Callable[[Any], Any], passes_writes: bool = False, same: bool = False):
+        self.make, self.passes_writes, self.same = make, passes_writes, same
 
 
 class View(Block):
@@ -76,6 +76,7 @@ class View(Block):
         open: whether it is.
         grad: whether gradients were enabled when it was entered.
         pending: whether a checkpointed section of a ``bound`` block is still to be recomputed.
+        copies: what is to live as long as the block.
     """
 
     def __init__(
@@ -91,6 +92,7 @@ class View(Block):
         self.owner, self.recomputes = owner, recomputes
         self.outer: View | None = None
         self.open = self.pending = False
+        self.copies: dict[str, Any] = {}
         self.grad, self.thread = torch.is_grad_enabled(), threading.get_ident()
 
     def again(self) -> View:
@@ -273,7 +275,19 @@ class ScopedTensors(_Stand, MutableMapping[str, Any], dict[str, Any]):  # type: 
         return repr(self.own)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # A copy of the model, or a pickle, is one of the model as it is.
+        # A copy of the model, or a pickle, is one of the model as it is; but in its own forward one
+        # would expect what the forward sees there.
+        view = open_view(self.place[0])
+        if view is not None and view.runs():
+            for value in view.seen.get(self.place, {}).values():
+                if (adapter := getattr(value, "adapter", None)) is not None:
+                    name = adapter.site.name
+                    raise TargetError(
+                        f"{name} is adapted, and the model's forward reads it (copy, "
+                        f"{models_own() or 'a pickle'}) in a copy or a pickle of its layer, which "
+                        "are of the base; have it call the layer itself, or leave this weight out: "
+                        f"{{{name!r}: None, ...}}"
+                    )
         return dict, (dict(self.own),)
 
     __hash__ = None  # type: ignore[assignment]

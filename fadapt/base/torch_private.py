@@ -119,6 +119,20 @@ def is_view_of_argument(func: Any) -> bool:
     return func.is_view
 
 
+def written_arguments(func: Any, args: tuple, kwargs: dict[str, Any]) -> list[Tensor]:
+    """The tensors that an operation, as a TorchDispatchMode gets it, writes to.
+
+    Its schema says so (``OpOverload._schema``), which has no public name.
+    """
+    schema = func._schema
+    if not schema.is_mutable:
+        return []
+    names = [a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    given = {a.name: value for a, value in zip(schema.arguments, args, strict=False)} | kwargs
+    found = pytree.tree_leaves([given.get(name) for name in names])
+    return [t for t in found if isinstance(t, Tensor)]
+
+
 def saving_is_hooked() -> bool:
     """Whether someone has hooks on what autograd saves, as activation checkpointing has.
 

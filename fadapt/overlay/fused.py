@@ -56,7 +56,7 @@ def _unfused(tensor: Tensor) -> Tensor:
 NEVER = OnRead(_unfused)
 """What a call sees of a tensor that keeps its layer from being fused."""
 
-NOT_RECORDED = OnRead(lambda t: _unfused(t) if torch.is_grad_enabled() else t.detach())
+NOT_RECORDED = OnRead(lambda t: _unfused(t) if torch.is_grad_enabled() else t.detach(), same=True)
 """The same, as long as autograd records."""
 
 

@@ -28,7 +28,7 @@ from ..base.scope import (
 )
 from ..base.sharded import compute_device, is_dtensor
 from ..base.survey import Held, Survey, Walk, survey
-from ..base.torch_private import buffers_of, is_persistent, parameters_of
+from ..base.torch_private import buffers_of, is_persistent, is_transformed, parameters_of
 from ..base.weights import Kind
 from ..dropout import fresh_draw
 from ..errors import ConfigError, TargetError
@@ -39,7 +39,7 @@ from .checkpointing import Recomputed, refuse_checkpoint
 from .exact import layer_map, marked_like
 from .fused import let_fuse
 from .rules import overlay
-from .tensor import Overlay, materialize
+from .tensor import Overlay, aliased, materialize
 from .witness import Watched
 
 # Dynamo follows F.layer_norm to an overlay in every version, and F.rms_norm since 2.13.
@@ -154,7 +154,15 @@ def _traced(adapter: Adapted, weight: Tensor, module: nn.Module) -> Tensor:
     return made
 
 
-_ALIAS = OnRead(lambda weight: marked_like(weight.detach(), True))
+def _alias(weight: Tensor) -> Tensor:
+    alias = marked_like(weight.detach(), True)
+    told = not (torch.compiler.is_compiling() or is_transformed())
+    if told and (tell := aliased.get()) is not None:
+        tell(weight, alias)
+    return alias
+
+
+_ALIAS = OnRead(_alias)
 """Of a base parameter that asks for gradients, which must not reach it."""
 
 

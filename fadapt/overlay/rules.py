@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -14,13 +15,13 @@ from torch import Tensor
 from ..base.linear_map import DenseMap
 from ..base.scope import PARAMETERS, OnRead, View, open_view
 from ..base.torch_private import GROUPED_MM, SAME_KIND_OF_TENSOR, grouped_mm, known_values
-from ..errors import FadaptError, TargetError
+from ..errors import DenseFallbackWarning, FadaptError, TargetError
 from ..params.adapter import Adapter
 from . import experts
 from .checkpointing import refuse_checkpoint
 from .embedding import adapt_embedding
 from .exact import WeightFirstMap, layer_map
-from .tensor import Overlay, implements, overlay, trains
+from .tensor import Overlay, implements, materialize, overlay, trains
 
 
 @implements(F.linear)
@@ -185,13 +186,41 @@ def _data(weight: Overlay) -> Any:
     )
 
 
+@implements(Tensor.data_ptr)
+def _data_ptr(weight: Overlay) -> int:
+    """Of a copy that lives as long as the call: whoever asks will read there, or compares."""
+    view, name = open_view(), weight.adapter.site.name
+    if view is None:
+        raise TargetError(
+            f"{name} is adapted, so its values are computed when they are read and have no "
+            f"address; leave this weight out: {{{name!r}: None, ...}}"
+        )
+    new = materialize(weight).detach()
+    new = new.mT if weight.flipped else new
+    kept = view.copies.get(name)
+    if kept is None or kept.dtype != new.dtype or kept.stride() != new.stride():
+        view.copies[name] = kept = new
+    else:
+        kept.copy_(new)
+    warnings.warn(
+        f"{name} is asked for its address (data_ptr): that of a copy with the adapted values, "
+        "which lives until the call ends. What is written there is lost, and what is computed from "
+        "it has no gradient",
+        DenseFallbackWarning,
+        stacklevel=3,
+    )
+    return kept.data_ptr()
+
+
 @implements(Tensor.data.__set__)  # type: ignore[attr-defined]
 def _set_data(weight: Tensor, new: Tensor) -> Any:
     """What the call sees of the weight from now on; the base's own has not changed."""
-    if not isinstance(weight, Overlay) or not isinstance(new, Overlay):
+    if not isinstance(weight, Overlay):
         return NotImplemented
-    if new.adapter is not weight.adapter or new.flipped != weight.flipped:
-        return NotImplemented
+    cast = isinstance(new, Overlay) and new.adapter is weight.adapter
+    if not isinstance(new, Overlay) or not cast or new.flipped != weight.flipped:
+        name = weight.adapter.site.name
+        raise FadaptError(f"the model's forward writes to {name} (.data = ...); it is frozen")
     view, dtype = open_view(), new.frozen.dtype
     if view is not None and dtype != weight.frozen.dtype:
         _cast_in(view, weight.adapter, dtype)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor
 
-from ..base.torch_private import pytree
+from ..base.torch_private import is_transformed, pytree
 from ..base.weights import Kind
 from ..errors import DenseFallbackWarning, FadaptError, TargetError
 from ..linalg import inverse_permutation
@@ -69,8 +69,15 @@ def _by_rule(func: Callable, args: tuple, kwargs: dict) -> Any:
         if result is not NotImplemented:
             return result
     if func in METADATA:
-        return func(*(a.frozen if isinstance(a, Overlay) else a for a in args), **kwargs)
+        return func(*map(_as_it_lies, args), **kwargs)
     return _dense_fallback(func, args, kwargs)
+
+
+def _as_it_lies(value: Any) -> Any:
+    """The frozen weight, as an overlay of it lies in memory; anything else as it is."""
+    if not isinstance(value, Overlay):
+        return value
+    return value.frozen.mT if value.flipped else value.frozen
 
 
 def _called(func: Callable, args: tuple, kwargs: dict) -> Any:
@@ -98,7 +105,7 @@ def overlay(
     shape = weight.mT.shape if flipped else weight.shape
     nan = torch.full((), float("nan"), dtype=weight.dtype, device=weight.device).expand(shape)
     compiling = torch.compiler.is_compiling()
-    if not compiling and (lost := when_lost.get()) is not None:
+    if not compiling and (lost := when_lost.get()) is not None and not is_transformed():
         leaves = [t for t in getattr(adapter, "tensors", ()) if t.requires_grad]
         nan = _Placeholder.apply(nan, adapter.site.name, lost, *leaves) if leaves else nan
     result = nan.as_subclass(Overlay)
@@ -113,6 +120,17 @@ def trains(adapter: Adapted) -> bool:
     """Whether a gradient may be asked for a leaf of the adapter."""
     return any(t.requires_grad for t in getattr(adapter, "tensors", ()))
 
+
+handed_out: ContextVar[Callable[[Tensor, str], None] | None] = ContextVar(
+    "fadapt.handed_out", default=None
+)
+"""In a forward that is watched: what is told of each adapted weight that was computed, and whose it
+is. What is written to such a tensor is lost."""
+
+aliased: ContextVar[Callable[[Tensor, Tensor], None] | None] = ContextVar(
+    "fadapt.aliased", default=None
+)
+"""The same of other parameters that require grad, of which a call sees (its own, an alias)."""
 
 when_lost: ContextVar[Callable[[], None] | None] = ContextVar("fadapt.when_lost", default=None)
 """In a forward that is watched with autograd: what is called when a gradient would get lost."""
@@ -226,6 +244,8 @@ def materialize(weight: Overlay) -> Tensor:
     # Without the bias, whose rounding would keep an untrained adapter from being the identity.
     new, _ = weight.adapter.dense(_wide(weight.frozen), None)
     new = _strided_like(new.to(weight.frozen.dtype), weight.frozen)
+    if not torch.compiler.is_compiling() and (tell := handed_out.get()) is not None:
+        tell(new, weight.adapter.site.name)
     return marked_like(new.mT if weight.flipped else new, weight.required_grad)
 
 

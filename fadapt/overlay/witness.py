@@ -4,8 +4,10 @@ An adapter stands where a module has its weight. A model may come to the weight 
 a list in which it kept the parameter, a closure, a module outside of its modules, a copy. There the
 frozen weight would be used without a word. So the operations of one forward are seen, and one
 that reads an adapted weight, other than an adapter does, is an error; and so is one that computes
-with the placeholder which stands for a weight. A tensor that follows from the adapters, and that
-the forward leaves in an attribute of a module, is named: the base would find it there.
+with the placeholder which stands for a weight. So is one that changes a parameter: the base is
+frozen, and what is written to an adapted weight, which is computed when it is read, is lost. A
+tensor that follows from the adapters, and that the forward leaves in an attribute of a module, is
+named: the base would find it there.
 """
 
 from __future__ import annotations
@@ -27,9 +29,10 @@ from ..base.torch_private import (
     parameters_of,
     pytree,
     storage_key,
+    written_arguments,
 )
-from ..errors import FadaptWarning, TargetError
-from .tensor import Overlay, when_lost
+from ..errors import FadaptError, FadaptWarning, TargetError
+from .tensor import Overlay, aliased, handed_out, when_lost
 
 Range = tuple[int, int, str]
 """(first byte, last byte, name) of an adapted weight in its storage."""
@@ -42,13 +45,18 @@ class Frozen:
         adapted: (name, weight) of each.
         others: all other parameters. A weight that is tied to one of them is left out: this other
             use of it is the base's own, which :func:`fadapt.init` names.
+
+    Attributes:
+        weights: (name, weight, its data as it is now) of each adapted one.
     """
 
     def __init__(self, adapted: Sequence[tuple[str, Tensor]], others: Sequence[Tensor]):
         self._ranges: dict[int, list[Range]] = {}
+        self.weights: list[tuple[str, Tensor, Tensor]] = []
         for name, weight in adapted:
             if type(weight) not in (Tensor, nn.Parameter):
                 continue
+            self.weights.append((name, weight, weight.detach()))
             key, low, high = _extent(weight)
             if key is not None and high > low:
                 self._ranges.setdefault(key, []).append((low, high, name))
@@ -125,8 +133,10 @@ class Watched:
         self._over = True  # the forward may call itself
         try:
             before = _attributes(self._modules)
-            with _Watch(self._frozen(), self._leaves) as watch:
+            frozen, base = self._frozen()
+            with _Watch(frozen, base, self._leaves) as watch:
                 lost = when_lost.set(self._again if torch.is_grad_enabled() else None)
+                told = handed_out.set(watch.computed), aliased.set(watch.alias)
                 try:
                     output = self._function(*args, **kwargs)
                 except Exception as error:
@@ -135,6 +145,9 @@ class Watched:
                     raise watch.error from error  # torch.jit has made another one of it
                 finally:
                     when_lost.reset(lost)
+                    handed_out.reset(told[0])
+                    aliased.reset(told[1])
+            watch.refuse_moved()
             _name_what_stays(self._model, self._modules, before, watch)
         except BaseException:
             self._over = False
@@ -142,7 +155,8 @@ class Watched:
         self._done()
         return output
 
-    def _frozen(self) -> Frozen:
+    def _frozen(self) -> tuple[Frozen, Frozen]:
+        """Where the adapted weights lie, and where all parameters do."""
         own = {
             (at, key): weight
             for at, module in enumerate(self._modules)
@@ -150,7 +164,12 @@ class Watched:
             if weight is not None
         }
         adapted = [(name, own.pop((at, key))) for at, key, name in self._places]
-        return Frozen(adapted, list(own.values()))
+        names = {id(module): name for name, module in self._model.named_modules()}
+        others = [
+            (".".join(filter(None, [names.get(id(self._modules[at]), ""), key])), weight)
+            for (at, key), weight in own.items()
+        ]
+        return Frozen(adapted, list(own.values())), Frozen([*adapted, *others], [])
 
 
 def _possible() -> bool:
@@ -160,15 +179,55 @@ def _possible() -> bool:
 
 
 class _Watch(Flow):
-    def __init__(self, frozen: Frozen, leaves: Sequence[Tensor]):
+    def __init__(self, frozen: Frozen, base: Frozen, leaves: Sequence[Tensor]):
         super().__init__(leaves)
-        self._frozen = frozen
-        self.error: TargetError | None = None
+        self._frozen, self._base = frozen, base
+        self._computed: dict[int, tuple[StorageWeakRef, str]] = {}
+        self._aliases: list[tuple[Tensor, Tensor]] = []
+        self.error: FadaptError | None = None
         self._placeholders: dict[int, tuple[StorageWeakRef, str]] = {}
+
+    def alias(self, weight: Tensor, alias: Tensor) -> None:
+        """Notes what the forward sees of another parameter."""
+        self._aliases.append((weight, alias))
+
+    def refuse_moved(self) -> None:
+        """Refuses a forward that gave a parameter other data, which no operation shows."""
+        moved = [name for name, own, data in self._base.weights if _moved(own, data)]
+        for _, own, data in self._base.weights:
+            if _moved(own, data):
+                own.data = data
+        names = {id(own): name for name, own, _ in self._base.weights}
+        moved += [names[id(own)] for own, alias in self._aliases if _moved(alias, own)]
+        if moved:
+            raise FadaptError(
+                f"the model's forward writes to {moved[0]} (.data = ...), and the base is frozen: "
+                "nothing was changed"
+            )
+
+    def computed(self, weight: Tensor, name: str) -> None:
+        """Notes an adapted weight that the model is given as a tensor."""
+        if (key := storage_key(weight)) is not None:
+            self._computed[key] = StorageWeakRef(weight.untyped_storage()), name
 
     @is_step
     def _follow(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        kept = [
+            (tensor, tensor.detach().clone(), name)
+            for tensor in written_arguments(func, args, kwargs)
+            if not isinstance(tensor, Overlay) and (name := self._parameter(tensor))
+        ]
         result = super()._follow(func, args, kwargs)
+        for tensor, before, name in kept:
+            if not _equal(tensor, before) and (where := models_own()):
+                tensor.detach().copy_(before)
+                self.error = FadaptError(
+                    f"the model's forward writes to {name} ({func.overloadpacket.__name__}, "
+                    f"{where}), and the base is frozen: nothing was changed. If it does so in this "
+                    "mode alone, switch the mode (model.eval()); if only once, call the model "
+                    "itself first"
+                )
+                raise self.error
         if in_backward():
             return result
         tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
@@ -200,12 +259,30 @@ class _Watch(Flow):
                 raise self.error
         return result
 
+    def _parameter(self, tensor: Tensor) -> str:
+        """The parameter that a tensor lies in, or is the adapted value of."""
+        own = self._computed.get(storage_key(tensor) or 0, (None, ""))[1]
+        return own or self._base.name_of(tensor)
+
     def _hold(self, tensor: Any, name: str) -> None:
         if isinstance(tensor, Tensor) and (key := storage_key(tensor)) is not None:
             self._placeholders[key] = StorageWeakRef(tensor.untyped_storage()), name
 
     def _placeholder(self, tensor: Tensor) -> str:
         return self._placeholders.get(storage_key(tensor) or 0, (None, ""))[1]
+
+
+def _moved(tensor: Tensor, data: Tensor) -> bool:
+    """Whether a tensor has got other data; not where it was cast, or comes back with its values."""
+    if tensor.dtype != data.dtype or tensor.device != data.device:
+        return False
+    return storage_key(tensor) != storage_key(data) and not (
+        tensor.shape == data.shape and _equal(tensor, data)
+    )
+
+
+def _equal(tensor: Tensor, other: Tensor) -> bool:
+    return torch.allclose(tensor, other, rtol=0, atol=0, equal_nan=True)
 
 
 def _attributes(modules: Sequence[nn.Module]) -> dict[tuple[int, str], set[int]]:
