@@ -365,6 +365,21 @@ def every_method_over_rows(rank: int, world: int, directory: Path) -> None:
         equal(got, want, 1e-5)
 
 
+def every_method_moves(rank: int, world: int, _: Path) -> None:
+    """Trials of all methods go to the other process at a halving, with their optimiser's state."""
+    model = models.seeded(models.Tokens(), std=0.5).double().requires_grad_(False)
+    ids = torch.randint(12, (3, 4, 5), generator=torch.Generator().manual_seed(0))
+    data = [{"ids": some} for some in ids]
+    chosen = [fadapt.Trial(m, lr=1e-2, name=n) for n, m in ROWS.items() if n != "SSteer"]
+    options = {"steps": 3, "loss_fn": lambda output, _: output.sin().mean(), "verify": False}
+    halving = fadapt.Halving(1, factor=1.5)
+    options |= {"calib": data, "eval": data[:1], "eval_every": 1, "halving": halving}
+    got = fadapt.sweep(model, chosen, data, max_adapters=25, **options)
+    with no_group():
+        want = fadapt.sweep(model, chosen, data, max_adapters=25, **options)
+    equal(got, want)
+
+
 TWO = {
     f.__name__: f
     for f in (
@@ -374,6 +389,7 @@ TWO = {
         split_by_tensors,
         states_over_ranks,
         every_method_over_rows,
+        every_method_moves,
     )
 }
 FOUR = {f.__name__: f for f in (rows_over_ranks,)}

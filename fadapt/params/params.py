@@ -47,7 +47,8 @@ class Params(Mapping[str, Adapter]):
     """An immutable mapping {site name: Adapter}, sorted by name; a pytree.
 
     Registered in torch's pytree and in optree's global namespace, so torch.func and
-    ``optree.tree_map`` take it as it is. ``config`` and ``coverage`` (what share of the base is
+    ``optree.tree_map`` take it as it is; derivatives are those of what :func:`split` returns, as
+    fixed leaves may be integers. ``config`` and ``coverage`` (what share of the base is
     adapted, and what is left out) are kept for the record and are not compared.
 
     Example:
