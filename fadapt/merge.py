@@ -131,7 +131,9 @@ def _merge_site(
         zero = adapt(member.method, p, old.new_zeros(1, old.shape[1]), base)[0]
         _check_affine(member, p, base, new, zero)
         moved = (zero if wide_bias is None else zero - wide_bias).nan_to_num(0, 0, 0)
-        size = 0 if wide_bias is None else 1e-9 * wide_bias.abs().max()
+        size: Tensor | float = 0.0
+        if wide_bias is not None and wide_bias.numel():
+            size = 1e-9 * wide_bias.abs().max()
         if adapter.method.acts_on_bias and bias is not None:
             new_bias = zero
         else:
@@ -153,6 +155,8 @@ def _matrices(adapter: Adapter, parameter: Tensor) -> list[Tensor]:
 
 def _check_affine(adapter: Adapter, p: Leaves, base: DenseMap, new: Tensor, zero: Tensor) -> None:
     """Compares the adapted map with the merged one at a random row."""
+    if not new.numel():
+        return
     row = torch.randn(
         1,
         new.shape[1],

@@ -328,3 +328,12 @@ def test_the_start_is_exact_when_compiled_to_fused_code(method: Method, dtype: t
 class _Base:
     def __init__(self, module: nn.Module):
         self.bias = module.bias
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize("method", [LoRA(r=2), fadapt.IA3()])
+def test_a_weight_without_values_is_merged(method: Method) -> None:
+    """As MobileBERT's head has one, where its embedding is as wide as its layers."""
+    model = nn.Sequential(nn.Linear(4, 0), nn.Linear(0, 3))
+    merged = fadapt.merge(model, fadapt.init(model, {"0": method}))
+    assert merged["0.weight"].shape == (0, 4)

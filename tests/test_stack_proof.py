@@ -213,12 +213,12 @@ DRAWS = {
 class Masking(nn.Module):
     """Leaves rows out at random, in training mode, as speech models do with spectra."""
 
-    def __init__(self, draw, mixes: bool):
+    def __init__(self, draw, mixes: bool, always: bool = False):
         super().__init__()
-        self.draw, self.mixes = draw, mixes
+        self.draw, self.mixes, self.always = draw, mixes, always
 
     def forward(self, h: Tensor) -> Tensor:
-        if not self.training:
+        if not (self.training or self.always):
             return h
         h = h * (torch.tensor(self.draw(len(h))) > 0.4).to(h)[:, None]
         return h - h.mean(0, keepdim=True) if self.mixes else h
@@ -238,6 +238,19 @@ def test_rows_that_meet_in_training_mode_are_seen_beside_what_is_drawn(name: str
     model = Mixing(Masking(DRAWS[name], mixes=True)).train()
     with pytest.raises(fadapt.FadaptError, match=r"not independent.*training mode"):
         fadapt.apply(model, fadapt.stack(members(model)), reals(8, 4))
+
+
+@pytest.mark.parametrize("mixes", [False, True])
+@pytest.mark.parametrize("name", [name for name in DRAWS if name != "its own"])
+def test_a_model_that_draws_in_eval_mode_is_proved_too(name: str, mixes: bool) -> None:
+    """As masked autoencoders do, which hide patches at random."""
+    model = Mixing(Masking(DRAWS[name], mixes, always=True)).eval()
+    stack, x = fadapt.stack(members(model)), reals(8, 4)
+    if mixes:
+        with pytest.raises(fadapt.FadaptError, match="not independent"):
+            fadapt.apply(model, stack, x)
+    else:
+        assert fadapt.apply(model, stack, x).shape == (3, 8, 4)
 
 
 def test_an_output_without_rows_is_refused_where_it_is_handed_out() -> None:

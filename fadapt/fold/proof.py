@@ -10,7 +10,9 @@ batch, such as its mean, must not come out the same for both. Then the first run
 where rows compete for places, as among experts of a limited capacity, it would have to share all of
 its own.
 
-Then the same in training mode, without dropout.
+Then the same in training mode, without dropout. A model that draws all the same, in whatever mode,
+gives one member other numbers alone. There two passes of the two from the same generators are
+compared, of which the second has another member beside the first, which must not notice.
 
 What a model makes of one batch it need not make of the next: ``if h.mean() > 0`` takes one way for
 all rows. Where the forward turns a value that follows from the adapters, or from real numbers of
@@ -188,9 +190,14 @@ class _Proof:
         while sizes:
             size = sizes.pop(0)
             moved = _moved(self.members, size, self.seed)
+            before = generators.states(self.model) if size == _STEPS[0] else None
             with torch.no_grad():
                 pairs = zip(views(moved), self.parts, strict=True)
                 alone = [self.single(params, part) for params, part in pairs]
+            drew = before is not None and before != generators.states(self.model)
+            if agreed(self.model, drew, some=True):
+                self.size = size
+                return self._notices(moved)
             # Over a sharded base, processes with other rows run the same passes.
             is_finite = agreed(
                 self.model, all(bool(t.isfinite().all()) for named in alone for t in named.values())
@@ -288,9 +295,7 @@ class _Proof:
         """The same of what only a model in training mode does, such as statistics of a batch.
 
         What else is random than dropout (layers that are left out, masks of a spectrogram) comes
-        out otherwise for a member alone. So then the two run together twice, from the same
-        generators, torch's, Python's and numpy's; the second time one of them is another adapter,
-        which the first must not notice.
+        out otherwise for a member alone.
         """
         if not self.size:
             return ""
@@ -310,17 +315,21 @@ class _Proof:
             if agreed(self.model, self._is_random(alone[0], moved), some=True):
                 return ""
             return f"in training mode, {why} Call model.eval(), if that mode is not needed."
-        once, other = self._in_training(moved), self._in_training(_moved_on(moved))
+        return self._notices(moved, " in training mode", " Call model.eval().")
+
+    def _notices(self, moved: Stack, mode: str = "", way_out: str = "") -> str:
+        """Whether the first member, with what the model draws, notices who the others are."""
+        once, other = self._drawn(moved), self._drawn(_moved_on(moved))
         if not once:
             return ""
         why = self._compare(other[0], once[0], once)
         # Or it is random beyond all of these generators, which tells nothing.
-        random = bool(why) and bool(self._compare(self._in_training(moved)[0], once[0], once))
+        random = bool(why) and bool(self._compare(self._drawn(moved)[0], once[0], once))
         if not agreed(self.model, bool(why) and not random, some=True):
             return ""
         return (
-            "the adapters of a stack are not independent in this model in training mode: what one "
-            "of two test adapters gives depends on the other. Call model.eval()."
+            f"the adapters of a stack are not independent in this model{mode}: what one of two "
+            f"test adapters gives depends on the other.{way_out}"
         )
 
     def _is_random(self, first: Named, moved: Stack) -> bool:
@@ -329,7 +338,8 @@ class _Proof:
             again = self.single(views(moved)[0], self.parts[0])
         return bool(self._compare(again, first, [first]))
 
-    def _in_training(self, moved: Stack) -> list[Named]:
+    def _drawn(self, moved: Stack) -> list[Named]:
+        """What each gives in one pass, from the same generators."""
         generators.seed_all(0)
         with torch.no_grad():
             return self.folded(moved, self.rows, fold.joined(self.parts, self.rows))
