@@ -237,7 +237,7 @@ def prepare(args: argparse.Namespace) -> Bench:
         raise DataError("--model needs --train and --eval as well")
     args.r = args.r or (8 if embedded else 32)
     small = embedded and args.device == "cpu"
-    args.steps = args.steps or (50 if small else 150 if embedded else 5000)
+    args.steps = args.steps or (40 if small else 150 if embedded else 5000)
     args.batch = args.batch or (6 if small else 12 if embedded else 4)
     args.new_tokens = args.new_tokens or (64 if embedded else None)
     args.test_rows = args.test_rows or (60 if small else 200 if embedded else None)

@@ -171,7 +171,7 @@ def arguments(argv: Sequence[str] | None, description: str) -> argparse.Namespac
         help="of the base; float32 for the embedded one, else bfloat16",
     )
     add("--rank", "--r", dest="r", type=count, help="8 for the embedded base, else 32")
-    add("--steps", type=count, help="150 for the embedded base (50 on a CPU), else 5000")
+    add("--steps", type=count, help="150 for the embedded base (40 on a CPU), else 5000")
     add("--batch", type=count, help="12 for the embedded base (6 on a CPU), else 4")
     add("--max-length", type=count, default=768, help="tokens of a training row, or of a prompt")
     add("--new-tokens", type=count, help="of an answer; 300, or 64 when embedded")
