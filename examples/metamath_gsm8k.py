@@ -29,8 +29,8 @@ from typing import Any
 
 import torch
 from metamath import costs, data, recipes, results
+from metamath.arguments import Scores, best_rate, mean, rates, tuned
 from metamath.arguments import arguments as command_line
-from metamath.arguments import best_rate, mean, rates, tuned
 from metamath.generate import accuracy, interval
 from metamath.probe import probe
 from metamath.protocol import PROTOCOLS, DataError, Protocol
@@ -181,12 +181,25 @@ class Bench:
         }
 
     @cached_property
+    def earlier(self) -> Scores:
+        """The grid of an earlier run in which the rates were found, if --lr names one."""
+        return tuned(self.args.lr) if isinstance(self.args.lr, Path) else {}
+
+    def _rates(self, method: str, own: float) -> list[float]:
+        if not isinstance(self.args.lr, Path):
+            return rates(self.args.lr, own)
+        if method not in self.earlier:
+            known = ", ".join(self.earlier)
+            raise DataError(f"{self.args.lr} has no rates of {method}, only of {known}")
+        return [best_rate(self.earlier[method])]
+
+    @cached_property
     def keys(self) -> list[tuple[str, float, int]]:
         """(method, rate, seed) of every trial."""
         return [
             (name, lr, seed)
             for name, (_, own) in self.methods.items()
-            for lr in rates(self.args.lr, name, own)
+            for lr in self._rates(name, own)
             for seed in self.batches
         ]
 
@@ -331,8 +344,7 @@ def tabulate(bench: Bench, report: fadapt.Report, seconds: float) -> tuple[list[
         stack = fadapt.stack([report.final[names[i]] for i in part])
         right |= dict(zip(part, bench.accuracy(model, stack, found.test).tolist(), strict=True))
         lost |= dict(zip(part, bench.forgotten(model, stack).tolist(), strict=True))
-    if isinstance(args.lr, Path):  # the grid in which those rates were found
-        scores = {m: tuned(args.lr)[m] | by_rate for m, by_rate in scores.items()}
+    scores = {m: bench.earlier.get(m, {}) | by_rate for m, by_rate in scores.items()}
     # Kept before the costs are measured, should that fail.
     early = {names[i]: {"test accuracy": right[i], "loss on kept texts": lost[i]} for i in tested}
     results.write({"tested": early, "validation": scores}, args.out / "accuracies.json")

@@ -33,7 +33,7 @@ Scores = dict[str, dict[float, list[float]]]
 
 
 def grid(text: str) -> str | Path:
-    """Rates with commas, factors after an x, or an earlier run's file; see :func:`rates`."""
+    """Rates with commas, factors after an x (:func:`rates`), or an earlier file (:func:`tuned`)."""
     if text.endswith(".json"):
         try:
             tuned(Path(text))
@@ -90,19 +90,10 @@ def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if all(map(math.isfinite, values)) else -math.inf
 
 
-def rates(spec: str | Path | None, method: str, own: float) -> list[float]:
-    """The learning rates of a method: its own, a list, factors of its own, or its best one.
-
-    Raises:
-        DataError: an earlier run's file in which this method is missing.
-    """
+def rates(spec: str | None, own: float) -> list[float]:
+    """The learning rates of a method: its own, a list, or factors of its own."""
     if spec is None:
         return [own]
-    if isinstance(spec, Path):
-        found = tuned(spec)
-        if method not in found:
-            raise DataError(f"{spec} has no rates of {method}, only of {', '.join(found)}")
-        return [best_rate(found[method])]
     values = [float(v) for v in spec.removeprefix("x").split(",")]
     return [own * v for v in values] if spec.startswith("x") else values
 

@@ -58,7 +58,6 @@ class Leaderboard:
         self.goal: Goal = goal
         self.devices = [p.trainable()[0].device for p in starts]
         self.frames = [split(p)[1] for p in starts]
-        self.sites = [list(p) for p in starts]
         self.shapes = [
             {
                 SEPARATOR.join((site, leaf)): torch.empty_like(t, device="meta")
@@ -167,7 +166,7 @@ class Leaderboard:
         }
         expect_keys(tensors, likes, "the weights that were kept")
         # A site of which nothing trains (the bases that VeRA's sites share) left no trace.
-        trees: dict[int, Train] = {t: {site: {} for site in self.sites[t]} for t in trials}
+        trees: dict[int, Train] = {t: {site: {} for site in self.frames[t]} for t in trials}
         for key, like in likes.items():
             trial, site, leaf = key.split(SEPARATOR)
             tensor = expect_like(tensors[key], like, key, finite=True)

@@ -35,6 +35,7 @@ import fadapt
 import fadapt.calibration
 import fadapt.testing
 from tests.attack.tally import CLEAR, FOREIGN, RIGHT, SILENT, Tally, attempt
+from tests.models import trained
 
 f = fadapt
 
@@ -83,11 +84,7 @@ class World:
         return {n: {k: torch.ones_like(t) for k, t in a.train.items()} for n, a in self.ada.items()}
 
     def trained(self, cfg: Any) -> f.Params:
-        params = f.init(self.net, cfg)
-        with torch.no_grad():
-            for leaf in f.trainable(params):
-                leaf += 0.1 * torch.randn(leaf.shape, generator=torch.Generator().manual_seed(1))
-        return params
+        return trained(self.net, cfg, std=0.1)
 
     def loss(self, y: Any, batch: Any) -> Any:
         return y.square().mean()

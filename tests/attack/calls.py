@@ -22,6 +22,7 @@ import fadapt
 from fadapt.calibration import Statistic
 from fadapt.statistics.sums import SumSq
 from tests.attack.tally import Tally, attempt
+from tests.models import trained
 
 Call = Callable[[], Any]
 Case = tuple[str, str, Call, Callable[[Any], bool] | None]
@@ -77,11 +78,7 @@ class World:
         self.before = {k: v.clone() for k, v in self.net.state_dict().items()}
 
     def trained(self, cfg: Any) -> fadapt.Params:
-        params = fadapt.init(self.net, cfg)
-        with torch.no_grad():
-            for leaf in fadapt.trainable(params):
-                leaf += 0.1 * torch.randn(leaf.shape, generator=torch.Generator().manual_seed(1))
-        return params
+        return trained(self.net, cfg, std=0.1)
 
     def loss(self, y: Any, batch: Any) -> Any:
         return y.square().mean()
